@@ -1,0 +1,18 @@
+"""What a user can get wrong, as exceptions whose text is one line fit to be shown as it is."""
+
+
+class UserError(ValueError):
+    """A wrong name, key, type or value; the message names it and the choices."""
+
+
+class DataUnavailable(UserError):
+    """The data of a task cannot be had here; the message says what to do about it."""
+
+
+class TrainingFailed(RuntimeError):
+    """A run that cannot go on, such as a loss that is no longer a number."""
+
+
+def unknown_name(kind: str, name: object, choices: list[str]) -> UserError:
+    """The error for a name that is not in a closed set."""
+    return UserError(f"unknown {kind} {name!r}; choose one of: {', '.join(choices)}")

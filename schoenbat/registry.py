@@ -1,0 +1,126 @@
+"""Find components by exact name, and build their options strictly.
+
+A component is one file: the file's stem is its name, and the file defines exactly one public class derived from the
+registry's base. Names are listed without importing anything, so a broken component breaks only itself.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from schoenbat.errors import UserError, unknown_name
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The components of one folder.
+
+    Args:
+        kind: what an unknown name is called in an error, such as "task".
+        package: the package whose files are the components; files that begin with an underscore are not.
+        base: the class that each component derives from.
+    """
+
+    def __init__(self, kind: str, package: str, base: type[T]) -> None:
+        self.kind = kind
+        self.package = package
+        self.base = base
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        folder = Path(importlib.import_module(self.package).__path__[0])
+        return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+    def get(self, name: str) -> type[T]:
+        """The class called `name`; raises UserError that lists the choices when there is none."""
+        if name not in self.names():
+            raise unknown_name(self.kind, name, self.names())
+        module = importlib.import_module(f"{self.package}.{name}")
+        found = [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value) and issubclass(value, self.base) and value.__module__ == module.__name__
+        ]
+        assert len(found) == 1, f"{module.__file__} must define exactly one {self.base.__name__}, found {found}"
+        return found[0]
+
+
+def build_config(config_class: type[T], values: Mapping[str, Any] | None, where: str) -> T:
+    """Build a frozen dataclass from parsed YAML, refusing what does not fit.
+
+    Nested dataclasses, `X | None`, `list[X]` and `dict[str, X]` are followed. An int is taken for a float; nothing else
+    is converted. A ValueError raised by the dataclass itself (`__post_init__`) is reported with its place.
+
+    Args:
+        config_class: a dataclass type.
+        values: a mapping, or None for an empty one.
+        where: the place of `values` for error messages, such as "params.yaml: attention.rmfa".
+
+    Raises:
+        UserError: a key that is unknown or missing, or a value of the wrong type.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a mapping, not {_describe(values)}")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {key!r}; known keys: {', '.join(fields) or 'none'}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _checked(values[name], hints[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: missing key {name!r}")
+    try:
+        return config_class(**arguments)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in parameters:
+            return None
+        (inner,) = [parameter for parameter in parameters if parameter is not type(None)]
+        return _checked(value, inner, where)
+    if origin is typing.Literal:
+        if value not in parameters:
+            raise UserError(f"{where} must be one of: {', '.join(map(str, parameters))}; not {_describe(value)}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where} must be a list, not {_describe(value)}")
+        return [_checked(item, parameters[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a mapping, not {_describe(value)}")
+        return {str(key): _checked(item, parameters[1], f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return build_config(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} must be {_article(hint.__name__)}, not {_describe(value)}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
