@@ -1,0 +1,28 @@
+# Everything runs in .venv, which `make setup` builds with the pins of constraints.txt. PYTHON names another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: setup run test lint
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; name another one: make PYTHON=python3.12 setup" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[dev]"
+	@touch $(STAMP)
+
+# Exit code 3 says that the data of some task could not be had; the report shows which, and the rest is done.
+run: setup
+	@code=0; $(WITH_PATH) $(BIN)/schoenbat-exp run --grid || code=$$?; test $$code -eq 0 || test $$code -eq 3 || exit $$code
+
+test: setup
+	$(WITH_PATH) $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy schoenbat pipeline
