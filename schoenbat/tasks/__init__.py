@@ -45,5 +45,10 @@ class Task(ABC):
     def prepare(self, raw: Path, out: Path) -> dict[str, Any]:
         """Encode the raw files into arrays in `out` and return their description (`meta.json`)."""
 
+    @classmethod
+    @abstractmethod
+    def sample(cls, raw: Path) -> Any:
+        """Write tiny raw files into `raw` and return a tiny `Config` that goes with them, for tests without data."""
+
 
 TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task)  # type: ignore[type-abstract]

@@ -1,0 +1,192 @@
+"""Processed data of a task: token arrays on disk, memory mapped, and the batches cut from them.
+
+A folder holds
+
+    tokens.npy             uint8 or uint16 [T]: the texts, each cut at `max_length`, one after another
+    offsets.npy            int64 [num_docs + 1]: text i is tokens[offsets[i]:offsets[i + 1]]
+    SPLIT_examples.npy     int32 [n, num_texts]: which texts make up each example, for SPLIT in train, dev, test
+    SPLIT_labels.npy       int64 [n]
+    meta.json              what the data are: sizes, lengths, source, fingerprint
+
+Token 0 is padding and never stored. A folder appears complete or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from schoenbat.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded to a common length N; B examples of `num_texts` texts each."""
+
+    tokens: torch.Tensor
+    """int64 [B, num_texts, N]; 0 where there is no token."""
+    key_mask: torch.Tensor
+    """bool [B, num_texts, N]; True where there is a token."""
+    labels: torch.Tensor
+    """int64 [B]."""
+
+
+def write_dataset(
+    folder: Path,
+    docs: Sequence[np.ndarray],
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    meta: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the arrays of a task into `folder`, replacing what is there.
+
+    Args:
+        docs: the tokens of each text, whole; they are cut at `meta["max_length"]` here.
+        splits: for each of train, dev, test the examples (ints [n, num_texts], indices into `docs`) and labels (ints
+            [n]).
+        meta: task, num_classes, vocab_size, num_texts, max_length, label, source, notes.
+
+    Returns:
+        `meta` with the sizes of the splits, the lengths of the texts before they were cut, and `fingerprint`, the
+        SHA-256 over all arrays; also written as meta.json.
+
+    Raises:
+        ValueError: tokens, labels or indices out of range, or an empty text.
+    """
+    arrays, lengths = _pack(docs, splits, meta)
+    described = {
+        **meta,
+        "splits": {split: len(arrays[f"{split}_labels"]) for split in SPLITS},
+        "lengths": {
+            "median": int(np.median(lengths)),
+            "p95": int(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        "fingerprint": _fingerprint(arrays),
+    }
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for name, array in arrays.items():
+            with open(part / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        with open(part / "meta.json", "w", encoding="utf-8") as text_file:
+            text_file.write(json.dumps(described, indent=2, sort_keys=True) + "\n")
+            text_file.flush()
+            os.fsync(text_file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return described
+
+
+def _pack(
+    docs: Sequence[np.ndarray], splits: Mapping[str, tuple[np.ndarray, np.ndarray]], meta: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays to be stored, checked, and the lengths of the texts before they are cut."""
+    lengths = np.array([len(doc) for doc in docs], dtype=np.int64)
+    if not len(lengths) or lengths.min() == 0:
+        raise ValueError("every text needs at least one token, and there must be a text")
+    kept = np.minimum(lengths, meta["max_length"])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
+    tokens = np.empty(offsets[-1], dtype=np.uint8 if meta["vocab_size"] <= 256 else np.uint16)
+    for index, doc in enumerate(docs):
+        if doc.min() < 1 or doc.max() >= meta["vocab_size"]:
+            raise ValueError(f"text {index} has tokens outside 1..{meta['vocab_size'] - 1}")
+        tokens[offsets[index] : offsets[index + 1]] = doc[: kept[index]]
+    arrays = {"tokens": tokens, "offsets": offsets}
+    for split in SPLITS:
+        examples, labels = np.asarray(splits[split][0], np.int32), np.asarray(splits[split][1], np.int64)
+        if examples.shape != (len(labels), meta["num_texts"]) or not len(labels):
+            raise ValueError(f"{split}: examples of shape {examples.shape} for {len(labels)} labels")
+        if examples.min() < 0 or examples.max() >= len(docs):
+            raise ValueError(f"{split}: an example names a text that is not there")
+        if labels.min() < 0 or labels.max() >= meta["num_classes"]:
+            raise ValueError(f"{split}: labels outside 0..{meta['num_classes'] - 1}")
+        arrays[f"{split}_examples"], arrays[f"{split}_labels"] = examples, labels
+    return arrays, lengths
+
+
+def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+class Dataset:
+    """The processed data in a folder.
+
+    Args:
+        folder: written by `write_dataset`.
+
+    Raises:
+        UserError: the folder is missing or not such a folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+            self._offsets = np.load(folder / "offsets.npy")
+            self._examples = {split: np.load(folder / f"{split}_examples.npy") for split in SPLITS}
+            self._labels = {split: np.load(folder / f"{split}_labels.npy") for split in SPLITS}
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no processed data in {folder}: {error.filename} is missing; preprocess the task"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"processed data in {folder} cannot be read ({error}); preprocess the task again") from None
+
+    def num_examples(self, split: str) -> int:
+        """The number of examples of train, dev or test."""
+        return len(self._labels[split])
+
+    def batch(self, split: str, indices: np.ndarray, pad_to_multiple: int = 64) -> Batch:
+        """The examples `indices` [B] of a split.
+
+        N is the length of the longest text among them, rounded up to a multiple of `pad_to_multiple`.
+        """
+        docs = self._examples[split][indices]
+        starts, ends = self._offsets[docs], self._offsets[docs + 1]
+        longest = int((ends - starts).max())
+        length = -(-longest // pad_to_multiple) * pad_to_multiple
+        tokens = np.zeros((*docs.shape, length), dtype=np.int64)
+        for row in np.ndindex(docs.shape):
+            tokens[row][: ends[row] - starts[row]] = self._tokens[starts[row] : ends[row]]
+        padded = torch.from_numpy(tokens)
+        return Batch(padded, padded != 0, torch.from_numpy(self._labels[split][indices]))
+
+
+def batches(dataset: Dataset, split: str, batch_size: int, *, seed: int | None, epoch: int = 0) -> Iterator[np.ndarray]:
+    """The indices of one pass over a split, `batch_size` at a time.
+
+    With a seed the order is a permutation that depends on nothing but (seed, epoch), and an incomplete last batch is
+    left out; without one (None) the order is that of the data and the last batch may be smaller.
+
+    Raises:
+        UserError: a seed is given and the split is smaller than one batch.
+    """
+    num_examples = dataset.num_examples(split)
+    if seed is None:
+        order, end = np.arange(num_examples), num_examples
+    else:
+        if num_examples < batch_size:
+            raise UserError(f"batch_size {batch_size} is more than the {num_examples} examples of {split}")
+        order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        end = num_examples - num_examples % batch_size
+    return (order[start : start + batch_size] for start in range(0, end, batch_size))
