@@ -1,0 +1,1 @@
+"""Linear-time attention for dot-product kernels, its exact rivals, and the tasks to compare them on."""

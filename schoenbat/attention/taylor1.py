@@ -1,0 +1,38 @@
+"""The kernel cut after its linear term: the control that shows what the higher degrees are worth."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from schoenbat.attention import Attention, scale_and_widen
+from schoenbat.kernels import Kernel
+from schoenbat.ops.linear import causal_linear_attention, linear_attention
+
+
+class Taylor1(Attention):
+    """Attention with weights a_0 + a_1 <q, k> / sqrt(head_dim), exact in linear time with head_dim + 1 features."""
+
+    needs_kernel = True
+
+    def __init__(self, config: object, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
+        super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
+        assert kernel is not None
+        self.constant = math.sqrt(kernel.coefficient(0))
+        self.slope = math.sqrt(kernel.coefficient(1))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        q, k, v = scale_and_widen(query, key, value)
+        attend = causal_linear_attention if is_causal else linear_attention
+        return attend(self._features(q), self._features(k), v, key_mask).to(query.dtype)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.pad(self.slope * x, (0, 1), value=self.constant)

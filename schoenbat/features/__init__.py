@@ -1,0 +1,1 @@
+"""Feature maps phi with <phi(x), phi(y)> close to f(<x, y>). All their randomness is drawn in `resample`."""

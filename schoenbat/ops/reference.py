@@ -1,0 +1,56 @@
+"""Attention as its definition says, quadratic in length: the truth that everything else is compared with.
+
+Shapes here and in the sister modules: B batch, H heads, N queries, M keys, D features, d width of a query or key,
+v width of a value. `key_mask` is [B, M], True = attend.
+"""
+
+import torch
+from torch import Tensor
+
+from schoenbat.kernels import Kernel
+
+
+def divide(numerator: Tensor, denominator: Tensor, eps: float = 1e-6) -> Tensor:
+    """numerator / denominator, where a denominator closer to 0 than `eps` is moved to `eps` with its sign.
+
+    A row that attends to nothing has 0 / 0 and gives 0. For the kernels here a true denominator is at least
+    f(-radius) > 0 per key, so the rule acts only on such rows and on estimates that are all noise.
+    """
+    floor = torch.where(denominator < 0, -eps, eps).to(denominator.dtype)
+    return numerator / torch.where(denominator.abs() < eps, floor, denominator)
+
+
+def kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Kernel,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """sum_j f(<q_i, k_j>) v_j / sum_j f(<q_i, k_j>), over the keys j that may be attended.
+
+    Args:
+        query, key, value: [B, H, N, d], [B, H, M, d], [B, H, M, v]; the argument of f is their dot product as it is.
+        is_causal: query i sees keys up to i; requires N = M.
+    """
+    scores = query @ key.transpose(-1, -2)
+    allowed = None
+    if key_mask is not None:
+        allowed = key_mask[:, None, None, :]
+    if is_causal:
+        _check_square(query, key)
+        lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        allowed = lower if allowed is None else allowed & lower
+    if allowed is not None:
+        # 0 lies inside every radius of convergence, so no kernel is evaluated where it is not defined.
+        scores = scores.masked_fill(~allowed, 0.0)
+    weights = kernel.weights(scores)
+    if allowed is not None:
+        weights = weights.masked_fill(~allowed, 0.0)
+    return divide(weights @ value, weights.sum(-1, keepdim=True))
+
+
+def _check_square(query: Tensor, key: Tensor) -> None:
+    if query.shape[-2] != key.shape[-2]:
+        raise ValueError(f"causal attention needs as many queries as keys, got {query.shape[-2]} and {key.shape[-2]}")

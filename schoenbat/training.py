@@ -1,0 +1,373 @@
+"""Train a classifier and score it. What happens in a run is a pure function of (model, data, config, seed).
+
+Data order comes from (seed, epoch) and dropout from (seed, step), so a run that is killed and resumed from its
+checkpoint goes on exactly as if nothing had happened.
+"""
+
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schoenbat.data.arrays import Dataset, batches
+from schoenbat.errors import TrainingFailed, UserError
+
+CHECKPOINT_SECONDS = 30.0
+BEST_AFTER = 0.2
+"""The best checkpoint is looked for after this share of the steps."""
+CLIP_VALUE = 1.0
+REPORT_EVERY = 10
+"""Losses are fetched from the device, checked and reported once in so many steps."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation of one task; `eval_every` and `steps` are counted in updates."""
+
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    steps: int
+    eval_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "eval_every", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps must lie in [0, {self.steps}), not {self.warmup_steps}")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where a run stands: mean loss and accuracy since the last evaluation, speed of this process."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    steps_per_second: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the learning curve; `train_*` are means since the previous row."""
+
+    step: int
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    dev_loss: float
+    dev_accuracy: float
+
+
+CURVE_FIELDS = tuple(f.name for f in fields(Evaluation))
+
+
+@dataclass(frozen=True)
+class Score:
+    loss: float
+    accuracy: float
+    examples: int
+
+
+@dataclass
+class FitResult:
+    """What a run gave. `seconds`, `tokens` and `steps_run` count training only, over all processes of the run."""
+
+    best_step: int
+    best_dev_accuracy: float
+    best_dev_loss: float
+    evaluations: list[Evaluation]
+    final_train_loss: float
+    seconds: float
+    steps_run: int
+    tokens: int
+    resumed: int
+    peak_memory_mb: float
+
+
+@dataclass
+class _Progress:
+    """The part of a run's state that is not in model, optimiser or schedule."""
+
+    step: int = 0
+    best_step: int = -1
+    best_state: dict[str, Tensor] | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    # Per-step values since the last evaluation, kept one by one: a sum would depend on where it was interrupted.
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    final_train_loss: float = float("nan")
+    seconds: float = 0.0
+    tokens: int = 0
+    resumed: int = 0
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    fingerprint: str = "",
+    on_step: Callable[[StepReport], None] | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+) -> FitResult:
+    """Train `model` in place and leave its best weights in it.
+
+    AdamW (betas 0.9 and 0.999, eps 1e-6, no weight decay), OneCycleLR with linear phases, gradients clipped by value
+    at 1; best dev accuracy after the first fifth of the steps decides, the earlier one in a tie. On CUDA, bfloat16
+    autocast.
+
+    Args:
+        checkpoint: where to keep the state of the run; resumed from if it exists, and left there at the end.
+        fingerprint: identifies the configuration; a checkpoint with another one is refused.
+        on_evaluation: called for each new evaluation, before the checkpoint that contains it is written, so a killed
+            process may report one twice but never loses one.
+
+    Raises:
+        TrainingFailed: the loss is not finite.
+        UserError: `checkpoint` is unreadable or of another configuration.
+    """
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, eps=1e-6, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=config.learning_rate,
+        total_steps=config.steps,
+        pct_start=config.warmup_steps / config.steps,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
+    state = _Progress()
+    if checkpoint is not None and checkpoint.exists():
+        saved = _read_checkpoint(checkpoint)
+        if saved["fingerprint"] != fingerprint:
+            raise UserError(f"{checkpoint} belongs to another configuration of this cell; delete it to start over")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        state = _Progress(
+            **{**saved["progress"], "evaluations": [Evaluation(**row) for row in saved["progress"]["evaluations"]]}
+        )
+        state.resumed += 1
+
+    def save() -> None:
+        if checkpoint is None:
+            return
+        progress = {f.name: getattr(state, f.name) for f in fields(state)}
+        progress["evaluations"] = [asdict(row) for row in state.evaluations]
+        write_torch(
+            checkpoint,
+            {
+                "fingerprint": fingerprint,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "progress": progress,
+            },
+        )
+
+    first_step, began, saved_at = state.step, time.perf_counter(), time.perf_counter()
+    spent_before, evaluating = state.seconds, 0.0
+    pending: list[Tensor] = []
+    for epoch, indices in _remaining_batches(dataset, config.batch_size, seed, state.step, config.steps):
+        model.train()
+        learning_rate = float(schedule.get_last_lr()[0])
+        batch = dataset.batch("train", indices)
+        # Dropout is the only user of torch's global generator here.
+        torch.manual_seed((seed * 1_000_003 + state.step) % 2**63)
+        tokens, key_mask, labels = (
+            x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels)
+        )
+        with _autocast(device):
+            logits = model(tokens, key_mask)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_value_(model.parameters(), CLIP_VALUE)
+        optimizer.step()
+        schedule.step()
+        state.step += 1
+        state.tokens += batch.tokens.numel()
+        pending.append(torch.stack([loss.detach(), (logits.argmax(-1) == labels).float().mean()]))
+
+        evaluated = state.step % config.eval_every == 0 or state.step == config.steps
+        due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
+        if evaluated or due or len(pending) >= REPORT_EVERY:
+            fetched = torch.stack(pending).tolist()
+            for offset, (step_loss, step_accuracy) in enumerate(fetched):
+                if not math.isfinite(step_loss):
+                    at = state.step - len(fetched) + 1 + offset
+                    raise TrainingFailed(f"loss is {step_loss} at step {at} of {config.steps}")
+                state.losses.append(step_loss)
+                state.accuracies.append(step_accuracy)
+            pending.clear()
+            state.seconds = spent_before + time.perf_counter() - began - evaluating
+            if on_step is not None:
+                on_step(
+                    StepReport(
+                        step=state.step,
+                        steps=config.steps,
+                        loss=float(np.mean(state.losses)),
+                        accuracy=float(np.mean(state.accuracies)),
+                        steps_per_second=(state.step - first_step) / max(state.seconds - spent_before, 1e-9),
+                    )
+                )
+        if evaluated:
+            evaluation_began = time.perf_counter()
+            dev = evaluate(model, dataset, "dev", batch_size=config.batch_size, device=device)
+            row = Evaluation(
+                step=state.step,
+                epoch=epoch,
+                learning_rate=learning_rate,
+                train_loss=float(np.mean(state.losses)),
+                train_accuracy=float(np.mean(state.accuracies)),
+                dev_loss=dev.loss,
+                dev_accuracy=dev.accuracy,
+            )
+            state.final_train_loss = state.losses[-1]
+            state.losses, state.accuracies = [], []
+            state.evaluations.append(row)
+            eligible = state.step >= BEST_AFTER * config.steps
+            if eligible and (state.best_step < 0 or row.dev_accuracy > _row_at(state, state.best_step).dev_accuracy):
+                state.best_step = state.step
+                state.best_state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+            if on_evaluation is not None:
+                on_evaluation(row)
+            evaluating += time.perf_counter() - evaluation_began
+        if evaluated or due:
+            save()
+            saved_at = time.perf_counter()
+
+    assert state.best_state is not None
+    model.load_state_dict(state.best_state)
+    best = _row_at(state, state.best_step)
+    return FitResult(
+        best_step=best.step,
+        best_dev_accuracy=best.dev_accuracy,
+        best_dev_loss=best.dev_loss,
+        evaluations=state.evaluations,
+        final_train_loss=state.final_train_loss,
+        seconds=state.seconds,
+        steps_run=state.step,
+        tokens=state.tokens,
+        resumed=state.resumed,
+        peak_memory_mb=_peak_memory_mb(device),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Mean loss and accuracy of `model`, without dropout, over every example of a split.
+
+    Args:
+        on_batch: called with (examples done, examples in all).
+    """
+    model.to(device).eval()
+    total = dataset.num_examples(split)
+    # Summed on the device, so that it is waited for once and not per batch.
+    loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    done = 0
+    for indices in batches(dataset, split, batch_size, seed=None, epoch=0):
+        batch = dataset.batch(split, indices)
+        labels = batch.labels.to(device)
+        with _autocast(device):
+            logits = model(batch.tokens.to(device), batch.key_mask.to(device))
+        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct += (logits.argmax(-1) == labels).sum()
+        done += len(indices)
+        if on_batch is not None:
+            on_batch(done, total)
+    return Score(loss=float(loss_sum) / total, accuracy=int(correct) / total, examples=total)
+
+
+def save_model(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    """Write weights, random features and a description to `path`, whole or not at all."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    write_torch(path, {"model": state, "description": description})
+
+
+def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict and description written by `save_model`; raises UserError for a file that is not one."""
+    saved = _read_checkpoint(path)
+    if not isinstance(saved, dict) or set(saved) != {"model", "description"}:
+        raise UserError(f"{path} is not a model saved by this program")
+    return saved["model"], saved["description"]
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """torch.save to `path` such that the file is complete or absent, even after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it") from error
+
+
+def _remaining_batches(
+    dataset: Dataset, batch_size: int, seed: int, step: int, steps: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, indices) of each update from `step` on."""
+    per_epoch = dataset.num_examples("train") // batch_size
+    if per_epoch == 0:
+        raise UserError(f"batch_size {batch_size} is larger than the {dataset.num_examples('train')} training examples")
+    while step < steps:
+        epoch, skip = divmod(step, per_epoch)
+        for position, indices in enumerate(batches(dataset, "train", batch_size, seed=seed, epoch=epoch)):
+            if position >= skip and step < steps:
+                yield epoch, indices
+                step += 1
+
+
+def _row_at(state: _Progress, step: int) -> Evaluation:
+    return next(row for row in state.evaluations if row.step == step)
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
