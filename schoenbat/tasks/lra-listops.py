@@ -1,4 +1,4 @@
-"""ListOps: the value of a nested expression of list operators (Nangia & Bowman 2018; Long Range Arena, Tay et al. 2021).
+"""ListOps: the value of a nested expression of list operators (Nangia & Bowman 2018; Tay et al. 2021).
 
 The expressions are drawn from the Long Range Arena's distribution, whose published files are one draw of it without a
 seed. Drawing is vectorised over many expressions at once, level by level: a whole chunk is given its shape first, the
