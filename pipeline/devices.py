@@ -1,0 +1,42 @@
+"""The device that a cell runs on, by the name a user types."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+from schoenbat.errors import UserError
+
+
+def get_device(name: str) -> torch.device:
+    """The device called `name`: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: the name is none of these, or this machine has no such device.
+    """
+    kind, _, index = name.partition(":")
+    if (kind != "cpu" or index or ":" in name) and (kind != "cuda" or (":" in name and not index.isdecimal())):
+        raise UserError(f"unknown device {name!r}; choose one of: {', '.join(_available())}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not available here; choose one of: {', '.join(_available())}")
+    return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device("cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    """The device with the name of its hardware, such as "cpu (AMD EPYC 9R14)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({_processor()})"
+
+
+def _available() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

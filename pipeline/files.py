@@ -1,0 +1,62 @@
+"""Files that appear complete or not at all, and facts about where a run happened."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` through a temporary file beside it, so that no reader ever sees a part of it.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the previous file, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` with sorted keys, so that equal values give equal bytes."""
+    write_bytes(path, (json.dumps(value, sort_keys=True, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def git_revision() -> str:
+    """The short commit of the working folder, with "+" when code differs from it; "none" outside a repository."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return "none"
+    changed = _git("status", "--porcelain", "--", "schoenbat", "pipeline")
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

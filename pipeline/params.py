@@ -1,0 +1,298 @@
+"""The only reader of params.yaml: what the grid is made of, checked before anything runs.
+
+Every name is looked up in its registry, every section is built strictly, and what does not fit is a UserError of one
+line that names the key and the choices.
+"""
+
+import os
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schoenbat.attention import ATTENTIONS
+from schoenbat.errors import UserError
+from schoenbat.kernels import KERNELS
+from schoenbat.nn.encoder import ModelConfig
+from schoenbat.nn.multihead import FORMERS, FormerConfig
+from schoenbat.registry import build_config
+from schoenbat.tasks import TASKS
+from schoenbat.training import TrainingConfig
+
+PARAMS_FILE = Path("params.yaml")
+MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
+_PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class PlainAxes:
+    """Mechanisms without a kernel."""
+
+    attn: list[str]
+    former: list[str]
+
+
+@dataclass(frozen=True)
+class KernelAxes:
+    """Mechanisms that approximate or evaluate a kernel, each with each kernel."""
+
+    attn: list[str]
+    dotf: list[str]
+    former: list[str]
+
+
+@dataclass(frozen=True)
+class GridParams:
+    """The axes of the two grids; an empty axis means no cells."""
+
+    tasks: list[str]
+    seeds: list[int]
+    plain: PlainAxes
+    kernel: KernelAxes
+
+
+@dataclass(frozen=True)
+class TaskParams:
+    """One section of `task`: `data` is the task's own Config."""
+
+    data: Any
+    model: ModelConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True)
+class DataParams:
+    """Where data comes from.
+
+    Attributes:
+        mirror: a folder with copies of the sources, tried first; the variable SCHOENBAT_DATA_MIRROR wins over it.
+        download_limit_mb: a larger download is not begun; null for no limit.
+    """
+
+    mirror: str | None = None
+    download_limit_mb: int | None = 500
+
+    def __post_init__(self) -> None:
+        if self.download_limit_mb is not None and self.download_limit_mb < 0:
+            raise ValueError("download_limit_mb must not be negative; null means no limit")
+
+    @property
+    def mirror_folder(self) -> Path | None:
+        folder = os.environ.get(MIRROR_VARIABLE) or self.mirror
+        return Path(folder) if folder else None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        return None if self.download_limit_mb is None else self.download_limit_mb * 10**6
+
+
+@dataclass(frozen=True)
+class RunParams:
+    """The device and the CPU threads of one cell."""
+
+    device: str = "cpu"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if not _DEVICE_NAME.fullmatch(self.device):
+            raise ValueError(f"unknown device {self.device!r}; choose one of: cpu, cuda, cuda:0, cuda:1, ...")
+        if self.threads < 1:
+            raise ValueError("threads must be at least 1")
+
+
+@dataclass(frozen=True)
+class BenchParams:
+    """Sequence lengths that are timed, and how often each."""
+
+    lengths: list[int]
+    repeats: int
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or any(length < 1 for length in self.lengths):
+            raise ValueError("lengths and repeats must be at least 1")
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of params.yaml.
+
+    Attributes:
+        profile: the name that the folders of runs and reports carry.
+        note: one sentence that the report shows.
+        attention: the section of each mechanism as it was written (its Config has been built once as a check).
+    """
+
+    profile: str
+    note: str
+    grid: GridParams
+    task: dict[str, TaskParams]
+    attention: dict[str, dict[str, Any]]
+    former: dict[str, FormerConfig]
+    data: DataParams
+    run: RunParams
+    bench: BenchParams
+
+
+@dataclass(frozen=True)
+class _RawTask:
+    data: dict[str, Any]
+    model: ModelConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True)
+class _RawParams:
+    profile: str
+    grid: GridParams
+    task: dict[str, _RawTask]
+    attention: dict[str, dict[str, Any] | None]
+    former: dict[str, FormerConfig]
+    bench: BenchParams
+    note: str = ""
+    data: DataParams = field(default_factory=DataParams)
+    run: RunParams = field(default_factory=RunParams)
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check one params file.
+
+    Raises:
+        UserError: the file is missing or is not YAML, a key is unknown or missing, a value has the wrong type, a name
+            is in no registry, or a mechanism stands in the wrong half of the grid.
+    """
+    raw = build_config(_RawParams, _read_yaml(path), str(path))
+    if not _PROFILE_NAME.fullmatch(raw.profile):
+        raise UserError(f"{path}: profile must be lower-case letters, digits, - and _, not {raw.profile!r}")
+    return Params(
+        profile=raw.profile,
+        note=raw.note,
+        grid=_checked_grid(raw, path),
+        task=_built_tasks(raw.task, path),
+        attention=_checked_attention(raw.attention, path),
+        former=_checked_former(raw.former, path),
+        data=raw.data,
+        run=raw.run,
+        bench=raw.bench,
+    )
+
+
+def attention_section(params: Params, attn: str) -> dict[str, Any]:
+    """The options of one mechanism; raises UserError when the mechanism is unknown or has no section."""
+    ATTENTIONS.get(attn)
+    if attn not in params.attention:
+        raise UserError(f"{PARAMS_FILE}: missing section attention.{attn} (`{attn}: {{}}` takes the defaults)")
+    return params.attention[attn]
+
+
+def task_section(params: Params, task: str) -> TaskParams:
+    """The options of one task; raises UserError when the task is unknown or has no section."""
+    TASKS.get(task)
+    if task not in params.task:
+        raise UserError(f"{PARAMS_FILE}: missing section task.{task}")
+    return params.task[task]
+
+
+def former_section(params: Params, former: str) -> FormerConfig:
+    """The options of one former; raises UserError when it is unknown or has no section."""
+    _check_names([former], "former", FORMERS)
+    if former not in params.former:
+        raise UserError(f"{PARAMS_FILE}: missing section former.{former} (`{former}: {{}}` takes the defaults)")
+    return params.former[former]
+
+
+def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
+    grid = raw.grid
+    axes: list[tuple[str, list[Any], str, Iterable[str] | None, Mapping[str, Any] | None]] = [
+        ("tasks", grid.tasks, "task", TASKS.names(), raw.task),
+        ("seeds", grid.seeds, "seed", None, None),
+        ("plain.attn", grid.plain.attn, "attn", ATTENTIONS.names(), raw.attention),
+        ("plain.former", grid.plain.former, "former", FORMERS, raw.former),
+        ("kernel.attn", grid.kernel.attn, "attn", ATTENTIONS.names(), raw.attention),
+        ("kernel.dotf", grid.kernel.dotf, "dotf", KERNELS.names(), None),
+        ("kernel.former", grid.kernel.former, "former", FORMERS, raw.former),
+    ]
+    for axis, values, kind, choices, sections in axes:
+        where = f"{path}: grid.{axis}"
+        if choices is not None:
+            _check_names(values, f"{where}: unknown {kind}", choices)
+        for value in values:
+            if values.count(value) > 1:
+                raise UserError(f"{where} lists {value!r} more than once")
+            if sections is not None and value not in sections:
+                raise UserError(f"{where}: {value!r} has no section {kind if kind != 'attn' else 'attention'}.{value}")
+    for seed in grid.seeds:
+        if seed < 0:
+            raise UserError(f"{path}: grid.seeds must not be negative, not {seed}")
+    for half, attns, needs_kernel in (("plain", grid.plain.attn, False), ("kernel", grid.kernel.attn, True)):
+        for attn in attns:
+            if ATTENTIONS.get(attn).needs_kernel != needs_kernel:
+                other, does = ("kernel", "needs a kernel") if half == "plain" else ("plain", "takes no kernel")
+                raise UserError(f"{path}: grid.{half}.attn: {attn!r} {does}; list it under grid.{other}.attn")
+    return grid
+
+
+def _built_tasks(sections: dict[str, _RawTask], path: Path) -> dict[str, TaskParams]:
+    _check_names(sections, f"{path}: task: unknown task", TASKS.names())
+    return {
+        name: TaskParams(
+            data=build_config(TASKS.get(name).Config, section.data, f"{path}: task.{name}.data"),
+            model=section.model,
+            training=section.training,
+        )
+        for name, section in sections.items()
+    }
+
+
+def _checked_attention(sections: dict[str, dict[str, Any] | None], path: Path) -> dict[str, dict[str, Any]]:
+    _check_names(sections, f"{path}: attention: unknown attn", ATTENTIONS.names())
+    for name, section in sections.items():
+        build_config(ATTENTIONS.get(name).Config, section, f"{path}: attention.{name}")
+    return {name: section or {} for name, section in sections.items()}
+
+
+def _checked_former(sections: dict[str, FormerConfig], path: Path) -> dict[str, FormerConfig]:
+    _check_names(sections, f"{path}: former: unknown former", FORMERS)
+    return sections
+
+
+def _check_names(values: Iterable[str], what: str, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    for value in values:
+        if value not in choices:
+            raise UserError(f"{what} {value!r}; choose one of: {', '.join(choices)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-4` is a number, as in YAML 1.2 and so in DVC, and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.absolute().parent
+        raise UserError(f"no {path.name} in {folder}; run this in the root folder of the project") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

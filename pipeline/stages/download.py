@@ -1,0 +1,27 @@
+"""Stage `download`: the verified raw files of one task."""
+
+from pipeline.cells import raw_folder
+from pipeline.files import write_json
+from pipeline.params import Params, task_section
+from pipeline.progress import Meter
+from schoenbat.errors import UserError
+from schoenbat.tasks import TASKS
+
+
+def run(params: Params, task: str) -> None:
+    """Put the raw files of `task` and provenance.json, which says where they came from, into data/raw/TASK.
+
+    Raises:
+        DataUnavailable: no source could be reached, or the only one is too large.
+        UserError: an unknown task, or a mirror that is no folder.
+    """
+    section = task_section(params, task)
+    mirror = params.data.mirror_folder
+    if mirror is not None and not mirror.is_dir():
+        raise UserError(f"the data mirror {mirror} is not a folder")
+    folder = raw_folder(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Meter(f"{task}: MB fetched", scale=10**6) as meter:
+        provenance = TASKS.get(task)(section.data).download(folder, mirror, params.data.limit_bytes, meter.update)
+    write_json(folder / "provenance.json", provenance)
+    print(f"{task}: {'generated, nothing to fetch' if provenance.get('generated') else f'raw files in {folder}'}")

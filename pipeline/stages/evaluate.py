@@ -1,0 +1,65 @@
+"""Stage `evaluate`: the test accuracy of one trained cell."""
+
+from typing import Any
+
+import torch
+
+from pipeline import tracking
+from pipeline.cells import Cell, data_folder, data_meta, fingerprint
+from pipeline.devices import get_device
+from pipeline.files import write_json
+from pipeline.params import Params, task_section
+from pipeline.progress import Meter
+from pipeline.stages.train import description, flat, model_of
+from schoenbat.data.arrays import Dataset
+from schoenbat.errors import UserError
+from schoenbat.training import evaluate, load_model
+
+
+def run(params: Params, cell: Cell, *, device_name: str) -> None:
+    """Score best.pt of `cell` on the test split, into test.json and the cell's MLflow run.
+
+    Raises:
+        UserError: the cell has not been trained, or best.pt belongs to other settings or other data than today's.
+    """
+    best = cell.run_folder(params.profile) / "best.pt"
+    if not best.is_file():
+        raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
+    device = get_device(device_name)
+    torch.set_num_threads(params.run.threads)
+    meta = data_meta(cell, params)
+    state, described = load_model(best)
+    _check_description(cell, described, description(cell, params, meta))
+    model = model_of(cell, params, meta)
+    model.load_state_dict(state)
+    dataset = Dataset(data_folder(params.profile, cell.task))
+    with Meter(f"{cell.id}: test examples") as meter:
+        score = evaluate(
+            model,
+            dataset,
+            "test",
+            batch_size=task_section(params, cell.task).training.batch_size,
+            device=device,
+            on_batch=meter.update,
+        )
+    with tracking.attach(cell, fingerprint(cell, params), params.profile) as tracked:
+        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss})
+    result = {
+        "cell": cell.id,
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+        "examples": score.examples,
+        "best_step": described["best_step"],
+    }
+    write_json(best.with_name("test.json"), result)
+    print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
+
+
+def _check_description(cell: Cell, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    saved, wanted = flat(saved), flat(wanted)
+    for key in sorted(wanted.keys() | (saved.keys() - {"best_step"})):
+        if saved.get(key) != wanted.get(key):
+            raise UserError(
+                f"best.pt of {cell.id} was trained with {key} = {saved.get(key)!r}, not {wanted.get(key)!r}; "
+                f"train again: schoenbat-exp train {' '.join(cell.arguments())}"
+            )

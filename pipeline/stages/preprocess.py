@@ -1,0 +1,27 @@
+"""Stage `preprocess`: the arrays of one task that training reads."""
+
+from pipeline.cells import data_folder, raw_folder, summary_file
+from pipeline.files import write_json
+from pipeline.params import Params, task_section
+from schoenbat.errors import UserError
+from schoenbat.tasks import TASKS
+
+
+def run(params: Params, task: str) -> None:
+    """Encode the raw files of `task` into data/processed/PROFILE/TASK and leave a copy of meta.json for the report.
+
+    Raises:
+        UserError: an unknown task, or raw files that have not been downloaded.
+    """
+    section = task_section(params, task)
+    raw = raw_folder(task)
+    if not (raw / "provenance.json").is_file():
+        raise UserError(f"no raw data for {task} in {raw}; get it with: schoenbat-exp download --task {task}")
+    out = data_folder(params.profile, task)
+    print(f"{task}: preparing {out}", flush=True)
+    meta = TASKS.get(task)(section.data).prepare(raw, out)
+    write_json(summary_file(params.profile, task), meta)
+    counts = ", ".join(f"{split} {count}" for split, count in meta["splits"].items())
+    print(f"{task}: {meta['label']}: {counts}; tokens a text: median {meta['lengths']['median']:g}")
+    for note in meta["notes"]:
+        print(f"{task}: {note}")

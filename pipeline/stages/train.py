@@ -1,0 +1,190 @@
+"""Stage `train`: one cell, from prepared data to its best weights, its learning curve and its figures."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import tracking
+from pipeline.cells import Cell, data_folder, data_meta, fingerprint, settings
+from pipeline.devices import describe_device, get_device
+from pipeline.files import git_revision, write_csv, write_json
+from pipeline.params import Params, task_section
+from pipeline.progress import Meter
+from schoenbat.data.arrays import Dataset
+from schoenbat.errors import TrainingFailed, UserError
+from schoenbat.nn.encoder import Classifier, build_model
+from schoenbat.training import CURVE_FIELDS, Evaluation, FitResult, StepReport, fit, save_model
+
+
+def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool) -> None:
+    """Train `cell`; a run that was interrupted goes on from its checkpoint.
+
+    Writes best.pt, curves.csv, resources.json and, last, metrics.json into the cell's run folder, each complete or not
+    at all, and then drops the checkpoint. With `save` false nothing is written or logged.
+
+    Args:
+        restart: discard a checkpoint of an interrupted run.
+
+    Raises:
+        UserError: the data is not prepared, the device is not there, or the checkpoint is of another configuration.
+        TrainingFailed: the loss is no longer a number, or the device's memory does not suffice.
+    """
+    device = get_device(device_name)
+    torch.set_num_threads(params.run.threads)
+    meta = data_meta(cell, params)
+    dataset = Dataset(data_folder(params.profile, cell.task))
+    model = model_of(cell, params, meta)
+    print(f"{cell.id}: {meta['label']}, {device}, {_num_parameters(model)} parameters", flush=True)
+    if not save:
+        result = _fit(cell, params, model, dataset, device)
+        _print_result(cell, result)
+        return
+    checkpoint = cell.checkpoint_folder(params.profile) / "last.pt"
+    if restart:
+        checkpoint.unlink(missing_ok=True)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    described = description(cell, params, meta)
+    with tracking.cell_run(cell, fingerprint(cell, params), params.profile, flat(described)) as tracked:
+        result = _fit(cell, params, model, dataset, device, checkpoint, tracked)
+        folder = cell.run_folder(params.profile)
+        best = folder / "best.pt"
+        save_model(best, model, described | {"best_step": result.best_step})
+        write_csv(
+            folder / "curves.csv",
+            CURVE_FIELDS,
+            [[getattr(evaluation, name) for name in CURVE_FIELDS] for evaluation in result.evaluations],
+        )
+        resources = _resources(result, device, tracked.run_id)
+        write_json(folder / "resources.json", resources)
+        write_json(folder / "metrics.json", _metrics(cell, params, meta, model, result))
+        tracked.log_model(model, best)
+        tracked.log_resources(resources)
+    checkpoint.unlink(missing_ok=True)
+    _print_result(cell, result)
+
+
+def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
+    """The model of `cell` with its initial weights."""
+    section = settings(cell, params)
+    return build_model(
+        vocab_size=meta["vocab_size"],
+        num_classes=meta["num_classes"],
+        num_texts=meta["num_texts"],
+        max_length=meta["max_length"],
+        model=task_section(params, cell.task).model,
+        attn=cell.attn,
+        attention=section["attention"],
+        dotf=cell.dotf,
+        former=cell.former,
+        former_config=params.former[cell.former],
+        seed=cell.seed,
+    )
+
+
+def description(cell: Cell, params: Params, meta: dict[str, Any]) -> dict[str, Any]:
+    """What best.pt says about itself: the cell, its settings and its data."""
+    data = {key: meta[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
+    return {**dataclasses.asdict(cell), **settings(cell, params), "data": data}
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _fit(
+    cell: Cell,
+    params: Params,
+    model: Classifier,
+    dataset: Dataset,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    tracked: tracking.CellRun | None = None,
+) -> FitResult:
+    with Meter(cell.id) as meter:
+
+        def on_step(report: StepReport) -> None:
+            meter.update(
+                report.step,
+                report.steps,
+                f"loss {report.loss:.4f} accuracy {report.accuracy:.3f} {report.steps_per_second:.1f} steps/s",
+            )
+
+        def on_evaluation(evaluation: Evaluation) -> None:
+            meter.line(
+                f"{cell.id}: step {evaluation.step} train loss {evaluation.train_loss:.4f} "
+                f"dev loss {evaluation.dev_loss:.4f} dev accuracy {evaluation.dev_accuracy:.4f}"
+            )
+            if tracked is not None:
+                tracked.log_evaluation(evaluation)
+
+        try:
+            return fit(
+                model,
+                dataset,
+                task_section(params, cell.task).training,
+                seed=cell.seed,
+                device=device,
+                checkpoint=checkpoint,
+                fingerprint=fingerprint(cell, params),
+                on_step=on_step,
+                on_evaluation=on_evaluation,
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainingFailed(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
+        except UserError as error:
+            if checkpoint is None or not checkpoint.exists():
+                raise
+            raise UserError(f"{error}, or pass --restart, which does so") from None
+
+
+def _metrics(cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult) -> dict[str, Any]:
+    """The figures of a training that do not depend on how fast it ran."""
+    return {
+        "cell": cell.id,
+        "profile": params.profile,
+        **dataclasses.asdict(cell),
+        "steps": result.steps_run,
+        "best_step": result.best_step,
+        "best_dev_accuracy": result.best_dev_accuracy,
+        "best_dev_loss": result.best_dev_loss,
+        "final_train_loss": result.final_train_loss,
+        "num_parameters": _num_parameters(model),
+        "train_examples": meta["splits"]["train"],
+        "dev_examples": meta["splits"]["dev"],
+        "data": meta["label"],
+        "data_fingerprint": meta["fingerprint"],
+        "attention": params.attention[cell.attn],
+    }
+
+
+def _resources(result: FitResult, device: torch.device, run_id: str) -> dict[str, Any]:
+    """What the training took, and where it ran."""
+    return {
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "seconds": result.seconds,
+        "steps_per_second": result.steps_run / result.seconds,
+        "tokens_per_second": result.tokens / result.seconds,
+        "peak_memory_mb": result.peak_memory_mb,
+        "git_revision": git_revision(),
+        "torch": torch.__version__,
+        "resumed": result.resumed,
+        "run_id": run_id,
+    }
+
+
+def _num_parameters(model: Classifier) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _print_result(cell: Cell, result: FitResult) -> None:
+    print(
+        f"{cell.id}: dev accuracy {result.best_dev_accuracy:.4f} (step {result.best_step} of {result.steps_run}), "
+        f"{result.seconds:.1f} s of training"
+    )
