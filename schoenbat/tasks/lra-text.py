@@ -13,6 +13,7 @@ import numpy as np
 
 from schoenbat.data.arrays import write_dataset
 from schoenbat.data.fetch import RemoteFile, fetch
+from schoenbat.data.subset import balanced_rows, check_size
 from schoenbat.errors import UserError
 from schoenbat.tasks import Progress, Task
 
@@ -75,9 +76,7 @@ class Text(Task):
             if self.max_length < 1:
                 raise ValueError(f"max_length must be at least 1, not {self.max_length}")
             for name in ("dev_size", "train_size", "test_size"):
-                size = getattr(self, name)
-                if size is not None and (size < 2 or size % 2):
-                    raise ValueError(f"{name} must be even and at least 2 (half of each label), not {size}")
+                check_size(name, getattr(self, name))
             if self.seed < 0:
                 raise ValueError(f"seed must not be negative, but is {self.seed}")
 
@@ -166,13 +165,7 @@ class Text(Task):
             return reviews
         generator = np.random.default_rng([self.config.seed, stream])
         labels = np.array([review.label for review in reviews])
-        rows = []
-        for label in LABELS.values():
-            (candidates,) = np.nonzero(labels == label)
-            if len(candidates) < size // 2:
-                raise UserError(f"lra-text: {name} {size} needs {size // 2} of each label; there are {len(candidates)}")
-            rows.append(np.sort(generator.permutation(candidates)[: size // 2]))
-        return [reviews[row] for row in np.concatenate(rows)]
+        return [reviews[row] for row in balanced_rows(labels, size, generator, f"lra-text: {name}")]
 
     def _read(self, raw: Path) -> tuple[Path, list[Review]]:
         """The raw file that is there, and its reviews sorted by split, label and id."""
