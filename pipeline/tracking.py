@@ -1,0 +1,264 @@
+"""What a grid and its cells record in MLflow; the only importer of mlflow.
+
+The database is `mlflow.db` in the project's folder, or whatever MLFLOW_TRACKING_URI names. There is one experiment, in
+it one parent run per profile of this checkout, and below that one run per cell. Who starts a grid calls `start_grid`
+once and hands its result to the environment of the children; a cell that is started alone does the same for itself. All
+first use happens under a file lock, because MLflow's migrations fail when several processes meet a new database.
+
+A run that was interrupted is continued when its cell is started again with the same fingerprint (code, data and
+params), and an evaluation that it already holds is not logged a second time. MLflow is for browsing: reports never
+read it.
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from pipeline.cells import Cell
+from pipeline.files import git_revision
+from schoenbat.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+    from schoenbat.training import Evaluation
+
+EXPERIMENT = "schoenbat"
+EXPERIMENT_ID = "SCHOENBAT_MLFLOW_EXPERIMENT_ID"
+PARENT_RUN_ID = "SCHOENBAT_MLFLOW_PARENT_RUN_ID"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+
+Scalar = str | int | float | bool | None
+
+
+def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
+    """Create, or find again, the experiment and the parent run of a profile.
+
+    Args:
+        profile: the name of the profile.
+        root: the project's folder; the current one by default.
+
+    Returns:
+        The environment that lets child processes log below that run.
+
+    Raises:
+        UserError: the tracking server or database cannot be used.
+    """
+    root = (root or Path.cwd()).resolve()
+    uri = os.environ.get(TRACKING_URI) or f"sqlite:///{root / 'mlflow.db'}"
+    mlflow = _mlflow()
+    folder = root / "logs"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "mlflow.lock"):
+        tags = {"kind": "grid", "profile": profile, "checkout": _checkout_id(folder)}
+        try:
+            mlflow.set_tracking_uri(uri)
+            client = mlflow.MlflowClient()
+            experiment = _experiment_id(client, (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None)
+            found = _newest_run(client, experiment, tags)
+            run = found or client.create_run(experiment, tags=tags, run_name=f"grid {profile}")
+        except mlflow.exceptions.MlflowException as error:
+            raise UserError(f"MLflow cannot use {uri}: {str(error).splitlines()[0]}") from error
+    return {TRACKING_URI: uri, EXPERIMENT_ID: experiment, PARENT_RUN_ID: run.info.run_id}
+
+
+@contextmanager
+def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Scalar]) -> Iterator["CellRun"]:
+    """The run in which a cell is trained: the interrupted one of the same fingerprint if there is one, else a new one.
+
+    The run ends as FINISHED, as KILLED on KeyboardInterrupt, and as FAILED on any other exception, which goes on.
+
+    Args:
+        cell: what is trained.
+        fingerprint: identifies code, data and params of the cell; only a run that has the same is continued.
+        profile: the name of the profile.
+        params: further parameters, flat.
+    """
+    client, experiment, parent = _connect(profile)
+    run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
+    if run is None or run.info.status == "FINISHED":
+        run = client.create_run(experiment, tags=_identity(cell, fingerprint, parent), run_name=cell.id)
+        client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
+    axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
+    _describe(client, run, {**axes, **params}, {"git_sha": git_revision(), "dvc_stage": cell.stage("train", profile)})
+    with _active(run.info.run_id):
+        yield CellRun(client, run.info.run_id)
+
+
+@contextmanager
+def attach(cell: Cell, fingerprint: str, profile: str) -> Iterator["CellRun"]:
+    """The newest run of a trained cell, to add what was found out after the training; it is made if there is none."""
+    client, experiment, parent = _connect(profile)
+    run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
+    if run is None:
+        with cell_run(cell, fingerprint, profile, {}) as made:
+            yield made
+        return
+    with _active(run.info.run_id):
+        yield CellRun(client, run.info.run_id)
+
+
+class CellRun:
+    """One open run of a cell."""
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._logged_steps = {metric.step for metric in client.get_metric_history(run_id, "dev_accuracy")}
+
+    def log_evaluation(self, evaluation: "Evaluation") -> None:
+        """Log one row of the learning curve in one call; a step that the run already holds is left alone."""
+        values = dataclasses.asdict(evaluation)
+        step = values.pop("step")
+        if step not in self._logged_steps:
+            self._client.log_batch(self.run_id, metrics=_metrics(values, step))
+            self._logged_steps.add(step)
+
+    def log_model(self, model: "torch.nn.Module", best_path: Path) -> None:
+        """Log the trained model so that `mlflow.pytorch.load_model` reads it anywhere, and the file `best.pt` as it is.
+
+        The library's source travels with the model, and the model is stored on the CPU in evaluation mode.
+        """
+        import mlflow.pytorch
+
+        import schoenbat
+
+        logged = self._client.get_run(self.run_id).outputs
+        if not logged or not logged.model_outputs:
+            mlflow.pytorch.log_model(
+                copy.deepcopy(model).cpu().eval(),
+                name="model",
+                serialization_format="pickle",
+                pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")],
+                code_paths=[str(Path(schoenbat.__file__).parent)],
+            )
+        self.log_artifact(best_path)
+
+    def log_artifact(self, path: Path) -> None:
+        """Log a file under its own name."""
+        self._client.log_artifact(self.run_id, str(path))
+
+    def log_resources(self, resources: Mapping[str, Scalar]) -> None:
+        """Log what the training took: numbers as metrics `resources.*`, the rest as tags of the same names."""
+        numbers, words = {}, {}
+        for name, value in resources.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                numbers[f"resources.{name}"] = value
+            else:
+                words[f"resources.{name}"] = str(value)
+        self._client.log_batch(self.run_id, metrics=_metrics(numbers, step=0), tags=_tags(words))
+
+    def log_test(self, scores: Mapping[str, float]) -> None:
+        """Log the scores on the test split, as metrics `test_*`."""
+        values = {f"test_{name}": value for name, value in scores.items()}
+        self._client.log_batch(self.run_id, metrics=_metrics(values, step=0))
+
+
+@functools.cache
+def _mlflow() -> ModuleType:
+    """Import mlflow, which takes seconds, on first use, and keep it from reporting home and from chatting."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return mlflow
+
+
+def _connect(profile: str) -> tuple["MlflowClient", str, str]:
+    """A client, the experiment's id and the parent run's id, as handed down or else set up here."""
+    handed_down = all(name in os.environ for name in (TRACKING_URI, EXPERIMENT_ID, PARENT_RUN_ID))
+    grid = dict(os.environ) if handed_down else start_grid(profile)
+    mlflow = _mlflow()
+    mlflow.set_tracking_uri(grid[TRACKING_URI])
+    return mlflow.MlflowClient(), grid[EXPERIMENT_ID], grid[PARENT_RUN_ID]
+
+
+@contextmanager
+def _active(run_id: str) -> Iterator[None]:
+    """Make a run MLflow's active one, and close it with the status that fits how the block ended."""
+    mlflow = _mlflow()
+    mlflow.start_run(run_id=run_id)
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def _experiment_id(client: "MlflowClient", artifacts: str | None) -> str:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+
+
+def _newest_run(client: "MlflowClient", experiment: str, tags: Mapping[str, str]) -> "Run | None":
+    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    runs = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
+    return runs[0] if runs else None
+
+
+def _identity(cell: Cell, fingerprint: str, parent: str) -> dict[str, str]:
+    return {"mlflow.parentRunId": parent, "cell": cell.id, "fingerprint": fingerprint}
+
+
+def _describe(client: "MlflowClient", run: "Run", params: Mapping[str, Scalar], tags: Mapping[str, str]) -> None:
+    """Log the params that the run does not hold yet (MLflow never changes one) and set its tags."""
+    import torch
+    from mlflow.entities import Param
+
+    held = run.data.params
+    new = [Param(key, str(value)) for key, value in params.items() if value is not None and key not in held]
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    client.log_batch(
+        run.info.run_id,
+        params=new,
+        tags=_tags({**environment, **tags}),
+    )
+
+
+def _metrics(values: Mapping[str, float], step: int) -> list["Metric"]:
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    return [Metric(name, float(value), now, step) for name, value in values.items()]
+
+
+def _tags(values: Mapping[str, str]) -> list:
+    from mlflow.entities import RunTag
+
+    return [RunTag(name, value) for name, value in values.items()]
+
+
+def _checkout_id(folder: Path) -> str:
+    """A random name of this checkout, kept in a file, so that two checkouts on one server do not share runs."""
+    path = folder / "mlflow-checkout"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
+
+
+def _installed_packages() -> str:
+    found = {f"{package.name}=={package.version}" for package in importlib.metadata.distributions()}
+    return "\n".join(sorted(found, key=str.lower)) + "\n"

@@ -1,0 +1,256 @@
+"""What MLflow holds after grids and cells have come, gone and been killed. Every process here is a real one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.cells import Cell
+from schoenbat.training import Evaluation
+
+CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
+PRELUDE = """
+import os, sys, time
+from pathlib import Path
+from pipeline import tracking
+from pipeline.cells import Cell
+from schoenbat.training import Evaluation
+
+CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
+
+def evaluation(step):
+    return Evaluation(step, 0, 1e-4, 0.7, 0.5, 0.6, step / 100)
+"""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder as the current one, with nothing handed down by a grid."""
+    monkeypatch.chdir(tmp_path)
+    for name in (tracking.TRACKING_URI, tracking.EXPERIMENT_ID, tracking.PARENT_RUN_ID):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Start]:
+    """Start a python process in the project folder; whatever still runs at the end of the test is stopped."""
+    started = []
+
+    def run(code: str, *arguments: str, **env: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *arguments],
+            cwd=project,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def client_and_cells(grid: dict[str, str]) -> tuple:
+    """A client, and the runs below the grid's parent run."""
+    import mlflow
+
+    client = mlflow.MlflowClient(grid[tracking.TRACKING_URI])
+    query = f"tags.`mlflow.parentRunId` = '{grid[tracking.PARENT_RUN_ID]}'"
+    return client, client.search_runs([grid[tracking.EXPERIMENT_ID]], query)
+
+
+def evaluation(step: int) -> Evaluation:
+    return Evaluation(step, 0, 1e-4, 0.7, 0.5, 0.6, step / 100)
+
+
+def test_processes_that_meet_a_new_database_together_share_experiment_and_parent(project: Path, start: Start) -> None:
+    code = "print(sorted(tracking.start_grid('quick').items()))"
+    outputs = {finish(process) for process in [start(code) for _ in range(4)]}
+    assert outputs == {f"{sorted(tracking.start_grid('quick').items())}\n"}, "a process failed, chatted or went astray"
+
+
+def test_each_profile_has_its_parent_run(project: Path) -> None:
+    quick, cpu = tracking.start_grid("quick"), tracking.start_grid("cpu")
+    assert quick[tracking.EXPERIMENT_ID] == cpu[tracking.EXPERIMENT_ID]
+    assert quick[tracking.PARENT_RUN_ID] != cpu[tracking.PARENT_RUN_ID]
+    assert tracking.start_grid("quick") == quick
+
+
+def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path) -> None:
+    with tracking.cell_run(CELL, "f1", "quick", {"learning_rate": 1e-4}) as run:
+        run.log_evaluation(evaluation(10))
+        run.log_resources({"device": "cpu", "seconds": 1.5, "run_id": None})
+    with tracking.attach(CELL, "f1", "quick") as attached:
+        attached.log_test({"accuracy": 0.5, "loss": 0.7})
+    client, (held,) = client_and_cells(tracking.start_grid("quick"))
+    assert attached.run_id == run.run_id == held.info.run_id
+    assert held.info.run_name == CELL.id
+    assert held.info.status == "FINISHED"
+    assert held.data.params == {
+        "task": "lra-text",
+        "attn": "rmfa",
+        "dotf": "exp",
+        "former": "maclauformer",
+        "seed": "42",
+        "profile": "quick",
+        "learning_rate": "0.0001",
+    }
+    assert held.data.tags["dvc_stage"] == f"train_kernel@quick-{CELL.id}"
+    assert {"git_sha", "torch", "python", "cell", "fingerprint"} <= set(held.data.tags)
+    assert held.data.metrics["dev_accuracy"] == 0.1
+    assert held.data.metrics["test_accuracy"] == 0.5
+    assert held.data.metrics["resources.seconds"] == 1.5
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["environment.txt"]
+
+
+def test_a_killed_run_is_continued_without_logging_a_step_twice(project: Path, start: Start) -> None:
+    grid = tracking.start_grid("quick")
+    code = """
+        with tracking.cell_run(CELL, "f1", "quick", {"steps": 30}) as run:
+            for step in (10, 20, 30)[: int(sys.argv[1])]:
+                run.log_evaluation(evaluation(step))
+            print("logged", flush=True)
+            time.sleep(float(sys.argv[2]))
+    """
+    killed = start(code, "2", "600", **grid)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "logged\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    client, (run,) = client_and_cells(grid)
+    assert run.info.status == "RUNNING"
+    assert finish(start(code, "3", "0", **grid)) == "logged\n"
+    client, (run,) = client_and_cells(grid)
+    assert run.info.status == "FINISHED"
+    for metric in ("dev_accuracy", "train_loss"):
+        assert [held.step for held in client.get_metric_history(run.info.run_id, metric)] == [10, 20, 30]
+
+
+def test_a_finished_run_is_left_alone_and_evaluated_by_its_newest_successor(project: Path) -> None:
+    ids = []
+    for fingerprint in ("f1", "f1", "f2"):
+        with tracking.cell_run(CELL, fingerprint, "quick", {}) as run:
+            ids.append(run.run_id)
+        time.sleep(0.01)
+    assert len(set(ids)) == 3
+    with tracking.attach(CELL, "f1", "quick") as run:
+        assert run.run_id == ids[1]
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_an_exception_marks_the_run_and_goes_on(project: Path, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), tracking.cell_run(CELL, "f1", "quick", {}) as interrupted:
+        raise error
+    _, (run,) = client_and_cells(tracking.start_grid("quick"))
+    assert run.info.status == status
+    with tracking.cell_run(CELL, "f1", "quick", {}) as continued:
+        assert continued.run_id == interrupted.run_id
+
+
+MODEL = """
+import torch
+from schoenbat.nn.encoder import ModelConfig, build_model
+from schoenbat.nn.multihead import FormerConfig
+
+def model():
+    return build_model(
+        vocab_size=9, num_classes=3, num_texts=1, max_length=64, model=ModelConfig(), attn="rmfa", attention={},
+        dotf="exp", former="maclauformer", former_config=FormerConfig(), seed=0,
+    )
+
+tokens = torch.arange(1, 9).reshape(1, 1, 8)
+mask = torch.ones(1, 1, 8, dtype=torch.bool)
+"""
+LOG_MODEL = f"""{MODEL}
+with tracking.cell_run(CELL, "f1", "quick", {{}}) as run:
+    trained = model()
+    Path("best.pt").write_bytes(b"weights")
+    run.log_model(trained, Path("best.pt"))
+    run.log_model(trained, Path("best.pt"))
+    assert trained.training
+    print(run.run_id, *trained.eval()(tokens, mask).flatten().tolist())
+"""
+LOAD_MODEL = f"""{MODEL}
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+(logged,) = mlflow.MlflowClient().get_run(sys.argv[2]).outputs.model_outputs
+loaded = mlflow.pytorch.load_model(f"models:/{{logged.model_id}}")
+artifact = mlflow.artifacts.download_artifacts(run_id=sys.argv[2], artifact_path="best.pt")
+assert Path(artifact).read_bytes() == b"weights"
+print(sys.argv[2], *loaded(tokens, mask).flatten().tolist())
+"""
+
+
+def test_a_logged_model_predicts_the_same_in_a_new_process(project: Path, start: Start) -> None:
+    grid = tracking.start_grid("quick")
+    trained = finish(start(LOG_MODEL, **grid))
+    loaded = finish(start(LOAD_MODEL, grid[tracking.TRACKING_URI], trained.split()[0]))
+    assert loaded.splitlines()[-1] == trained.splitlines()[-1]
+
+
+@pytest.fixture
+def server(project: Path) -> Iterator[str]:
+    """The address of an MLflow server of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    storage = ["--backend-store-uri", f"sqlite:///{project}/server.db", "--artifacts-destination", f"{project}/stored"]
+    with (project / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command, *storage],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, (project / "server.log").read_text()
+                time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_serves_grids_cells_and_models(server: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tracking.TRACKING_URI, server)
+    grid = tracking.start_grid("quick")
+    assert grid[tracking.TRACKING_URI] == server
+    trained = finish(start(LOG_MODEL, **grid))
+    assert len(trained.splitlines()) == 1, f"MLflow chatted: {trained}"
+    loaded = finish(start(LOAD_MODEL, server, trained.split()[0]))
+    assert loaded.splitlines()[-1] == trained.splitlines()[-1]
+    _, (run,) = client_and_cells(grid)
+    assert run.info.status == "FINISHED"
+
+
+def test_importing_the_command_line_leaves_mlflow_alone(start: Start) -> None:
+    assert finish(start("import pipeline.cli; print('mlflow' in sys.modules)")) == "False\n"
