@@ -66,8 +66,8 @@ def write_dataset(
         **meta,
         "splits": {split: len(arrays[f"{split}_labels"]) for split in SPLITS},
         "lengths": {
-            "median": int(np.median(lengths)),
-            "p95": int(np.percentile(lengths, 95)),
+            "median": round(float(np.median(lengths))),
+            "p95": round(float(np.percentile(lengths, 95))),
             "max": int(lengths.max()),
         },
         "fingerprint": _fingerprint(arrays),
@@ -149,7 +149,7 @@ class Dataset:
             raise UserError(
                 f"no processed data in {folder}: {error.filename} is missing; preprocess the task"
             ) from None
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise UserError(f"processed data in {folder} cannot be read ({error}); preprocess the task again") from None
 
     def num_examples(self, split: str) -> int:

@@ -1,0 +1,106 @@
+"""What every task promises, checked on its own tiny sample without any download."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schoenbat.data.arrays import SPLITS, Dataset, batches
+from schoenbat.registry import build_config
+from schoenbat.tasks import TASKS, Task
+
+META_KEYS = {
+    "task",
+    "num_classes",
+    "vocab_size",
+    "num_texts",
+    "max_length",
+    "splits",
+    "lengths",
+    "label",
+    "source",
+    "fingerprint",
+    "notes",
+}
+
+
+@pytest.fixture(params=TASKS.names())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def prepared(name: str, folder: Path) -> tuple[Task, dict[str, Any], Dataset]:
+    task_class = TASKS.get(name)
+    task = task_class(task_class.sample(folder / "raw"))
+    meta = task.prepare(folder / "raw", folder / "processed")
+    return task, meta, Dataset(folder / "processed")
+
+
+def test_meta_says_what_the_data_are(name: str, tmp_path: Path) -> None:
+    task, meta, dataset = prepared(name, tmp_path)
+    assert set(meta) == META_KEYS
+    assert meta == dataset.meta
+    assert (meta["task"], meta["num_texts"]) == (name, task.num_texts)
+    assert (meta["num_classes"], meta["vocab_size"]) == (task.num_classes, task.vocab_size)
+    assert meta["max_length"] == task.config.max_length
+    assert meta["label"]
+    assert meta["source"]
+    print(f"{name}: {meta['splits']}, {meta['lengths']}, {meta['notes']}")
+
+
+def test_every_example_fits_the_problem(name: str, tmp_path: Path) -> None:
+    task, meta, dataset = prepared(name, tmp_path)
+    for split in SPLITS:
+        assert meta["splits"][split] == dataset.num_examples(split) > 0
+        for rows in batches(dataset, split, 4, seed=None):
+            batch = dataset.batch(split, rows)
+            assert batch.tokens.shape == batch.key_mask.shape == (len(rows), task.num_texts, batch.tokens.shape[-1])
+            assert batch.tokens.min() >= 0
+            assert batch.tokens.max() < task.vocab_size
+            assert ((batch.tokens == 0) == ~batch.key_mask).all()
+            assert batch.key_mask[..., 0].all(), "a text without tokens"
+            assert (batch.key_mask[..., 1:] <= batch.key_mask[..., :-1]).all(), "padding before a token"
+            assert batch.key_mask.sum(-1).max() <= meta["max_length"]
+            assert batch.labels.min() >= 0
+            assert batch.labels.max() < task.num_classes
+
+
+def test_splits_share_no_example(name: str, tmp_path: Path) -> None:
+    _, meta, dataset = prepared(name, tmp_path)
+    texts = {}
+    for split in SPLITS:
+        batch = dataset.batch(split, np.arange(meta["splits"][split]), pad_to_multiple=meta["max_length"])
+        texts[split] = {tokens.numpy().tobytes() for tokens in batch.tokens}
+    for one, other in combinations(SPLITS, 2):
+        assert not texts[one] & texts[other], f"{one} and {other}"
+
+
+def test_train_and_test_know_every_label(name: str, tmp_path: Path) -> None:
+    task, meta, dataset = prepared(name, tmp_path)
+    for split in ("train", "test"):
+        labels = dataset.batch(split, np.arange(meta["splits"][split])).labels
+        assert len(labels.unique()) >= min(task.num_classes, 4)
+
+
+def test_preparing_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    prepared(name, tmp_path / "a")
+    prepared(name, tmp_path / "b")
+    for path in sorted((tmp_path / "a" / "processed").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / "processed" / path.name).read_bytes(), path.name
+
+
+def test_the_config_is_built_from_its_defaults_and_holds_max_length(name: str) -> None:
+    config = build_config(TASKS.get(name).Config, {"max_length": 3000}, f"task.{name}.data")
+    assert config.max_length == 3000
+
+
+def test_generated_or_told_how_to_get(name: str, tmp_path: Path) -> None:
+    task_class = TASKS.get(name)
+    if not task_class.how_to_get:
+        provenance = task_class(task_class.Config()).download(tmp_path, None, 0, None)
+        assert provenance == {"generated": True}
+    else:
+        assert "SCHOENBAT_DATA_MIRROR" in task_class.how_to_get
+        assert "\n" not in task_class.how_to_get
