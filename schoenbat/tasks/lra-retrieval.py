@@ -199,10 +199,11 @@ def read_archive(path: Path) -> Pairs:
     """
     names = {"train": "new_aan_pairs.train.tsv", "dev": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
     found, numbers = Pairs([]), dict[bytes, int]()
-    with tarfile.open(path, "r|gz") as archive:
-        for member in archive:
+    with tarfile.open(path, "r:gz") as archive:
+        while (member := archive.next()) and not all(found.labels.values()):
+            archive.members.clear()  # type: ignore[attr-defined]  # there are hundreds of thousands of images
             for split, name in names.items():
-                if member.isfile() and PurePosixPath(member.name).parts[-2:] == ("tsv_data", name):
+                if PurePosixPath(member.name).parts[-2:] == ("tsv_data", name):
                     content = archive.extractfile(member)
                     assert content is not None
                     for label, texts in read_rows(content):

@@ -189,7 +189,7 @@ def read_lines(path: Path) -> Iterator[Review]:
 
 def read_archive(path: Path) -> Iterator[Review]:
     """The labelled reviews of the release, read in one pass without unpacking."""
-    with tarfile.open(path, "r|gz") as archive:
+    with tarfile.open(path, "r:gz") as archive:
         for member in archive:
             parts = PurePosixPath(member.name).parts
             if member.isfile() and len(parts) == 4 and parts[2] in LABELS:

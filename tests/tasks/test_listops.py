@@ -1,0 +1,139 @@
+"""ListOps: values agree with a plain evaluator, shapes with a plain recursive generator of the same distribution."""
+
+import importlib
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schoenbat.data.arrays import SPLITS, Dataset
+from schoenbat.errors import UserError
+from schoenbat.registry import build_config
+from schoenbat.tasks import TASKS
+
+ListOps: Any = TASKS.get("lra-listops")
+TOKENS = importlib.import_module("schoenbat.tasks.lra-listops").TOKENS
+
+
+def prepare(folder: Path, **options: int) -> Dataset:
+    ListOps(ListOps.Config(**options)).prepare(folder, folder / "set")
+    return Dataset(folder / "set")
+
+
+def expressions(dataset: Dataset, split: str) -> list[tuple[list[str], int]]:
+    batch = dataset.batch(split, np.arange(dataset.num_examples(split)))
+    rows = zip(batch.tokens[:, 0].tolist(), batch.labels.tolist(), strict=True)
+    return [([TOKENS[token] for token in tokens if token], label) for tokens, label in rows]
+
+
+def evaluate(tokens: list[str]) -> int:
+    """The value of a whole expression, read from left to right with a stack."""
+    stack: list[tuple[str, list[int]]] = [("", [])]
+    for token in tokens:
+        if token.startswith("["):
+            stack.append((token, []))
+        elif token == "]":
+            operator, values = stack.pop()
+            assert len(values) >= 2
+            result = {
+                "[MIN": min(values),
+                "[MAX": max(values),
+                "[MED": int(statistics.median(values)),
+                "[SM": sum(values) % 10,
+            }[operator]
+            stack[-1][1].append(result)
+        else:
+            stack[-1][1].append(int(token))
+    ((_, values),) = stack
+    (value,) = values
+    return value
+
+
+def depth(tokens: list[str]) -> int:
+    level = deepest = 0
+    for token in tokens:
+        level += token.startswith("[")
+        deepest = max(deepest, level)
+        level -= token == "]"
+    return deepest
+
+
+def test_labels_are_the_values_of_the_expressions(tmp_path: Path) -> None:
+    dataset = prepare(tmp_path, train_size=300, dev_size=100, test_size=100)
+    for split in SPLITS:
+        for tokens, label in expressions(dataset, split):
+            assert evaluate(tokens) == label
+
+
+def test_limits_hold(tmp_path: Path) -> None:
+    dataset = prepare(
+        tmp_path, min_length=20, max_length=60, train_size=300, dev_size=50, test_size=50, max_depth=5, max_args=4
+    )
+    found = [tokens for split in SPLITS for tokens, _ in expressions(dataset, split)]
+    lengths = [len(tokens) for tokens in found]
+    assert min(lengths) == 21
+    assert 50 < max(lengths) < 60
+    assert max(depth(tokens) for tokens in found) == 4, "operators lie at depths 1 to max_depth - 1"
+    assert len({" ".join(tokens) for tokens in found}) == 400
+
+
+def test_lengths_follow_the_recursive_generator(tmp_path: Path) -> None:
+    """Mean length over 2,000 draws each; a difference beyond 4 standard errors has a false-alarm rate of 6e-5."""
+    source = random.Random(1)
+
+    def draw_length(level: int) -> int:
+        if level < 6 and source.random() <= 0.25:
+            return 2 + sum(draw_length(level + 1) for _ in range(source.randint(2, 10)))
+        return 1
+
+    expected: list[int] = []
+    while len(expected) < 2000:
+        length = draw_length(1)
+        if 20 < length < 200:
+            expected.append(length)
+    dataset = prepare(tmp_path, min_length=20, max_length=200, max_depth=6, train_size=1998, dev_size=1, test_size=1)
+    found = dataset.batch("train", np.arange(1998)).key_mask.sum(-1).double()
+    error = (statistics.variance(expected) / 2000 + float(found.var()) / 1998) ** 0.5
+    assert abs(statistics.mean(expected) - float(found.mean())) < 4 * error
+
+
+def test_operators_and_digits_are_uniform(tmp_path: Path) -> None:
+    """Chi-square of about 25,000 operators and 100,000 digits, each below its 99.99 % point."""
+    dataset = prepare(tmp_path, min_length=100, max_length=1000, train_size=500, dev_size=1, test_size=1)
+    counts = np.bincount(dataset.batch("train", np.arange(500)).tokens.ravel().numpy(), minlength=len(TOKENS))
+    for start, end, limit in ((1, 5, 21.1), (6, 16, 33.7)):
+        seen = counts[start:end]
+        assert ((seen - seen.mean()) ** 2 / seen.mean()).sum() < limit
+    assert counts[1:5].sum() == counts[5], "every bracket is closed"
+
+
+def test_a_seed_is_a_data_set_and_dev_and_test_ignore_the_training_size(tmp_path: Path) -> None:
+    small = {"min_length": 20, "max_length": 100, "dev_size": 20, "test_size": 20}
+    one = prepare(tmp_path / "1", train_size=50, **small)
+    more = prepare(tmp_path / "2", train_size=500, **small)
+    other = prepare(tmp_path / "3", train_size=50, seed=1, **small)
+    for split in ("dev", "test"):
+        assert expressions(one, split) == expressions(more, split) != expressions(other, split)
+    assert expressions(more, "train")[:50] == expressions(one, "train")
+
+
+def test_label_tells_the_settings_that_are_not_those_of_the_arena(tmp_path: Path) -> None:
+    dataset = prepare(tmp_path, min_length=20, max_length=100, train_size=50, dev_size=2, test_size=2)
+    assert dataset.meta["label"] == "generated ListOps, seed 0, 50 training examples of 20 to 100 tokens"
+
+
+def test_impossible_settings_end_with_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only 0 of 6 different expressions between 500 and 2000 tokens"):
+        prepare(tmp_path, max_depth=2, train_size=2, dev_size=2, test_size=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"train_size": 0}, {"max_depth": 1}, {"max_args": 1}, {"min_length": 1999}, {"seed": -1}]
+)
+def test_wrong_settings_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="here: "):
+        build_config(ListOps.Config, options, "here")
