@@ -1,0 +1,200 @@
+"""Read what the stages of a profile have left, as one tidy frame and the setting in which it came about."""
+
+import csv
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline.cells import Cell, expand, summary_file
+from pipeline.files import read_json
+from pipeline.params import Params
+from schoenbat.tasks import TASKS
+
+KEYS = ("task", "attn", "dotf", "former", "seed", "step", "length", "direction", "quantity")
+"""Columns of the frame before `value`. A key that does not apply is "" or, for seed, step and length, 0.
+
+Quantities by where they come from:
+
+- every cell of the grid, NaN until it is finished: `test_accuracy` and `test_loss` (test.json); `dev_accuracy`,
+  `dev_loss`, `best_step`, `num_parameters` (metrics.json)
+- every evaluation: `curve_*` for the columns of curves.csv
+- every prepared task: `data_*` for counts and lengths of its summary
+- every timing: `bench_*` for the numeric columns of bench.csv
+"""
+
+BENCH_VALUES = ("milliseconds", "spread", "peak_memory_mb", "relative_error", "speedup_vs_sdpa")
+BENCH_SETTING = ("batch", "heads", "head_dim", "num_features", "threads", "device", "torch", "git_revision")
+
+
+@dataclass
+class Setting:
+    """How the results came about: what captions and the status of the report are made of."""
+
+    profile: str
+    note: str
+    seeds: list[int]
+    tasks: list[str]
+    steps: dict[str, int]
+    max_lengths: dict[str, int]
+    num_cells: int
+    labels: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    outdated: list[str] = field(default_factory=list)
+    data_notes: dict[str, list[str]] = field(default_factory=dict)
+    devices: set[str] = field(default_factory=set)
+    revisions: set[str] = field(default_factory=set)
+    bench: dict[str, list[str]] = field(default_factory=dict)
+
+    def caption(self, tasks: list[str] | None = None) -> str:
+        """The circumstances of results on `tasks` (all of them by default), as one line."""
+        tasks = self.tasks if tasks is None else tasks
+        parts = [
+            f"Profile {self.profile}: {self.note}".rstrip(": ."),
+            "data: " + ", ".join(f"{task} = {self.labels.get(task, 'not available')}" for task in tasks),
+            "steps: " + ", ".join(f"{task} {self.steps[task]:,}" for task in tasks),
+            "seeds: " + ", ".join(map(str, self.seeds)),
+            f"device: {', '.join(sorted(self.devices)) or 'none yet'}",
+            f"git revision: {', '.join(sorted(self.revisions)) or 'none yet'}",
+        ]
+        return "; ".join(parts) + "."
+
+    def bench_caption(self) -> str:
+        """The circumstances of the timings, as one line."""
+        described = "; ".join(f"{name.replace('_', ' ')}: {', '.join(values)}" for name, values in self.bench.items())
+        return f"Profile {self.profile}: {self.note}".rstrip(": .") + f"; {described}."
+
+    def status(self) -> list[str]:
+        """What the report covers and what is missing, as paragraphs of Markdown."""
+        finished = self.num_cells - len(self.missing) - len(self.outdated)
+        paragraphs = [
+            self.note or "No note.",
+            f"{finished} of {self.num_cells} cells are finished.",
+        ]
+        if self.unavailable:
+            rows = [
+                f"- {task}: {how or 'made by `schoenbat-exp run --grid`.'}" for task, how in self.unavailable.items()
+            ]
+            paragraphs.append("No prepared data, so no results, for these tasks:\n\n" + "\n".join(rows))
+        for title, cells in (("Not finished", self.missing), ("Left out because they are out of date", self.outdated)):
+            cells = [cell for cell in cells if not any(cell.startswith(f"{task}-") for task in self.unavailable)]
+            if cells:
+                paragraphs.append(f"{title}: {', '.join(f'`{cell}`' for cell in cells)}.")
+        return paragraphs
+
+
+def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Setting]:
+    """All observations on the cells of the grid, and their setting."""
+    cells = expand(params)
+    setting = Setting(
+        profile=profile,
+        note=params.note,
+        seeds=params.grid.seeds,
+        tasks=params.grid.tasks,
+        steps={task: params.task[task].training.steps for task in params.grid.tasks},
+        max_lengths={task: params.task[task].data.max_length for task in params.grid.tasks},
+        num_cells=len(cells),
+    )
+    rows: list[dict[str, Any]] = []
+    fingerprints: dict[str, str] = {}
+    for task in params.grid.tasks:
+        path = root / summary_file(profile, task)
+        if path.is_file():
+            summary = read_json(path)
+            fingerprints[task] = summary["fingerprint"]
+            setting.labels[task] = summary["label"]
+            setting.data_notes[task] = summary["notes"]
+            rows += _data_rows(task, summary)
+        else:
+            setting.unavailable[task] = TASKS.get(task).how_to_get
+    for cell in cells:
+        rows += _cell_rows(cell, root / cell.run_folder(profile), fingerprints.get(cell.task), setting)
+    rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
+    empty = {"task": "", "attn": "", "dotf": "", "former": "", "seed": 0, "step": 0, "length": 0, "direction": ""}
+    frame = pd.DataFrame([empty | row for row in rows], columns=[*KEYS, "value"])
+    return frame.astype({"value": float}), setting
+
+
+def _data_rows(task: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    values = {
+        **summary["splits"],
+        "classes": summary["num_classes"],
+        "vocabulary": summary["vocab_size"],
+        "max_length": summary["max_length"],
+        **summary["lengths"],
+    }
+    names = {"max": "longest"}
+    return [
+        {"task": task, "quantity": f"data_{names.get(name, name)}", "value": value} for name, value in values.items()
+    ]
+
+
+def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> list[dict[str, Any]]:
+    """Observations on one cell; notes in `setting` where it stands."""
+    key = dataclasses.asdict(cell) | {"dotf": cell.dotf or ""}
+    values = dict.fromkeys(
+        ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters"), float("nan")
+    )
+    rows = []
+    metrics = _read(folder / "metrics.json")
+    test = _read(folder / "test.json")
+    current = (
+        metrics is not None and metrics["steps"] == setting.steps[cell.task] and metrics["data_fingerprint"] == data
+    )
+    if metrics is not None and current:
+        values |= {
+            "dev_accuracy": metrics["best_dev_accuracy"],
+            "dev_loss": metrics["best_dev_loss"],
+            "best_step": metrics["best_step"],
+            "num_parameters": metrics["num_parameters"],
+        }
+        rows += _curve_rows(key, folder / "curves.csv")
+        resources = read_json(folder / "resources.json")
+        setting.devices.add(f"{resources['device']}, {resources['threads']} threads")
+        setting.revisions.add(resources["git_revision"])
+    if metrics is not None and current and test is not None and test["best_step"] == metrics["best_step"]:
+        values |= {"test_accuracy": test["accuracy"], "test_loss": test["loss"]}
+    elif metrics is not None and not current:
+        setting.outdated.append(cell.id)
+    else:
+        setting.missing.append(cell.id)
+    return [*rows, *({**key, "quantity": name, "value": value} for name, value in values.items())]
+
+
+def _curve_rows(key: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {**key, "step": int(row["step"]), "quantity": f"curve_{name}", "value": float(value)}
+            for row in csv.DictReader(file)
+            for name, value in row.items()
+            if name != "step"
+        ]
+
+
+def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        timings = list(csv.DictReader(file))
+    for name in BENCH_SETTING:
+        setting.bench[name] = list(dict.fromkeys(timing[name] for timing in timings if timing[name]))
+    setting.bench["repeats"] = [str(params.bench.repeats)]
+    return [
+        {
+            "attn": timing["attn"],
+            "dotf": timing["dotf"],
+            "length": int(timing["length"]),
+            "direction": timing["direction"],
+            "quantity": f"bench_{name}",
+            "value": float(timing[name]) if timing[name] else float("nan"),
+        }
+        for timing in timings
+        for name in BENCH_VALUES
+    ]
+
+
+def _read(path: Path) -> Any | None:
+    return read_json(path) if path.is_file() else None

@@ -1,0 +1,93 @@
+"""Time, memory and error of the mechanisms alone, from the benchmark that measured them side by side in one process."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+from matplotlib.ticker import NullLocator
+
+from pipeline.reporting import Report
+from pipeline.reporting._collect import Setting
+from pipeline.reporting._mechanisms import label, named, rows_of, style
+from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
+
+PASSES = ("forward", "forward+backward")
+STEP = "training step"
+
+
+class Cost(Report):
+    """Cells share the machine while they train, so their times are never shown."""
+
+    title = "Time and memory"
+
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+        found = frame[frame.quantity.str.startswith("bench_")]
+        if found.empty:
+            return
+        keys = ["attn", "dotf", "length", "direction"]
+        order = found[keys].drop_duplicates()
+        wide = found.pivot(index=keys, columns="quantity", values="value").reset_index()
+        timings = order.merge(wide, on=keys).rename(columns=lambda name: name.removeprefix("bench_"))
+        passes = timings[timings.direction.isin(PASSES)]
+        if not passes.empty:
+            yield _table("cost", "Time, memory and error of one attention", passes, setting)
+            for quantity, name, axis in (
+                ("milliseconds", "time", "milliseconds (median)"),
+                ("peak_memory_mb", "memory", "peak memory (MB)"),
+            ):
+                yield _figure(frame, passes, quantity, name, axis, setting)
+        steps = timings[timings.direction == STEP]
+        if not steps.empty:
+            yield _table("step", "Time and memory of one training step of the whole model", steps, setting)
+
+
+def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Table:
+    shown = [
+        {
+            **named((row["attn"], row["dotf"])),
+            "length": f"{row['length']:,}",
+            "direction": row["direction"],
+            "ms": _number(row["milliseconds"]),
+            "± (iqr)": _number(row["spread"]),
+            "speed-up": "" if pd.isna(row["speedup_vs_sdpa"]) else f"{row['speedup_vs_sdpa']:.2f}×",
+            "peak MB": _number(row["peak_memory_mb"]),
+            "error": _number(row["relative_error"], ".1e"),
+        }
+        for row in timings.to_dict("records")
+    ]
+    return Table(
+        name=name,
+        title=title,
+        values=timings,
+        shown=pd.DataFrame(shown),
+        caption="Medians and interquartile ranges; speed-up: against torch's scaled_dot_product_attention, more than 1 "
+        f"is faster; error: relative to the exact result in float64. {setting.bench_caption()}",
+    )
+
+
+def _figure(
+    frame: pd.DataFrame, timings: pd.DataFrame, quantity: str, name: str, axis: str, setting: Setting
+) -> Figure:
+    canvas, panels = new_canvas(9, 3.8, panels=len(PASSES))
+    mechanisms = list(dict.fromkeys(zip(timings.attn, timings.dotf, strict=True)))
+    lengths = sorted(timings.length.unique())
+    for axes, direction in zip(panels, PASSES, strict=True):
+        for mechanism in mechanisms:
+            rows = rows_of(timings[timings.direction == direction], mechanism)
+            axes.plot(rows.length, rows[quantity], label=label(mechanism), linewidth=1.5, **style(frame, mechanism))
+        axes.set_xscale("log", base=2)
+        set_log(axes, "y")
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="length", title=direction)
+    panels[0].set_ylabel(axis)
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return Figure(
+        name=f"bench-{name}",
+        title=f"{name.capitalize()} of one attention over the length of the sequence",
+        canvas=canvas,
+        caption=setting.bench_caption(),
+    )
+
+
+def _number(value: float, how: str = ",.2f") -> str:
+    return MISSING if pd.isna(value) else format(value, how)

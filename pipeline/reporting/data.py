@@ -1,0 +1,53 @@
+"""What the models were trained and tested on."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from pipeline.reporting import Report
+from pipeline.reporting._collect import Setting
+from pipeline.reporting._output import Table
+
+COLUMNS = {
+    "train": "train",
+    "dev": "dev",
+    "test": "test",
+    "classes": "classes",
+    "vocabulary": "vocabulary",
+    "median": "median length",
+    "p95": "95 % below",
+    "longest": "longest",
+    "max_length": "cut at",
+}
+
+
+class Data(Report):
+    """Counts of examples, and lengths of texts in tokens before they are cut."""
+
+    title = "Data"
+
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
+        found = frame[frame.quantity.str.startswith("data_")]
+        if found.empty:
+            return
+        wide = found.pivot(index="task", columns="quantity", values="value").rename(
+            columns=lambda name: name.removeprefix("data_")
+        )
+        tasks = [task for task in setting.tasks if task in wide.index]
+        values = wide.loc[tasks, list(COLUMNS)].reset_index()
+        values.insert(1, "data", [setting.labels[task] for task in tasks])
+        shown = pd.DataFrame(
+            {
+                "task": tasks,
+                "data": [setting.labels[task] for task in tasks],
+                **{heading: [f"{value:,.0f}" for value in values[name]] for name, heading in COLUMNS.items()},
+            }
+        )
+        notes = [f"{task}: {note}" for task in tasks for note in setting.data_notes[task]]
+        yield Table(
+            name="data",
+            title="Numbers of examples, and lengths of texts in tokens before they are cut",
+            values=values,
+            shown=shown,
+            caption=" ".join([setting.caption(tasks), *notes]),
+        )

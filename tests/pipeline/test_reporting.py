@@ -1,0 +1,261 @@
+"""The report of made-up results: complete, deterministic, and plain about what is missing."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline import reporting
+from pipeline.cells import Cell, expand
+from pipeline.params import Params, load_params
+from pipeline.reporting._output import escape_latex
+from schoenbat.training import CURVE_FIELDS
+
+PARAMS = """
+profile: cpu
+note: A note with 100 % of the | awkward_characters.
+grid:
+  tasks: [lra-listops, lra-text]
+  seeds: [42, 43, 44]
+  plain: {attn: [softmax, mean], former: [transformer]}
+  kernel: {attn: [kernelized, rmfa], dotf: [exp], former: [maclauformer]}
+task:
+  lra-listops:
+    data: {max_length: 256, min_length: 100, train_size: 2000, dev_size: 200, test_size: 200}
+    model: {num_layers: 2, width: 64, ffn_width: 128, num_heads: 2, dropout: 0.1, head_width: 128}
+    training: {batch_size: 32, learning_rate: 1.0e-3, warmup_steps: 20, steps: 100, eval_every: 25}
+  lra-text:
+    data: {max_length: 512, train_size: 2000, dev_size: 200, test_size: 200}
+    model: {num_layers: 2, width: 64, ffn_width: 128, num_heads: 2, dropout: 0.1, head_width: 128}
+    training: {batch_size: 16, learning_rate: 1.0e-3, warmup_steps: 20, steps: 100, eval_every: 25}
+attention: {softmax: {}, mean: {}, kernelized: {}, rmfa: {num_features: 128, max_degree: 20}}
+former: {transformer: {}, maclauformer: {power: false}}
+bench: {lengths: [512, 1024], repeats: 5}
+"""
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Params:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    return load_params(path)
+
+
+def write_data(root: Path, task: str) -> None:
+    folder = root / "runs/cpu/data"
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "fingerprint": f"data of {task}",
+        "label": "IMDB bytes" if task == "lra-text" else "generated ListOps, seed 0",
+        "notes": ["3 duplicates dropped"],
+        "splits": {"train": 2000, "dev": 200, "test": 200},
+        "lengths": {"median": 130, "p95": 240, "max": 256},
+        "num_classes": 2,
+        "vocab_size": 257,
+        "num_texts": 1,
+        "max_length": 256,
+    }
+    (folder / f"{task}.json").write_text(json.dumps(summary))
+
+
+def made_up_accuracy(cell: Cell) -> float:
+    return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) / 2**16 / 10
+
+
+def write_cell(root: Path, cell: Cell, *, steps: int = 100, test_step: int = 100) -> None:
+    folder = root / cell.run_folder("cpu")
+    folder.mkdir(parents=True)
+    accuracy = made_up_accuracy(cell)
+    metrics = {
+        "steps": steps,
+        "best_step": 100,
+        "best_dev_accuracy": accuracy + 0.01,
+        "best_dev_loss": 0.6,
+        "num_parameters": 12345,
+        "data_fingerprint": f"data of {cell.task}",
+    }
+    resources = {"device": "cpu (made up)", "threads": 2, "git_revision": "abc123"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "resources.json").write_text(json.dumps(resources))
+    test = {"accuracy": accuracy, "loss": 0.6, "best_step": test_step}
+    (folder / "test.json").write_text(json.dumps(test))
+    rows = [[step, 0, 1e-3, 0.7, 0.5, 0.69, 0.5 + (accuracy - 0.49) * step / 100] for step in (25, 50, 75, 100)]
+    pd.DataFrame(rows, columns=list(CURVE_FIELDS)).to_csv(folder / "curves.csv", index=False)
+
+
+def write_bench(root: Path) -> None:
+    rows = [
+        {
+            "attn": attn,
+            "dotf": dotf,
+            "length": length,
+            "direction": direction,
+            "milliseconds": (length / 512) ** power * factor * (1 if direction == "forward" else 2.5),
+            "spread": 0.1,
+            "peak_memory_mb": 4 * (length / 512) ** power * factor,
+            "relative_error": error,
+            "speedup_vs_sdpa": (length / 512) ** (2 - power) / factor,
+            "threads": 2,
+            "batch": 1,
+            "heads": 2,
+            "head_dim": 32,
+            "num_features": 128 if attn == "rmfa" else None,
+            "device": "cpu (made up)",
+            "torch": "2.13.0",
+            "git_revision": "abc123",
+        }
+        for attn, dotf, power, factor, error in (
+            ("sdpa", "", 2, 1.0, 1e-7),
+            ("softmax", "", 2, 1.1, 1e-7),
+            ("mean", "", 1, 0.1, 1e-7),
+            ("kernelized", "exp", 2, 2.0, 1e-7),
+            ("rmfa", "exp", 1, 1.5, 2e-2),
+        )
+        for direction in ("forward", "forward+backward")
+        for length in (512, 1024)
+    ]
+    (root / "runs/cpu").mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(root / "runs/cpu/bench.csv", index=False)
+
+
+def write_everything(root: Path, params: Params) -> None:
+    for task in params.grid.tasks:
+        write_data(root, task)
+    for cell in expand(params):
+        write_cell(root, cell)
+    write_bench(root)
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: Params) -> None:
+    write_everything(tmp_path, params)
+    reporting.build("cpu", params, tmp_path)
+    first = read_all(tmp_path / "reports")
+    (tmp_path / "reports/cpu/stale.txt").write_text("from an earlier report")
+    reporting.build("cpu", params, tmp_path)
+    assert read_all(tmp_path / "reports") == first
+    assert set(first) == {
+        "index.md",
+        "cpu/index.md",
+        *(f"cpu/tables/{name}.{end}" for name in ("accuracy", "cells", "cost", "data", "published") for end in ENDS),
+        *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "png")),
+    }
+
+
+ENDS = ("md", "csv", "tex")
+FIGURES = (
+    "curves-lra-listops",
+    "curves-lra-text",
+    "bench-time",
+    "bench-memory",
+    "tradeoff-lra-listops",
+    "tradeoff-lra-text",
+)
+
+
+def test_accuracy_is_mean_and_sample_deviation_over_seeds(tmp_path: Path, params: Params) -> None:
+    write_everything(tmp_path, params)
+    reporting.build("cpu", params, tmp_path)
+    table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv").set_index("attn")
+    scores = pd.Series(
+        [100 * made_up_accuracy(Cell("lra-text", "rmfa", "exp", "maclauformer", seed)) for seed in (42, 43, 44)]
+    )
+    assert table.loc["rmfa", "lra-text mean"] == pytest.approx(scores.mean())
+    assert table.loc["rmfa", "lra-text std"] == pytest.approx(scores.std(ddof=1))
+    shown = (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
+    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f} (3)" in shown
+
+
+@pytest.mark.parametrize("name", ["accuracy", "cells"])
+def test_every_table_says_how_it_came_about(tmp_path: Path, params: Params, name: str) -> None:
+    write_everything(tmp_path, params)
+    reporting.build("cpu", params, tmp_path)
+    shown = (tmp_path / f"reports/cpu/tables/{name}.md").read_text()
+    for part in (
+        "Profile cpu",
+        "awkward",
+        "42, 43, 44",
+        "cpu (made up), 2 threads",
+        "abc123",
+        "IMDB bytes",
+        "text 100",
+    ):
+        assert part in shown
+
+
+def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
+    params = dataclasses.replace(params, grid=dataclasses.replace(params.grid, seeds=[42]))
+    write_everything(tmp_path, params)
+    reporting.build("cpu", params, tmp_path)
+    assert "±" not in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
+
+
+def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Params) -> None:
+    reporting.build("cpu", params, tmp_path)
+    index = (tmp_path / "reports/cpu/index.md").read_text()
+    assert "0 of 24 cells are finished" in index
+    assert "No prepared data, so no results, for these tasks" in index
+    assert "published" in index
+
+
+def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path, params: Params) -> None:
+    write_data(tmp_path, "lra-listops")
+    cells = [cell for cell in expand(params) if cell.task == "lra-listops"]
+    for cell in cells[1:]:
+        write_cell(tmp_path, cell)
+    reporting.build("cpu", params, tmp_path)
+    index = (tmp_path / "reports/cpu/index.md").read_text()
+    assert "11 of 24 cells are finished" in index
+    assert f"Not finished: `{cells[0].id}`." in index
+    assert "- lra-text: " in index
+    table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv")
+    assert table["mean over tasks"].isna().all()
+    assert "(2 of 3)" in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
+
+
+def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, params: Params) -> None:
+    write_everything(tmp_path, params)
+    first, second = expand(params)[:2]
+    for cell in (first, second):
+        for file in (tmp_path / cell.run_folder("cpu")).iterdir():
+            file.unlink()
+        (tmp_path / cell.run_folder("cpu")).rmdir()
+    write_cell(tmp_path, first, steps=50)
+    write_cell(tmp_path, second, test_step=75)
+    reporting.build("cpu", params, tmp_path)
+    index = (tmp_path / "reports/cpu/index.md").read_text()
+    assert f"Left out because they are out of date: `{first.id}`." in index
+    assert f"Not finished: `{second.id}`." in index
+
+
+def test_cells_outside_the_grid_are_left_out(tmp_path: Path, params: Params) -> None:
+    write_everything(tmp_path, params)
+    smaller = dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"]))
+    reporting.build("cpu", smaller, tmp_path)
+    assert "listops" not in (tmp_path / "reports/cpu/tables/cells.csv").read_text()
+
+
+def test_the_overview_lists_every_profile(tmp_path: Path, params: Params) -> None:
+    reporting.build("cpu", params, tmp_path)
+    reporting.build("quick", dataclasses.replace(params, profile="quick", note="Another."), tmp_path)
+    lines = (tmp_path / "reports/index.md").read_text().splitlines()
+    assert lines[2].startswith("- [cpu](cpu/index.md): A note")
+    assert lines[3] == "- [quick](quick/index.md): Another."
+
+
+def test_latex_specials_are_escaped(tmp_path: Path, params: Params) -> None:
+    assert escape_latex(r"a_b & 5 % {x}\y ± ~^") == (
+        r"a\_b \& 5 \% \{x\}\textbackslash{}y $\pm$ \textasciitilde{}\textasciicircum{}"
+    )
+    write_everything(tmp_path, params)
+    reporting.build("cpu", params, tmp_path)
+    text = (tmp_path / "reports/cpu/tables/accuracy.tex").read_text()
+    assert r"100 \% of the \textbar{} awkward\_characters" in text
+    assert r"\toprule" in text
+    assert "±" not in text
