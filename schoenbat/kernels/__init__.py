@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from schoenbat.registry import Registry
@@ -28,12 +29,19 @@ class Kernel(ABC):
     def coefficient(self, degree: int) -> float:
         """The Maclaurin coefficient a_degree, never negative."""
 
-    def weights(self, scores: Tensor) -> Tensor:
-        """f(scores) up to a factor that is constant along the last axis, for use before a normalisation.
+    def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        """f(scores) where `allowed`, else 0, divided by its sum along the last axis; a row of zeros stays one.
 
-        A kernel that overflows for large arguments divides by such a factor here.
+        Args:
+            scores: [..., M], below `radius` in absolute value wherever allowed.
+            allowed: bool, broadcastable to `scores`, or None for everywhere.
         """
-        return self(scores)
+        if allowed is None:
+            weights = self(scores)
+        else:
+            # 0 lies inside every radius of convergence, so f is evaluated only where it is defined.
+            weights = self(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
+        return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 KERNELS: Registry[Kernel] = Registry("dotf", "schoenbat.kernels", Kernel)  # type: ignore[type-abstract]

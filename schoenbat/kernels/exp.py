@@ -17,5 +17,9 @@ class Exp(Kernel):
     def coefficient(self, degree: int) -> float:
         return 1 / math.factorial(degree)
 
-    def weights(self, scores: Tensor) -> Tensor:
-        return torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        if allowed is None:
+            return torch.softmax(scores, -1)
+        masked = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        # Only a row without anything allowed has weight left outside of `allowed`.
+        return torch.softmax(masked, -1) * allowed.any(-1, keepdim=True)

@@ -17,6 +17,7 @@ class Trigh(Kernel):
     def coefficient(self, degree: int) -> float:
         return 1 / math.factorial(degree)
 
-    def weights(self, scores: Tensor) -> Tensor:
-        # sinh and cosh overflow and cancel far from 0; shifting the argument only scales the row, as f = exp.
-        return self(scores - scores.detach().amax(-1, keepdim=True))
+    def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        # sinh and cosh overflow and cancel far from 0. As f = exp, shifting a row only scales it.
+        reachable = scores if allowed is None else scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        return super().normalise(scores - reachable.detach().amax(-1, keepdim=True), allowed)

@@ -42,13 +42,7 @@ def kernel_attention(
         _check_square(query, key)
         lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         allowed = lower if allowed is None else allowed & lower
-    if allowed is not None:
-        # 0 lies inside every radius of convergence, so no kernel is evaluated where it is not defined.
-        scores = scores.masked_fill(~allowed, 0.0)
-    weights = kernel.weights(scores)
-    if allowed is not None:
-        weights = weights.masked_fill(~allowed, 0.0)
-    return divide(weights @ value, weights.sum(-1, keepdim=True))
+    return kernel.normalise(scores, allowed) @ value
 
 
 def _check_square(query: Tensor, key: Tensor) -> None:
