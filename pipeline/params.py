@@ -198,7 +198,7 @@ def task_section(params: Params, task: str) -> TaskParams:
 
 def former_section(params: Params, former: str) -> FormerConfig:
     """The options of one former; raises UserError when it is unknown or has no section."""
-    _check_names([former], "former", FORMERS)
+    _check_names([former], "unknown former", FORMERS)
     if former not in params.former:
         raise UserError(f"{PARAMS_FILE}: missing section former.{former} (`{former}: {{}}` takes the defaults)")
     return params.former[former]

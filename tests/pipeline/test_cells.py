@@ -1,0 +1,150 @@
+"""The grid as a list of cells, their names, and what identifies the work of one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from project_folder import Project
+
+from pipeline.cells import Cell, check_models, expand, fingerprint, make_cell, select, stage_graph
+from pipeline.params import load_params
+from schoenbat.errors import UserError
+
+
+def test_the_grid_is_the_product_of_each_half(project: Project) -> None:
+    cells = expand(load_params())
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 2 * 1 * 2 * 2
+    assert Cell("lra-text", "softmax", None, "transformer", 1) in cells
+    assert Cell("lra-text", "rmfa", "inverse", "maclauformer", 0) in cells
+    assert not [cell for cell in cells if (cell.attn == "rmfa") == (cell.dotf is None)]
+
+
+@pytest.mark.parametrize(
+    ("axis", "left"),
+    [
+        ("grid.tasks", 0),
+        ("grid.seeds", 0),
+        ("grid.plain.attn", 8),
+        ("grid.plain.former", 8),
+        ("grid.kernel.attn", 8),
+        ("grid.kernel.dotf", 8),
+        ("grid.kernel.former", 8),
+    ],
+)
+def test_an_empty_axis_gives_no_cells_of_its_half(project: Project, axis: str, left: int) -> None:
+    project.set(axis, [])
+    assert len(expand(load_params())) == left
+
+
+def test_a_cell_has_one_name_everywhere(project: Project) -> None:
+    plain = Cell("lra-text", "softmax", None, "transformer", 42)
+    kernel = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
+    assert plain.id == "lra-text-softmax-transformer-42"
+    assert kernel.id == "lra-text-rmfa-exp-maclauformer-42"
+    assert plain.stage("train", "quick") == "train@quick-lra-text-softmax-transformer-42"
+    assert kernel.stage("evaluate", "quick") == "evaluate_kernel@quick-lra-text-rmfa-exp-maclauformer-42"
+    assert kernel.run_folder("quick") == Path("runs/quick/lra-text-rmfa-exp-maclauformer-42")
+
+
+def test_filters_keep_the_cells_that_have_one_of_the_values(project: Project) -> None:
+    cells = expand(load_params())
+    assert len(select(cells, task=["lra-text"])) == 8
+    assert len(select(cells, task=["lra-text"], attn=["softmax", "rmfa"], seed=[1])) == 3
+    assert [cell.id for cell in select(cells, id=["lra-text-mean-transformer-0"])] == ["lra-text-mean-transformer-0"]
+    assert select(cells, task=None, attn=[]) == cells
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("task", "lra-image", "the grid has no task 'lra-image'; choose from: lra-listops, lra-text"),
+        ("attn", "kernelized", "no attn 'kernelized'; choose from: softmax, mean, rmfa"),
+        ("dotf", "sqrt", "no dotf 'sqrt'; choose from: exp, inverse"),
+        ("seed", 7, "no seed 7; choose from: 0, 1"),
+        ("id", "x", "no cell 'x'; choose from: lra-listops-softmax-transformer-0, "),
+    ],
+)
+def test_a_filter_that_fits_no_cell_is_refused(
+    project: Project, attribute: str, value: str | int, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        select(expand(load_params()), **{attribute: [value]})
+    assert message in str(caught.value)
+
+
+def test_a_combination_that_fits_no_cell_is_refused(project: Project) -> None:
+    with pytest.raises(UserError, match="no cell of the grid has this combination"):
+        select(expand(load_params()), attn=["softmax"], dotf=["exp"])
+
+
+def test_stages_come_after_what_they_need(project: Project) -> None:
+    params = load_params()
+    graph = stage_graph(params, expand(params))
+    assert len(graph) == 2 + 2 + 16 + 16
+    seen: set[str] = set()
+    for stage, needs in graph.items():
+        assert seen.issuperset(needs)
+        seen.add(stage)
+
+
+def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> None:
+    params = load_params()
+    assert make_cell(params, "lra-text", "mean", None, "transformer", None).seed == 0
+    for arguments, message in (
+        (("lra-text", "rmfa", None, "maclauformer", 0), "needs a kernel: pass --dotf, one of: exp"),
+        (("lra-text", "mean", "exp", "transformer", 0), "takes no kernel: leave out --dotf exp"),
+        (("lra-text", "mean", None, "transformer", -1), "--seed must not be negative"),
+        (("lra-retrieval", "mean", None, "transformer", 0), "missing section task.lra-retrieval"),
+        (("lra-text", "taylor1", "exp", "maclauformer", 0), "missing section attention.taylor1"),
+    ):
+        with pytest.raises(UserError) as caught:
+            make_cell(params, *arguments)
+        assert message in str(caught.value)
+
+
+def test_a_kernel_that_the_former_does_not_bound_is_found_before_the_grid_starts(project: Project) -> None:
+    params = load_params()
+    check_models(params, expand(params))
+    project.set("grid.kernel.former", ["transformer"])
+    params = load_params()
+    with pytest.raises(UserError, match="dotf 'inverse'"):
+        check_models(params, expand(params))
+
+
+def _write_meta(fingerprint: str) -> None:
+    folder = Path("data/processed/tiny/lra-text")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}))
+
+
+def test_the_fingerprint_changes_with_what_decides_the_numbers_and_with_nothing_else(project: Project) -> None:
+    project.add_code()
+    cell = Cell("lra-text", "rmfa", "exp", "maclauformer", 0)
+    with pytest.raises(UserError, match="schoenbat-exp preprocess --task lra-text"):
+        fingerprint(cell, load_params())
+    _write_meta("a")
+    first = fingerprint(cell, load_params())
+
+    project.set("run.threads", 2)
+    project.set("note", "another")
+    project.set("task.lra-listops.training.steps", 9)
+    with Path("schoenbat/kernels/inverse.py").open("a") as file:
+        file.write("# changed\n")
+    assert fingerprint(cell, load_params()) == first
+
+    seen = {first, fingerprint(Cell("lra-text", "rmfa", "exp", "maclauformer", 1), load_params())}
+    for key, value in (
+        ("task.lra-text.training.steps", 9),
+        ("task.lra-text.model.dropout", 0.2),
+        ("attention.rmfa.num_features", 16),
+        ("former.maclauformer.power", True),
+    ):
+        project.set(key, value)
+        seen.add(fingerprint(cell, load_params()))
+    for source in ("schoenbat/kernels/exp.py", "schoenbat/nn/encoder.py", "schoenbat/attention/rmfa.py"):
+        with Path(source).open("a") as file:
+            file.write("# changed\n")
+        seen.add(fingerprint(cell, load_params()))
+    _write_meta("b")
+    seen.add(fingerprint(cell, load_params()))
+    assert len(seen) == 10
