@@ -81,23 +81,30 @@ def test_limits_hold(tmp_path: Path) -> None:
 
 
 def test_lengths_follow_the_recursive_generator(tmp_path: Path) -> None:
-    """Mean length over 2,000 draws each; a difference beyond 4 standard errors has a false-alarm rate of 6e-5."""
+    """Mean length over 20,000 draws each; a difference beyond 4 standard errors has a false-alarm rate of 6e-5."""
     source = random.Random(1)
 
     def draw_length(level: int) -> int:
-        if level < 6 and source.random() <= 0.25:
+        if level < 3 and source.random() <= 0.25:
             return 2 + sum(draw_length(level + 1) for _ in range(source.randint(2, 10)))
         return 1
 
     expected: list[int] = []
-    while len(expected) < 2000:
+    while len(expected) < 20_000:
         length = draw_length(1)
-        if 20 < length < 200:
+        if length > 10:
             expected.append(length)
-    dataset = prepare(tmp_path, min_length=20, max_length=200, max_depth=6, train_size=1998, dev_size=1, test_size=1)
-    found = dataset.batch("train", np.arange(1998)).key_mask.sum(-1).double()
-    error = (statistics.variance(expected) / 2000 + float(found.var()) / 1998) ** 0.5
+    dataset = prepare(tmp_path, min_length=10, max_length=200, max_depth=3, train_size=20_000, dev_size=1, test_size=1)
+    found = dataset.batch("train", np.arange(20_000)).key_mask.sum(-1).double()
+    error = ((statistics.variance(expected) + float(found.var())) / 20_000) ** 0.5
     assert abs(statistics.mean(expected) - float(found.mean())) < 4 * error
+
+
+def test_no_expression_comes_twice_where_few_exist(tmp_path: Path) -> None:
+    """400 expressions have the only length allowed, 4 tokens."""
+    dataset = prepare(tmp_path, min_length=3, max_length=5, train_size=300, dev_size=40, test_size=40)
+    found = [" ".join(tokens) for split in SPLITS for tokens, _ in expressions(dataset, split)]
+    assert len(set(found)) == len(found) == 380
 
 
 def test_operators_and_digits_are_uniform(tmp_path: Path) -> None:
