@@ -86,7 +86,8 @@ class Retrieval(Task):
     file alone would tell much about whether a paper is ever cited. Papers that cite up to 2009 give train, 2010 dev,
     2011 and later test.
 
-    No pair occurs in two splits, though papers do (the cited ones above all). `train_size`, `dev_size`, `test_size` draw a subset, half of each label.
+    No pair occurs in two splits, though papers do (the cited ones above all).
+    `train_size`, `dev_size`, `test_size` draw a subset, half of each label.
     """
 
     num_classes = 2
