@@ -1,0 +1,336 @@
+"""Stage `bench`: every mechanism timed side by side, in one process, against torch's exact softmax attention.
+
+One attention is batch 1, 2 heads of 32, on queries and keys of unit length (what pre-SBN gives) and Gaussian values,
+with the kernel exp where one is needed. In each round every mechanism is timed once, in turn, so that what disturbs the
+machine disturbs all alike; a row holds the median over rounds and the interquartile range, per call.
+
+Nothing is timed before its result has been compared, at the same length, with exact attention in float64, for 128
+queries spread over the sequence: outputs, and the gradients of query, key and value that those outputs cause.
+`relative_error` is the norm of the difference over the norm of the truth, for the outputs ("forward") or for the three
+gradients together ("forward+backward"). Mechanisms that are exact must be within 1e-4. The others estimate, or replace,
+exact attention (with the kernel exp, which is softmax): they must be finite and within 1, the error of an output of
+zeros.
+
+Peak memory is what torch's allocator held at most, beyond the inputs, during one call of its own: on the CPU from the
+allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
+not seen. Mechanisms whose number of operations more than triples when the length doubles are quadratic, and are left
+out above `bench.max_quadratic_length`.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from pipeline.devices import describe_device, get_device
+from pipeline.files import git_revision, write_csv
+from pipeline.params import Params
+from schoenbat.attention import ATTENTIONS
+from schoenbat.errors import TrainingFailed
+from schoenbat.kernels import KERNELS
+from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
+from schoenbat.nn.multihead import FormerConfig
+from schoenbat.norm import pre_sbn
+from schoenbat.ops.reference import kernel_attention
+from schoenbat.registry import build_config
+
+COLUMNS = (
+    "attn",
+    "dotf",
+    "length",
+    "direction",
+    "milliseconds",
+    "spread",
+    "peak_memory_mb",
+    "relative_error",
+    "speedup_vs_sdpa",
+    "threads",
+    "batch",
+    "heads",
+    "head_dim",
+    "num_features",
+    "device",
+    "torch",
+    "git_revision",
+)
+DOTF = "exp"
+BATCH, HEADS, HEAD_DIM = 1, 2, 32
+EXACT = ("sdpa", "softmax", "kernelized")
+EXACT_TOLERANCE = 1e-4
+ESTIMATE_TOLERANCE = 1.0
+CHECKED_QUERIES = 128
+SAMPLE_SECONDS = 0.02
+"""A sample repeats a short call for about so long."""
+STEP_BATCH, STEP_LENGTH, STEP_VOCABULARY = 32, 4096, 257
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One mechanism; `num_features` is None where it has no such option."""
+
+    attn: str
+    dotf: str | None
+    num_features: int | None
+    attend: Attend
+    quadratic: bool
+
+
+def run(params: Params, out: Path) -> None:
+    """Time all mechanisms and write `out`, or nothing if a result is wrong.
+
+    Raises:
+        UserError: the device of `run.device` is not there.
+        TrainingFailed: a mechanism is further from the exact result than it may be.
+    """
+    device = get_device(params.run.device)
+    torch.set_num_threads(params.run.threads)
+    # The profiler's library would announce every start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    rows: list[dict[str, Any]] = []
+    contenders = list(_contenders(params, device))
+    for length in params.bench.lengths:
+        able = [c for c in contenders if not c.quadratic or length <= params.bench.max_quadratic_length]
+        rows += _bench_length(able, length, params.bench.repeats, device)
+    if params.bench.step:
+        rows += _bench_step(params, device)
+    setting = {
+        "threads": torch.get_num_threads(),
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "git_revision": git_revision(),
+    }
+    complete = [setting | row for row in rows]
+    write_csv(out, COLUMNS, [["" if row[name] is None else row[name] for name in COLUMNS] for row in complete])
+    print(f"{len(rows)} rows: {out}")
+
+
+def _contenders(params: Params, device: torch.device) -> Iterator[Contender]:
+    """torch's own attention, then every registered one with its section of params.yaml (or its defaults)."""
+    yield Contender("sdpa", None, None, F.scaled_dot_product_attention, quadratic=True)
+    for name in ATTENTIONS.names():
+        found = ATTENTIONS.get(name)
+        config: Any = build_config(found.Config, params.attention.get(name), f"attention.{name}")
+        kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
+        generator = torch.Generator().manual_seed(0)
+        module = found(config, head_dim=HEAD_DIM, kernel=kernel, generator=generator).to(device)
+        num_features = getattr(config, "num_features", None)
+        yield Contender(name, DOTF if kernel else None, num_features, module, _is_quadratic(module, device))
+
+
+def _is_quadratic(attend: Attend, device: torch.device) -> bool:
+    """Whether the number of operations grows like it; torch counts those of its CUDA attention, not of the CPU's."""
+
+    def count(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    flops = []
+    cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    for length in (256, 512):
+        with FlopCounterMode(display=False, custom_mapping={cpu_kernel: count}) as counter:
+            attend(*_inputs(length, device))
+        flops.append(counter.get_total_flops())
+    return flops[1] > 3 * flops[0]
+
+
+def _inputs(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shape = (BATCH, HEADS, length, HEAD_DIM)
+    query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+    query, key, value = (x.to(device).requires_grad_() for x in (pre_sbn(query), pre_sbn(key), value))
+    return query, key, value
+
+
+def _bench_length(
+    contenders: Sequence[Contender], length: int, repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
+    inputs = _inputs(length, device)
+    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(length + 1)).to(device)
+    errors = {c.attn: _errors(c, inputs, weight) for c in contenders}
+
+    def calls(contender: Contender) -> dict[str, Callable[[], Any]]:
+        def forward() -> None:
+            with torch.no_grad():
+                contender.attend(*inputs)
+
+        def both() -> None:
+            torch.autograd.grad(contender.attend(*inputs), inputs, weight, allow_unused=True)
+
+        return {"forward": forward, "forward+backward": both}
+
+    tasks = {(c.attn, direction): call for c in contenders for direction, call in calls(c).items()}
+    samples = _interleaved(tasks, repeats, device)
+    rows = []
+    for contender in contenders:
+        for direction, error in zip(("forward", "forward+backward"), errors[contender.attn], strict=True):
+            row = {
+                "attn": contender.attn,
+                "dotf": contender.dotf,
+                "length": length,
+                "direction": direction,
+                "batch": BATCH,
+                "num_features": contender.num_features,
+                "relative_error": error,
+                "peak_memory_mb": _peak_memory_mb(tasks[contender.attn, direction], device),
+                **_summary(samples[contender.attn, direction], samples.get(("sdpa", direction))),
+            }
+            rows.append(row)
+            print(
+                f"{length:>6} {contender.attn:<12} {direction:<17} {row['milliseconds']:10.3f} ms "
+                f"{row['peak_memory_mb']:9.2f} MB  error {error:.1e}",
+                flush=True,
+            )
+    return rows
+
+
+def _errors(contender: Contender, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[float, float]:
+    """Relative error of outputs and of gradients; raises TrainingFailed where they may not be timed."""
+    length = inputs[0].shape[-2]
+    picked = torch.linspace(0, length - 1, min(length, CHECKED_QUERIES), device=weight.device).long()
+    weight = weight[..., picked, :]
+    output = contender.attend(*inputs)[..., picked, :]
+    gradients = torch.autograd.grad(output, inputs, weight, allow_unused=True)
+    query, key, value = (x.detach().double().requires_grad_() for x in inputs)
+    scale = HEAD_DIM**-0.25
+    truth = kernel_attention(query[..., picked, :] * scale, key * scale, value, KERNELS.get(DOTF)())
+    true_gradients = torch.autograd.grad(truth, (query, key, value), weight.double())
+    found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
+    errors = _relative_error([output.detach()], [truth.detach()]), _relative_error(found, true_gradients)
+    tolerance = EXACT_TOLERANCE if contender.attn in EXACT else ESTIMATE_TOLERANCE
+    if not all(error <= tolerance for error in errors):
+        raise TrainingFailed(
+            f"{contender.attn} at length {length} is not timed: its relative error is {errors[0]:.2g} (outputs) and "
+            f"{errors[1]:.2g} (gradients), and may be {tolerance:g}"
+        )
+    return errors
+
+
+def _relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    wrong = sum(float((a.double() - b).square().sum()) for a, b in zip(found, truth, strict=True))
+    return (wrong / sum(float(b.square().sum()) for b in truth)) ** 0.5
+
+
+def _interleaved(
+    tasks: dict[tuple[str, str], Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds per call, `repeats` samples of each; every other round goes through the tasks backwards."""
+    loops = {}
+    for name, call in tasks.items():
+        call()
+        loops[name] = max(1, round(SAMPLE_SECONDS / _seconds(call, 1, device)))
+    samples: dict[tuple[str, str], list[float]] = {name: [] for name in tasks}
+    for number in range(repeats):
+        for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
+            samples[name].append(1e3 * _seconds(tasks[name], loops[name], device) / loops[name])
+    return samples
+
+
+def _seconds(call: Callable[[], Any], loops: int, device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(samples: Sequence[float], baseline: Sequence[float] | None) -> dict[str, float | None]:
+    median = statistics.median(samples)
+    low, high = np.percentile(samples, (25, 75))
+    return {
+        "milliseconds": median,
+        "spread": float(high - low),
+        "speedup_vs_sdpa": None if baseline is None else statistics.median(baseline) / median,
+    }
+
+
+def _peak_memory_mb(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as recorded:
+        call()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(0, *np.cumsum(sizes)) / 2**20
+
+
+def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
+    """One optimiser step of the LRA model on full-length Text batches, SchoenbAt against softmax."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
+    labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)
+    key_mask = torch.ones_like(tokens, dtype=torch.bool)
+
+    def step(attn: str, dotf: str | None, former: str) -> Callable[[], None]:
+        model = _step_model(params, attn, dotf, former).to(device)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def call() -> None:
+            optimiser.zero_grad()
+            F.cross_entropy(model(tokens, key_mask), labels).backward()
+            optimiser.step()
+
+        return call
+
+    direction = "training step"
+    tasks = {
+        ("softmax", direction): step("softmax", None, "transformer"),
+        ("rmfa", direction): step("rmfa", DOTF, "maclauformer"),
+    }
+    samples = _interleaved(tasks, params.bench.repeats, device)
+    rows = []
+    for name, call in tasks.items():
+        attn = name[0]
+        row = {
+            "attn": attn,
+            "dotf": DOTF if attn == "rmfa" else None,
+            "length": STEP_LENGTH,
+            "direction": direction,
+            "batch": STEP_BATCH,
+            "num_features": params.attention.get(attn, {}).get("num_features"),
+            "relative_error": None,
+            "peak_memory_mb": _peak_memory_mb(call, device),
+            **_summary(samples[name], samples["softmax", direction]),
+        }
+        rows.append(row)
+        print(f"{attn}: one training step {row['milliseconds']:.0f} ms, {row['peak_memory_mb']:.0f} MB", flush=True)
+    return rows
+
+
+def _step_model(params: Params, attn: str, dotf: str | None, former: str) -> Classifier:
+    return build_model(
+        vocab_size=STEP_VOCABULARY,
+        num_classes=2,
+        num_texts=1,
+        max_length=STEP_LENGTH,
+        model=ModelConfig(),
+        attn=attn,
+        attention=params.attention.get(attn),
+        dotf=dotf,
+        former=former,
+        former_config=params.former.get(former, FormerConfig()),
+        seed=0,
+    )
