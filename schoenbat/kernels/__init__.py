@@ -45,3 +45,12 @@ class Kernel(ABC):
 
 
 KERNELS: Registry[Kernel] = Registry("dotf", "schoenbat.kernels", Kernel)  # type: ignore[type-abstract]
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """`Kernel.normalise` for f = exp: without overflow, and in one pass over the scores."""
+    if allowed is None:
+        return torch.softmax(scores, -1)
+    masked = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    # Only a row without anything allowed has weight left outside of `allowed`.
+    return torch.softmax(masked, -1) * allowed.any(-1, keepdim=True)

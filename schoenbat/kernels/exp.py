@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from schoenbat.kernels import Kernel
+from schoenbat.kernels import Kernel, masked_softmax
 
 
 class Exp(Kernel):
@@ -18,8 +18,4 @@ class Exp(Kernel):
         return 1 / math.factorial(degree)
 
     def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        if allowed is None:
-            return torch.softmax(scores, -1)
-        masked = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-        # Only a row without anything allowed has weight left outside of `allowed`.
-        return torch.softmax(masked, -1) * allowed.any(-1, keepdim=True)
+        return masked_softmax(scores, allowed)

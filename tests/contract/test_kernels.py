@@ -1,0 +1,59 @@
+"""What every kernel promises."""
+
+import math
+
+import pytest
+import torch
+
+from schoenbat.kernels import KERNELS, Kernel
+
+pytestmark = pytest.mark.parametrize("kernel", [KERNELS.get(name)() for name in KERNELS.names()], ids=KERNELS.names())
+
+
+def test_coefficients_are_not_negative(kernel: Kernel) -> None:
+    assert all(kernel.coefficient(degree) >= 0 for degree in range(40))
+    assert kernel.coefficient(0) > 0
+
+
+def test_series_sums_to_the_function(kernel: Kernel) -> None:
+    x = torch.linspace(-0.6, 0.6, 25, dtype=torch.float64)
+    series = sum(kernel.coefficient(degree) * x**degree for degree in range(80))
+    torch.testing.assert_close(series, kernel(x), rtol=1e-12, atol=1e-12)
+
+
+def test_function_is_positive_inside_the_radius(kernel: Kernel) -> None:
+    edge = min(kernel.radius, 5.0) * 0.999
+    assert (kernel(torch.linspace(-edge, edge, 1001, dtype=torch.float64)) > 0).all()
+
+
+def test_normalised_weights_are_the_function_over_its_sum(kernel: Kernel) -> None:
+    scores = torch.rand(3, 7, dtype=torch.float64) - 0.5
+    allowed = torch.rand(3, 7) < 0.6
+    allowed[:, 0] = True
+    weights = kernel(scores) * allowed
+    torch.testing.assert_close(kernel.normalise(scores, allowed), weights / weights.sum(-1, keepdim=True))
+    torch.testing.assert_close(kernel.normalise(scores, None), kernel(scores) / kernel(scores).sum(-1, keepdim=True))
+
+
+def test_row_without_keys_has_no_weight(kernel: Kernel) -> None:
+    scores = torch.rand(2, 5) - 0.5
+    allowed = torch.tensor([[False] * 5, [True] * 5])
+    weights = kernel.normalise(scores, allowed)
+    assert (weights[0] == 0).all()
+    torch.testing.assert_close(weights[1].sum(), torch.tensor(1.0))
+
+
+def test_masked_scores_may_lie_outside_the_domain(kernel: Kernel) -> None:
+    scores = torch.tensor([[0.1, 0.2, 1e4]], requires_grad=True)
+    weights = kernel.normalise(scores, torch.tensor([[True, True, False]]))
+    weights[0, 0].backward()
+    assert scores.grad is not None
+    assert torch.isfinite(weights).all()
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_entire_kernels_do_not_overflow(kernel: Kernel) -> None:
+    if math.isfinite(kernel.radius):
+        pytest.skip("defined inside its radius only")
+    weights = kernel.normalise(torch.tensor([[1e4, 1e4 - 1.0, -1e4]]), None)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, math.exp(-1), 0.0]]) / (1 + math.exp(-1)))
