@@ -106,10 +106,19 @@ class RunParams:
 
 @dataclass(frozen=True)
 class BenchParams:
-    """Sequence lengths that are timed, and how often each."""
+    """What is timed.
+
+    Attributes:
+        lengths: of the sequences.
+        repeats: timings of each mechanism and length.
+        max_quadratic_length: mechanisms of quadratic cost are left out above it.
+        step: also time one training step of the whole model.
+    """
 
     lengths: list[int]
     repeats: int
+    max_quadratic_length: int = 16384
+    step: bool = False
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or any(length < 1 for length in self.lengths):

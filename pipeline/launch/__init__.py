@@ -18,7 +18,7 @@ from typing import Literal
 OUTCOME_VARIABLE = "SCHOENBAT_OUTCOME_FILE"
 """Names a file into which a failing command writes {"kind": ..., "message": ...}; see `pipeline.cli.main`."""
 
-_START_OF_COMMAND = "> schoenbat-exp"
+_START_OF_COMMAND = "> "
 _END_OF_COMMAND = ("Updating lock file", "Generating lock file", "ERROR: failed to reproduce")
 """DVC's own lines around the output of a stage's command."""
 
@@ -100,13 +100,14 @@ def _run_stage(stage: str, log: Path, environment: Mapping[str, str]) -> Iterato
         )
         assert child.stdout is not None
         try:
-            inside_command = False
+            inside_command, last_line = False, ""
             for line in child.stdout:
                 log_file.write(line)
                 log_file.flush()
                 if line.startswith(_END_OF_COMMAND):
                     inside_command = False
                 if inside_command and line.strip():
+                    last_line = line.strip()
                     yield Event(stage, "progress", line.rstrip(), log)
                 if line.startswith(_START_OF_COMMAND):
                     inside_command = True
@@ -121,7 +122,7 @@ def _run_stage(stage: str, log: Path, environment: Mapping[str, str]) -> Iterato
         state: State = "unavailable" if reason["kind"] == "unavailable" else "failed"
         yield Event(stage, state, reason["message"], log, stage)
     else:
-        yield Event(stage, "failed", _last_line(log), log, stage)
+        yield Event(stage, "failed", last_line or _last_line(log), log, stage)
 
 
 def _search_path() -> str:
