@@ -49,6 +49,10 @@ class Setting:
     revisions: set[str] = field(default_factory=set)
     bench: dict[str, list[str]] = field(default_factory=dict)
 
+    def heading(self, task: str) -> str:
+        """The task with the first part of its data's label; captions have all of it."""
+        return f"{task}: {self.labels.get(task, 'no data').partition(',')[0]}"
+
     def caption(self, tasks: list[str] | None = None) -> str:
         """The circumstances of results on `tasks` (all of them by default), as one line."""
         tasks = self.tasks if tasks is None else tasks

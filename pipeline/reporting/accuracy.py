@@ -28,7 +28,7 @@ class Accuracy(Report):
             for task in setting.tasks:
                 scores = 100 * rows_of(found, mechanism).query("task == @task").value.dropna()
                 numbers |= {f"{task} mean": scores.mean(), f"{task} std": scores.std(ddof=1), f"{task} n": len(scores)}
-                texts[_heading(task, setting)] = _show(scores, planned=len(setting.seeds))
+                texts[setting.heading(task)] = _show(scores, planned=len(setting.seeds))
                 means.append(scores.mean())
             overall = sum(means) / len(means) if setting.tasks else float("nan")
             values.append(named(mechanism) | numbers | {"mean over tasks": overall})
@@ -43,10 +43,6 @@ class Accuracy(Report):
             shown=pd.DataFrame(shown),
             caption=setting.caption(),
         )
-
-
-def _heading(task: str, setting: Setting) -> str:
-    return f"{task}: {setting.labels.get(task, 'no data')}"
 
 
 def _show(scores: pd.Series, planned: int) -> str:

@@ -31,7 +31,7 @@ class Curves(Report):
                 if seeds.shape[1] > 1:
                     band = (seeds.min(axis=1), seeds.max(axis=1))
                     axes.fill_between(seeds.index, *band, color=look["color"], alpha=0.12, linewidth=0)
-            axes.set(xlabel="step", ylabel="dev accuracy (%)", title=f"{task}: {setting.labels[task]}")
+            axes.set(xlabel="step", ylabel="dev accuracy (%)", title=setting.heading(task))
             axes.set_xlim(left=0)
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
             yield Figure(

@@ -41,7 +41,7 @@ class Tradeoff(Report):
             axes.set(
                 xlabel=f"milliseconds of one attention, forward and backward, at length {length:,}",
                 ylabel="test accuracy (%)",
-                title=f"{task}: {setting.labels[task]}",
+                title=setting.heading(task),
             )
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
             yield Figure(
