@@ -26,6 +26,7 @@ SHARED_SOURCES = (
     Path("schoenbat/features"),
     Path("schoenbat/ops"),
     Path("schoenbat/data/arrays.py"),
+    Path("schoenbat/attention/__init__.py"),
 )
 """The numerics that every cell goes through."""
 
@@ -193,7 +194,9 @@ def report_stage(profile: str) -> str:
 
 def sources(cell: Cell) -> list[Path]:
     """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same."""
-    kernel = [] if cell.dotf is None else [Path(f"schoenbat/kernels/{cell.dotf}.py")]
+    kernel = (
+        [] if cell.dotf is None else [Path("schoenbat/kernels/__init__.py"), Path(f"schoenbat/kernels/{cell.dotf}.py")]
+    )
     return [*SHARED_SOURCES, Path(f"schoenbat/attention/{cell.attn}.py"), *kernel]
 
 

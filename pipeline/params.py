@@ -111,18 +111,20 @@ class BenchParams:
     Attributes:
         lengths: of the sequences.
         repeats: timings of each mechanism and length.
+        threads: CPU threads while timing; `run.threads` is for the cells.
         max_quadratic_length: mechanisms of quadratic cost are left out above it.
         step: also time one training step of the whole model.
     """
 
     lengths: list[int]
     repeats: int
+    threads: int = 2
     max_quadratic_length: int = 16384
     step: bool = False
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or any(length < 1 for length in self.lengths):
-            raise ValueError("lengths and repeats must be at least 1")
+        if min(self.repeats, self.threads, *self.lengths) < 1:
+            raise ValueError("lengths, repeats and threads must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ checkpoint goes on exactly as if nothing had happened.
 
 import math
 import os
+import pickle
 import resource
 import sys
 import time
@@ -45,8 +46,9 @@ class TrainingConfig:
         for name in ("batch_size", "steps", "eval_every", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps must lie in [0, {self.steps}), not {self.warmup_steps}")
+        # OneCycleLR divides by warmup_steps - 1.
+        if not 2 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps must lie in [2, {self.steps}), not {self.warmup_steps}")
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ def write_torch(path: Path, content: Any) -> None:
 def _read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it") from error

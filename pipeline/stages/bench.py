@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline.devices import describe_device, get_device
+from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, write_csv
 from pipeline.params import Params
 from schoenbat.attention import ATTENTIONS
@@ -94,7 +94,7 @@ def run(params: Params, out: Path) -> None:
         TrainingFailed: a mechanism is further from the exact result than it may be.
     """
     device = get_device(params.run.device)
-    torch.set_num_threads(params.run.threads)
+    prepare_host(params.bench.threads)
     # The profiler's library would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     rows: list[dict[str, Any]] = []

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
-
 from pipeline import tracking
 from pipeline.cells import Cell, data_folder, data_meta, fingerprint
-from pipeline.devices import get_device
+from pipeline.devices import get_device, prepare_host
 from pipeline.files import write_json
 from pipeline.params import Params, task_section
 from pipeline.progress import Meter
@@ -26,7 +24,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
     device = get_device(device_name)
-    torch.set_num_threads(params.run.threads)
+    prepare_host(params.run.threads)
     meta = data_meta(cell, params)
     state, described = load_model(best)
     _check_description(cell, described, description(cell, params, meta))

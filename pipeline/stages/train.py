@@ -8,7 +8,7 @@ import torch
 
 from pipeline import tracking
 from pipeline.cells import Cell, data_folder, data_meta, fingerprint, settings
-from pipeline.devices import describe_device, get_device
+from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, write_csv, write_json
 from pipeline.params import Params, task_section
 from pipeline.progress import Meter
@@ -32,7 +32,7 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         TrainingFailed: the loss is no longer a number, or the device's memory does not suffice.
     """
     device = get_device(device_name)
-    torch.set_num_threads(params.run.threads)
+    prepare_host(params.run.threads)
     meta = data_meta(cell, params)
     dataset = Dataset(data_folder(params.profile, cell.task))
     model = model_of(cell, params, meta)

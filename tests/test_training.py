@@ -1,0 +1,185 @@
+"""Training: killed and resumed it gives the same bits, the best dev result wins, and bad runs end with a reason."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from schoenbat.data.arrays import Dataset, write_dataset
+from schoenbat.errors import TrainingFailed, UserError
+from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
+from schoenbat.nn.multihead import FormerConfig
+from schoenbat.training import Evaluation, FitResult, TrainingConfig, evaluate, fit, load_model, save_model
+
+CPU = torch.device("cpu")
+CONFIG = TrainingConfig(batch_size=8, learning_rate=3e-3, warmup_steps=5, steps=60, eval_every=7)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Texts in which label 1 has more of token 5."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 130)
+    docs = [
+        np.where(rng.random(rng.integers(5, 40)) < 0.2 + 0.5 * label, 5, rng.integers(1, 9)).astype(np.uint8)
+        for label in labels
+    ]
+    rows = np.arange(130, dtype=np.int32)[:, None]
+    splits = {
+        name: (rows[part], labels[part].astype(np.int64))
+        for name, part in (("train", slice(0, 90)), ("dev", slice(90, 110)), ("test", slice(110, 130)))
+    }
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    meta = {"task": "toy", "num_classes": 2, "vocab_size": 9, "num_texts": 1, "max_length": 64}
+    write_dataset(folder, docs, splits, {**meta, "label": "toy", "source": "drawn", "notes": []})
+    return Dataset(folder)
+
+
+def model(seed: int = 0) -> Classifier:
+    return build_model(
+        vocab_size=9,
+        num_classes=2,
+        num_texts=1,
+        max_length=64,
+        model=ModelConfig(num_layers=1, width=8, ffn_width=8, num_heads=2, dropout=0.2, head_width=8),
+        attn="rmfa",
+        attention={"num_features": 16},
+        dotf="exp",
+        former="maclauformer",
+        former_config=FormerConfig(),
+        seed=seed,
+    )
+
+
+def train(dataset: Dataset, checkpoint: Path | None = None, **callbacks: Any) -> tuple[Classifier, FitResult]:
+    net = model()
+    result = fit(net, dataset, CONFIG, seed=3, device=CPU, checkpoint=checkpoint, fingerprint="a", **callbacks)
+    return net, result
+
+
+class Killed(BaseException):
+    """Ends a run at once, as a signal would."""
+
+
+def test_resumed_run_is_bit_for_bit_the_undisturbed_one(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, expected = train(dataset)
+    # A checkpoint after every step, so that runs also stop between two evaluations.
+    monkeypatch.setattr("schoenbat.training.CHECKPOINT_SECONDS", 0.0)
+    checkpoint = tmp_path / "last.pt"
+    for stop in (3, 7, 26, 41, 59):
+
+        def on_step(report: Any, stop: int = stop) -> None:
+            if report.step >= stop:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(dataset, checkpoint, on_step=on_step)
+    seen: list[Evaluation] = []
+    resumed, result = train(dataset, checkpoint, on_evaluation=seen.append)
+    assert result.resumed == 5
+    assert result.evaluations == expected.evaluations
+    assert (result.best_step, result.final_train_loss) == (expected.best_step, expected.final_train_loss)
+    assert result.tokens == expected.tokens
+    assert len(seen) < len(expected.evaluations)
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_run_that_stopped_at_its_end_only_reports(dataset: Dataset, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "last.pt"
+    _, first = train(dataset, checkpoint)
+    _, again = train(dataset, checkpoint)
+    assert again.evaluations == first.evaluations
+    assert again.steps_run == CONFIG.steps
+
+
+def test_best_weights_are_those_of_the_best_dev_accuracy_after_the_first_fifth(dataset: Dataset) -> None:
+    net, result = train(dataset)
+    eligible = [row for row in result.evaluations if row.step >= 0.2 * CONFIG.steps]
+    assert result.best_dev_accuracy == max(row.dev_accuracy for row in eligible)
+    assert result.best_step == next(row.step for row in eligible if row.dev_accuracy == result.best_dev_accuracy)
+    score = evaluate(net, dataset, "dev", batch_size=8, device=CPU)
+    assert score.accuracy == result.best_dev_accuracy
+    assert score.loss == pytest.approx(result.best_dev_loss, abs=1e-9)
+
+
+def test_it_learns(dataset: Dataset) -> None:
+    _, result = train(dataset)
+    assert result.best_dev_accuracy >= 0.8
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch(dataset: Dataset) -> None:
+    net = model()
+    scores = [evaluate(net, dataset, "test", batch_size=size, device=CPU) for size in (1, 7, 20, 64)]
+    assert {score.examples for score in scores} == {20}
+    assert len({score.accuracy for score in scores}) == 1
+    assert max(score.loss for score in scores) == pytest.approx(min(score.loss for score in scores), abs=1e-5)
+
+
+def test_checkpoint_of_another_configuration_is_refused_and_kept(dataset: Dataset, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "last.pt"
+    train(dataset, checkpoint)
+    before = checkpoint.read_bytes()
+    with pytest.raises(UserError, match="belongs to another configuration"):
+        fit(model(), dataset, CONFIG, seed=3, device=CPU, checkpoint=checkpoint, fingerprint="b")
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_damaged_checkpoint_is_named(dataset: Dataset, tmp_path: Path, damage: str) -> None:
+    checkpoint = tmp_path / "last.pt"
+    train(dataset, checkpoint)
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"x" * 100, "empty": b""}[damage])
+    with pytest.raises(UserError, match=r"last\.pt cannot be read as a checkpoint"):
+        train(dataset, checkpoint)
+
+
+def test_loss_that_is_not_a_number_ends_the_run_with_its_step(dataset: Dataset, tmp_path: Path) -> None:
+    net = model()
+    with torch.no_grad():
+        net.head[0].weight[0, 0] = float("nan")
+    checkpoint = tmp_path / "last.pt"
+    with pytest.raises(TrainingFailed, match="loss is nan at step 1 of 60"):
+        fit(net, dataset, CONFIG, seed=3, device=CPU, checkpoint=checkpoint)
+    assert not checkpoint.exists()
+
+
+def test_batch_larger_than_the_training_set_is_refused(dataset: Dataset) -> None:
+    config = TrainingConfig(batch_size=91, learning_rate=1e-3, warmup_steps=2, steps=5, eval_every=5)
+    with pytest.raises(UserError, match="batch_size 91 is larger than the 90 training examples"):
+        fit(model(), dataset, config, seed=0, device=CPU)
+
+
+def test_saved_model_comes_back_with_its_description(tmp_path: Path) -> None:
+    net = model()
+    save_model(tmp_path / "best.pt", net, {"cell": "x", "steps": 3})
+    state, description = load_model(tmp_path / "best.pt")
+    assert description == {"cell": "x", "steps": 3}
+    assert set(state) == set(net.state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt"]
+
+
+def test_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    torch.save({"something": 1}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"best\.pt is not a model saved by this program"):
+        load_model(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"warmup_steps": 1}, r"warmup_steps must lie in \[2, 60\)"),
+        ({"warmup_steps": 60}, r"warmup_steps must lie in \[2, 60\)"),
+    ],
+)
+def test_impossible_schedules_are_refused(changes: dict[str, Any], message: str) -> None:
+    values = {"batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 5, "steps": 60, "eval_every": 7}
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**{**values, **changes})
