@@ -283,6 +283,10 @@ def _changed_stages() -> set[str]:
     )
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
+        if "is busy" in result.stderr:
+            raise UserError(
+                "a stage of this checkout is running, so DVC cannot say what is out of date; wait for its end"
+            )
         raise UserError(f"dvc status failed: {lines[0] if lines else 'no output'}")
     return set(json.loads(result.stdout))
 

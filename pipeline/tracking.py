@@ -12,6 +12,7 @@ read it.
 
 import copy
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import logging
@@ -81,7 +82,8 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
 def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Scalar]) -> Iterator["CellRun"]:
     """The run in which a cell is trained: the interrupted one of the same fingerprint if there is one, else a new one.
 
-    The run ends as FINISHED, as KILLED on KeyboardInterrupt, and as FAILED on any other exception, which goes on.
+    The run ends as FINISHED, as KILLED on KeyboardInterrupt, and as FAILED on any other exception, which goes on; an
+    error of MLflow itself as an OSError.
 
     Args:
         cell: what is trained.
@@ -89,28 +91,32 @@ def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Sc
         profile: the name of the profile.
         params: further parameters, flat.
     """
-    client, experiment, parent = _connect(profile)
-    run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
-    if run is None or run.info.status == "FINISHED":
-        run = client.create_run(experiment, tags=_identity(cell, fingerprint, parent), run_name=cell.id)
-        client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
-    axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
-    _describe(client, run, {**axes, **params}, {"git_sha": git_revision(), "dvc_stage": cell.stage("train", profile)})
-    with _active(run.info.run_id):
-        yield CellRun(client, run.info.run_id)
+    with _errors_as_one_line():
+        client, experiment, parent = _connect(profile)
+        run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
+        if run is None or run.info.status == "FINISHED":
+            run = client.create_run(experiment, tags=_identity(cell, fingerprint, parent), run_name=cell.id)
+            client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
+        axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
+        _describe(
+            client, run, {**axes, **params}, {"git_sha": git_revision(), "dvc_stage": cell.stage("train", profile)}
+        )
+        with _active(run.info.run_id):
+            yield CellRun(client, run.info.run_id)
 
 
 @contextmanager
 def attach(cell: Cell, fingerprint: str, profile: str) -> Iterator["CellRun"]:
     """The newest run of a trained cell, to add what was found out after the training; it is made if there is none."""
-    client, experiment, parent = _connect(profile)
-    run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
-    if run is None:
-        with cell_run(cell, fingerprint, profile, {}) as made:
-            yield made
-        return
-    with _active(run.info.run_id):
-        yield CellRun(client, run.info.run_id)
+    with _errors_as_one_line():
+        client, experiment, parent = _connect(profile)
+        run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
+        if run is None:
+            with cell_run(cell, fingerprint, profile, {}) as made:
+                yield made
+            return
+        with _active(run.info.run_id):
+            yield CellRun(client, run.info.run_id)
 
 
 class CellRun:
@@ -190,6 +196,17 @@ def _connect(profile: str) -> tuple["MlflowClient", str, str]:
     mlflow = _mlflow()
     mlflow.set_tracking_uri(grid[TRACKING_URI])
     return mlflow.MlflowClient(), grid[EXPERIMENT_ID], grid[PARENT_RUN_ID]
+
+
+@contextmanager
+def _errors_as_one_line() -> Iterator[None]:
+    """MLflow's errors, which can be pages long, as an OSError that says where and why."""
+    mlflow = _mlflow()
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(errno.EIO, f"MLflow at {mlflow.get_tracking_uri()}: {reason}") from error
 
 
 @contextmanager
