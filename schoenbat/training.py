@@ -4,6 +4,7 @@ Data order comes from (seed, epoch) and dropout from (seed, step), so a run that
 checkpoint goes on exactly as if nothing had happened.
 """
 
+import io
 import math
 import os
 import pickle
@@ -323,12 +324,15 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """torch.save to `path` such that the file is complete or absent, even after a power cut."""
+    """torch.save to `path` such that the file is complete or absent, even after a power cut; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # torch.save reports a full disk as a RuntimeError without a reason; writing bytes, as the OSError that it is.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
