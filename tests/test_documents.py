@@ -1,0 +1,24 @@
+"""The documents quote what was generated, and lead nowhere that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_tables_in_the_readme_are_the_generated_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"<!-- begin: (\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert quotes
+    for path, quoted in quotes:
+        assert quoted.strip() == (ROOT / path).read_text(encoding="utf-8").strip(), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert all((document.parent / target).exists() for target in local), local
