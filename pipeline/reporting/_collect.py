@@ -50,8 +50,8 @@ class Setting:
     bench: dict[str, list[str]] = field(default_factory=dict)
 
     def heading(self, task: str) -> str:
-        """The task with the first part of its data's label; captions have all of it."""
-        return f"{task}: {self.labels.get(task, 'no data').partition(',')[0]}"
+        """The task with the first two parts of its data's label, one of which names a subset; captions have all."""
+        return f"{task}: {', '.join(self.labels.get(task, 'no data').split(', ')[:2])}"
 
     def caption(self, tasks: list[str] | None = None) -> str:
         """The circumstances of results on `tasks` (all of them by default), as one line."""
