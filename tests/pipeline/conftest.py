@@ -10,7 +10,9 @@ from project_folder import Project
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SCHOENBAT_DATA_MIRROR", raising=False)
+    # MLflow puts the address it was given into the environment, where the next test would find it.
+    for name in ("SCHOENBAT_DATA_MIRROR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
     return Project(tmp_path)
 
 
