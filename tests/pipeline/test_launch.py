@@ -6,9 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from project_folder import Project, init_dvc
 
@@ -61,14 +62,22 @@ def test_a_stage_that_fails_stops_only_those_that_need_it(stages: Path) -> None:
 def _processes_in(folder: Path) -> list[str]:
     """Command lines of the other processes whose current folder is `folder`."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if process.name != str(os.getpid()) and os.readlink(process / "cwd") == str(folder):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.cwd() == str(folder.resolve()):
+                found.append(" ".join(process.cmdline()))
     return found
 
 
-def test_an_interrupt_leaves_no_child_behind(stages: Path) -> None:
+@pytest.fixture
+def heeded_interrupt() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt even where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_no_child_behind(stages: Path, heeded_interrupt: None) -> None:
     seen: list[str] = []
 
     def interrupt_once_it_runs() -> None:
