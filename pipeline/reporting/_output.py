@@ -81,10 +81,15 @@ def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, li
 
 
 def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
-    """Make the x or y axis logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten."""
+    """Make the axis of what has been drawn logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten.
+
+    Side by side there is room for so many over two decades only; beyond that the powers of ten have to do.
+    """
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_data_interval()
+    crowded = name == "x" and high > 100 * low
+    axis.set_major_locator(LogLocator(subs=(1.0,) if crowded else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(NullLocator())
 
