@@ -14,9 +14,8 @@ from typing import Any
 
 from pipeline.files import read_json
 from pipeline.params import Params, attention_section, former_section, task_section
-from schoenbat.attention import ATTENTIONS
+from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError
-from schoenbat.kernels import KERNELS
 from schoenbat.nn.encoder import build_model
 
 SHARED_SOURCES = (
@@ -83,13 +82,7 @@ def make_cell(params: Params, task: str, attn: str, dotf: str | None, former: st
     task_section(params, task)
     attention_section(params, attn)
     former_section(params, former)
-    if dotf is not None:
-        KERNELS.get(dotf)
-    needs_kernel = ATTENTIONS.get(attn).needs_kernel
-    if needs_kernel and dotf is None:
-        raise UserError(f"attn {attn!r} needs a kernel: pass --dotf, one of: {', '.join(KERNELS.names())}")
-    if not needs_kernel and dotf is not None:
-        raise UserError(f"attn {attn!r} takes no kernel: leave out --dotf {dotf}")
+    check_kernel(attn, dotf)
     if seed is None and not params.grid.seeds:
         raise UserError("grid.seeds is empty: pass --seed")
     if seed is not None and seed < 0:

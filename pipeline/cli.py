@@ -201,8 +201,8 @@ def use(
     force: Annotated[bool, typer.Option("--force", help="Even if params.yaml is not a copy of any profile.")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml."""
-    from pipeline.files import write_bytes
     from pipeline.params import PARAMS_FILE, load_params
+    from schoenbat.files import write_bytes
 
     names = _names(Kind.PROFILES)
     if profile not in names:

@@ -1,31 +1,14 @@
-"""Files that appear complete or not at all, and facts about where a run happened."""
+"""JSON and CSV files, and facts about where a run happened."""
 
 import csv
 import io
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` through a temporary file beside it, so that no reader ever sees a part of it.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the previous file, if any, is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from schoenbat.files import write_bytes
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The two normalisations around SchoenbAt's kernelised attention (arXiv 2505.12252; METHOD: ppSBN)."""
+"""The two normalisations around SchoenbAt's kernelised attention (ppSBN in arXiv 2505.12252)."""
 
 import torch
 from torch import Tensor, nn

@@ -6,7 +6,6 @@ checkpoint goes on exactly as if nothing had happened.
 
 import io
 import math
-import os
 import pickle
 import resource
 import sys
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from schoenbat.data.arrays import Dataset, batches
 from schoenbat.errors import TrainingFailed, UserError
+from schoenbat.files import write_bytes
 
 CHECKPOINT_SECONDS = 30.0
 BEST_AFTER = 0.2
@@ -324,20 +324,11 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """torch.save to `path` such that the file is complete or absent, even after a power cut; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """torch.save to `path`, complete or not at all; raises OSError."""
     # torch.save reports a full disk as a RuntimeError without a reason; writing bytes, as the OSError that it is.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, buffer.getbuffer())
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -353,9 +344,8 @@ def _remaining_batches(
     dataset: Dataset, batch_size: int, seed: int, step: int, steps: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, indices) of each update from `step` on."""
-    per_epoch = dataset.num_examples("train") // batch_size
-    if per_epoch == 0:
-        raise UserError(f"batch_size {batch_size} is larger than the {dataset.num_examples('train')} training examples")
+    # `batches` refuses a split that is smaller than one batch.
+    per_epoch = max(1, dataset.num_examples("train") // batch_size)
     while step < steps:
         epoch, skip = divmod(step, per_epoch)
         for position, indices in enumerate(batches(dataset, "train", batch_size, seed=seed, epoch=epoch)):

@@ -151,7 +151,7 @@ def test_loss_that_is_not_a_number_ends_the_run_with_its_step(dataset: Dataset, 
 
 def test_batch_larger_than_the_training_set_is_refused(dataset: Dataset) -> None:
     config = TrainingConfig(batch_size=91, learning_rate=1e-3, warmup_steps=2, steps=5, eval_every=5)
-    with pytest.raises(UserError, match="batch_size 91 is larger than the 90 training examples"):
+    with pytest.raises(UserError, match="batch_size 91 is more than the 90 examples of train"):
         fit(model(), dataset, config, seed=0, device=CPU)
 
 

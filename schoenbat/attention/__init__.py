@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from schoenbat.kernels import Kernel
+from schoenbat.errors import UserError
+from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.registry import Registry
 
 
@@ -62,7 +63,29 @@ class Attention(nn.Module, ABC):
         """
 
 
+class KernelAttention(Attention):
+    """A mechanism that evaluates or estimates a dot-product kernel, kept as `kernel`."""
+
+    needs_kernel = True
+
+    def __init__(self, config: Any, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
+        super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
+        assert kernel is not None
+        self.kernel = kernel
+
+
 ATTENTIONS: Registry[Attention] = Registry("attn", "schoenbat.attention", Attention)  # type: ignore[type-abstract]
+
+
+def check_kernel(attn: str, dotf: str | None) -> None:
+    """Raise UserError for an unknown name, and for a mechanism that lacks a kernel or has no use for one."""
+    needs_kernel = ATTENTIONS.get(attn).needs_kernel
+    if dotf is not None:
+        KERNELS.get(dotf)
+    if needs_kernel and dotf is None:
+        raise UserError(f"attn {attn!r} needs a kernel; choose dotf from: {', '.join(KERNELS.names())}")
+    if not needs_kernel and dotf is not None:
+        raise UserError(f"attn {attn!r} takes no kernel; leave out dotf {dotf!r}")
 
 
 def scale_and_widen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schoenbat.attention import Attention, scale_and_widen
+from schoenbat.attention import KernelAttention, scale_and_widen
 from schoenbat.features.maclaurin import RandomMaclaurin
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
-class Rmfa(Attention):
+class Rmfa(KernelAttention):
     """phi(q) (phi(k)^T v) / (phi(q) phi(k)^T 1) with one draw of phi for the layer (arXiv 2505.12252)."""
-
-    needs_kernel = True
 
     @dataclass(frozen=True)
     class Config:
@@ -23,9 +21,8 @@ class Rmfa(Attention):
 
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
-        assert kernel is not None
         self.features = RandomMaclaurin(
-            kernel,
+            self.kernel,
             head_dim=head_dim,
             num_features=config.num_features,
             max_degree=config.max_degree,

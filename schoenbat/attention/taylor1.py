@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from schoenbat.attention import Attention, scale_and_widen
+from schoenbat.attention import KernelAttention, scale_and_widen
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
-class Taylor1(Attention):
+class Taylor1(KernelAttention):
     """Attention with weights a_0 + a_1 <q, k> / sqrt(head_dim), exact in linear time with head_dim + 1 features."""
-
-    needs_kernel = True
 
     def __init__(self, config: object, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
-        assert kernel is not None
-        self.constant = math.sqrt(kernel.coefficient(0))
-        self.slope = math.sqrt(kernel.coefficient(1))
+        self.constant = math.sqrt(self.kernel.coefficient(0))
+        self.slope = math.sqrt(self.kernel.coefficient(1))
 
     def forward(
         self,

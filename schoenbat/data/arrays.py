@@ -12,8 +12,8 @@ Token 0 is padding and never stored. A folder appears complete or not at all.
 """
 
 import hashlib
+import io
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from schoenbat.errors import UserError
+from schoenbat.files import write_bytes
 
 SPLITS = ("train", "dev", "test")
 
@@ -77,17 +78,13 @@ def write_dataset(
     part.mkdir(parents=True)
     try:
         for name, array in arrays.items():
-            with open(part / f"{name}.npy", "wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-        with open(part / "meta.json", "w", encoding="utf-8") as text_file:
-            text_file.write(json.dumps(described, indent=2, sort_keys=True) + "\n")
-            text_file.flush()
-            os.fsync(text_file.fileno())
+            content = io.BytesIO()
+            np.save(content, array)
+            write_bytes(part / f"{name}.npy", content.getbuffer())
+        write_bytes(part / "meta.json", (json.dumps(described, indent=2, sort_keys=True) + "\n").encode())
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(part, folder)
+        part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return described

@@ -30,7 +30,9 @@ class Kernel(ABC):
         """The Maclaurin coefficient a_degree, never negative."""
 
     def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        """f(scores) where `allowed`, else 0, divided by its sum along the last axis; a row of zeros stays one.
+        """f(scores) where `allowed`, else 0, divided by its sum along the last axis.
+
+        A row in which nothing is allowed comes out finite and means nothing.
 
         Args:
             scores: [..., M], below `radius` in absolute value wherever allowed.
@@ -51,6 +53,4 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
     """`Kernel.normalise` for f = exp: without overflow, and in one pass over the scores."""
     if allowed is None:
         return torch.softmax(scores, -1)
-    masked = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    # Only a row without anything allowed has weight left outside of `allowed`.
-    return torch.softmax(masked, -1) * allowed.any(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)

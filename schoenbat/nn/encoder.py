@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import ATTENTIONS
+from schoenbat.attention import ATTENTIONS, check_kernel
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
@@ -135,9 +135,10 @@ def build_model(
     """
     attention_class = ATTENTIONS.get(attn)
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
-    kernel = _kernel_for(attn, attention_class.needs_kernel, dotf, former)
-    if former_config.power and former != "maclauformer":
-        raise UserError(f"former {former!r} has no post-SBN, so it takes no option 'power'")
+    kernel = _kernel_for(attn, dotf, former)
+    for option in ("power", "temperature"):
+        if getattr(former_config, option) and former != "maclauformer":
+            raise UserError(f"former {former!r} has no SBN, so it takes no option {option!r}")
     head_dim = model.width // model.num_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -148,23 +149,23 @@ def build_model(
                 mechanism = attention_class(config, head_dim=head_dim, kernel=kernel, generator=generator)
             except ValueError as error:
                 raise UserError(f"attention.{attn}: {error}") from None
-            heads = SelfAttention(
-                mechanism, width=model.width, num_heads=model.num_heads, former=former, config=former_config
-            )
+            try:
+                heads = SelfAttention(
+                    mechanism, width=model.width, num_heads=model.num_heads, former=former, config=former_config
+                )
+            except ValueError as error:
+                raise UserError(f"former.{former}: {error}") from None
             blocks.append(Block(heads, model))
         encoder = Encoder(blocks, vocab_size=vocab_size, max_length=max_length, config=model)
         return Classifier(encoder, num_texts=num_texts, num_classes=num_classes, config=model)
 
 
-def _kernel_for(attn: str, needed: bool, dotf: str | None, former: str) -> Kernel | None:
+def _kernel_for(attn: str, dotf: str | None, former: str) -> Kernel | None:
     if former not in FORMERS:
         raise unknown_name("former", former, list(FORMERS))
-    if not needed:
-        if dotf is not None:
-            raise UserError(f"attn {attn!r} has no kernel, so it takes no dotf; got {dotf!r}")
-        return None
+    check_kernel(attn, dotf)
     if dotf is None:
-        raise UserError(f"attn {attn!r} needs a dotf; choose one of: {', '.join(KERNELS.names())}")
+        return None
     kernel = KERNELS.get(dotf)()
     if former == "transformer" and kernel.radius < float("inf"):
         raise UserError(

@@ -1,11 +1,12 @@
 """Projections around an attention mechanism, with or without SchoenbAt's normalisation."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import Attention
+from schoenbat.attention import Attention, KernelAttention
 from schoenbat.norm import PostSBN, pre_sbn
 
 FORMERS = ("maclauformer", "transformer")
@@ -13,9 +14,38 @@ FORMERS = ("maclauformer", "transformer")
 
 @dataclass(frozen=True)
 class FormerConfig:
-    """Options of a former; `power` adds the exponent of post-SBN and belongs to maclauformer."""
+    """Options of a former; both belong to maclauformer.
+
+    Attributes:
+        power: post-SBN gets its exponent.
+        temperature: the argument of the kernel, cos(q, k) / sqrt(head_dim), is multiplied by a learned factor per head,
+            1 at first. An extension of the paper, in which pre-SBN confines the argument to a small interval where
+            every kernel is nearly constant.
+    """
 
     power: bool = False
+    temperature: bool = False
+
+
+class Temperature(nn.Module):
+    """Queries times a learned positive factor per head: [B, num_heads, N, head_dim] to the same.
+
+    For unit vectors the argument of a kernel with a finite radius of convergence stays below 0.99 of the radius.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, attention: Attention) -> None:
+        super().__init__()
+        radius = attention.kernel.radius if isinstance(attention, KernelAttention) else math.inf
+        self.largest = 0.99 * radius * math.sqrt(head_dim)
+        if self.largest <= 1:
+            raise ValueError(f"temperature has no room below the kernel's radius {radius:g} at head_dim {head_dim}")
+        start = 0.0 if math.isinf(radius) else -math.log(self.largest - 1)
+        self.logit = nn.Parameter(torch.full((num_heads, 1, 1), start))
+
+    def forward(self, query: Tensor) -> Tensor:
+        bounded = not math.isinf(self.largest)
+        factor = self.largest * torch.sigmoid(self.logit) if bounded else torch.exp(self.logit)
+        return query * factor.to(query.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -34,12 +64,16 @@ class SelfAttention(nn.Module):
         self.attention = attention
         self.project_in = nn.Linear(width, 3 * width)
         self.project_out = nn.Linear(width, width)
-        self.post_sbn = PostSBN(num_heads, width // num_heads, power=config.power) if self.normalised else nn.Identity()
+        head_dim = width // num_heads
+        self.post_sbn = PostSBN(num_heads, head_dim, power=config.power) if self.normalised else nn.Identity()
+        self.temperature = Temperature(num_heads, head_dim, attention) if config.temperature else None
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         query, key, value = self.project_in(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.normalised:
             query, key = pre_sbn(query), pre_sbn(key)
+        if self.temperature is not None:
+            query = self.temperature(query)
         # Sums over thousands of tokens need the range and precision of float32, whatever the autocast dtype is.
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):

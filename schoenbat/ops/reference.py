@@ -33,6 +33,9 @@ def kernel_attention(
     Args:
         query, key, value: [B, H, N, d], [B, H, M, d], [B, H, M, v]; the argument of f is their dot product as it is.
         is_causal: query i sees keys up to i; requires N = M.
+
+    Returns:
+        [B, H, N, v]; 0 for a query that may attend to nothing.
     """
     scores = query @ key.transpose(-1, -2)
     allowed = None
@@ -42,7 +45,8 @@ def kernel_attention(
         _check_square(query, key)
         lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         allowed = lower if allowed is None else allowed & lower
-    return kernel.normalise(scores, allowed) @ value
+    attended = kernel.normalise(scores, allowed) @ value
+    return attended if allowed is None else attended * allowed.any(-1, keepdim=True)
 
 
 def _check_square(query: Tensor, key: Tensor) -> None:

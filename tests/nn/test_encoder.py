@@ -96,13 +96,20 @@ def test_texts_of_a_pair_go_through_the_same_encoder() -> None:
         ({"attn": "rmfaa"}, "unknown attn 'rmfaa'; choose one of: kernelized, mean, rmfa, softmax, taylor1"),
         ({"dotf": "cosh"}, "unknown dotf 'cosh'; choose one of: exp, inverse, log, sqrt, trigh"),
         ({"former": "macformer"}, "unknown former 'macformer'; choose one of: maclauformer, transformer"),
-        ({"dotf": None}, "attn 'rmfa' needs a dotf; choose one of: exp"),
-        ({"attn": "softmax"}, "attn 'softmax' has no kernel, so it takes no dotf; got 'exp'"),
+        ({"dotf": None}, "attn 'rmfa' needs a kernel; choose dotf from: exp"),
+        ({"attn": "softmax"}, "attn 'softmax' takes no kernel; leave out dotf 'exp'"),
         ({"dotf": "log", "former": "transformer"}, "dotf 'log' is defined for |x| < 1 only"),
         ({"attention": {"features": 3}}, "attention.rmfa: unknown key 'features'; known keys: num_features"),
         ({"attention": {"num_features": "many"}}, "attention.rmfa.num_features must be an int, not 'many' (str)"),
         ({"attention": {"num_features": 0}}, "attention.rmfa: num_features must be at least 1, not 0"),
-        ({"former": "transformer", "former_config": FormerConfig(power=True)}, "has no post-SBN"),
+        (
+            {"former": "transformer", "former_config": FormerConfig(power=True)},
+            "has no SBN, so it takes no option 'power'",
+        ),
+        (
+            {"former": "transformer", "former_config": FormerConfig(temperature=True)},
+            "former 'transformer' has no SBN, so it takes no option 'temperature'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -91,8 +91,8 @@ def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> Non
     params = load_params()
     assert make_cell(params, "lra-text", "mean", None, "transformer", None).seed == 0
     for arguments, message in (
-        (("lra-text", "rmfa", None, "maclauformer", 0), "needs a kernel: pass --dotf, one of: exp"),
-        (("lra-text", "mean", "exp", "transformer", 0), "takes no kernel: leave out --dotf exp"),
+        (("lra-text", "rmfa", None, "maclauformer", 0), "needs a kernel; choose dotf from: exp"),
+        (("lra-text", "mean", "exp", "transformer", 0), "takes no kernel; leave out dotf 'exp'"),
         (("lra-text", "mean", None, "transformer", -1), "--seed must not be negative"),
         (("lra-retrieval", "mean", None, "transformer", 0), "missing section task.lra-retrieval"),
         (("lra-text", "taylor1", "exp", "maclauformer", 0), "missing section attention.taylor1"),
