@@ -18,6 +18,8 @@ from schoenbat.registry import Registry
 class Kernel(ABC):
     """A function of a dot product, elementwise on tensors of any shape."""
 
+    is_exponential: ClassVar[bool] = False
+    """Whether f = exp, so that normalised weights are a softmax: it cannot overflow and has fused forms."""
     radius: ClassVar[float] = math.inf
     """Radius of convergence of the series; arguments must stay below it in absolute value."""
 
@@ -38,6 +40,10 @@ class Kernel(ABC):
             scores: [..., M], below `radius` in absolute value wherever allowed.
             allowed: bool, broadcastable to `scores`, or None for everywhere.
         """
+        if self.is_exponential:
+            if allowed is not None:
+                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+            return torch.softmax(scores, -1)
         if allowed is None:
             weights = self(scores)
         else:
@@ -47,10 +53,3 @@ class Kernel(ABC):
 
 
 KERNELS: Registry[Kernel] = Registry("dotf", "schoenbat.kernels", Kernel)  # type: ignore[type-abstract]
-
-
-def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """`Kernel.normalise` for f = exp: without overflow, and in one pass over the scores."""
-    if allowed is None:
-        return torch.softmax(scores, -1)
-    return torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)

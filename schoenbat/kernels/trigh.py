@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from schoenbat.kernels import Kernel, masked_softmax
+from schoenbat.kernels import Kernel
 
 
 class Trigh(Kernel):
@@ -14,11 +14,10 @@ class Trigh(Kernel):
     Computed as exp(x), which it is: the sum itself cancels to nothing for x below -10.
     """
 
+    is_exponential = True
+
     def __call__(self, x: Tensor) -> Tensor:
         return torch.exp(x)
 
     def coefficient(self, degree: int) -> float:
         return 1 / math.factorial(degree)
-
-    def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        return masked_softmax(scores, allowed)
