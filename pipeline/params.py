@@ -111,20 +111,24 @@ class BenchParams:
     Attributes:
         lengths: of the sequences.
         repeats: timings of each mechanism and length.
+        num_features: of the mechanisms that have this option, in place of what their sections say.
         threads: CPU threads while timing; `run.threads` is for the cells.
-        max_quadratic_length: mechanisms of quadratic cost are left out above it.
-        step: also time one training step of the whole model.
+        max_quadratic_length: mechanisms of quadratic cost, torch's own excepted, are left out above it.
+        step: mechanisms of which a training step of the whole model is timed, against one of softmax.
     """
 
     lengths: list[int]
     repeats: int
-    threads: int = 2
+    num_features: list[int] = field(default_factory=lambda: [128])
+    threads: list[int] = field(default_factory=lambda: [2])
     max_quadratic_length: int = 16384
-    step: bool = False
+    step: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if min(self.repeats, self.threads, *self.lengths) < 1:
-            raise ValueError("lengths, repeats and threads must be at least 1")
+        if min(self.repeats, *self.num_features, *self.threads, *self.lengths) < 1:
+            raise ValueError("lengths, repeats, num_features and threads must be at least 1")
+        for attn in self.step:
+            ATTENTIONS.get(attn)
 
 
 @dataclass(frozen=True)

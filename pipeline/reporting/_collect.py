@@ -13,8 +13,10 @@ from pipeline.files import read_json
 from pipeline.params import Params
 from schoenbat.tasks import TASKS
 
-KEYS = ("task", "attn", "dotf", "former", "seed", "step", "length", "direction", "quantity")
-"""Columns of the frame before `value`. A key that does not apply is "" or, for seed, step and length, 0.
+TEXT_KEYS = ("task", "attn", "dotf", "former", "direction", "quantity")
+NUMBER_KEYS = ("seed", "step", "length", "num_features", "threads")
+KEYS = (*TEXT_KEYS, *NUMBER_KEYS)
+"""Columns of the frame before `value`. A key that does not apply is "" or 0.
 
 Quantities by where they come from:
 
@@ -117,7 +119,7 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
     for cell in cells:
         rows += _cell_rows(cell, root / cell.run_folder(profile), fingerprints.get(cell.task), setting)
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
-    empty = {"task": "", "attn": "", "dotf": "", "former": "", "seed": 0, "step": 0, "length": 0, "direction": ""}
+    empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
     frame = pd.DataFrame([empty | row for row in rows], columns=[*KEYS, "value"])
     return frame.astype({"value": float}), setting
 
@@ -190,8 +192,10 @@ def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, 
         {
             "attn": timing["attn"],
             "dotf": timing["dotf"],
-            "length": int(timing["length"]),
             "direction": timing["direction"],
+            "length": int(timing["length"]),
+            "num_features": int(timing["num_features"] or 0),
+            "threads": int(timing["threads"]),
             "quantity": f"bench_{name}",
             "value": float(timing[name]) if timing[name] else float("nan"),
         }

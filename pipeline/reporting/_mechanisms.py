@@ -44,6 +44,12 @@ def style(frame: pd.DataFrame, mechanism: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def first_listed(timings: pd.DataFrame) -> pd.DataFrame:
+    """The timings at the first of `bench.threads` and, for each mechanism that has them, of `bench.num_features`."""
+    firsts = timings.groupby("attn").num_features.transform("first")
+    return timings[(timings.threads == timings.threads.iloc[:1].max()) & (timings.num_features == firsts)]
+
+
 def rows_of(frame: pd.DataFrame, mechanism: Sequence[str]) -> pd.DataFrame:
     """The rows of `frame` on one (attn, dotf) or (attn, dotf, former)."""
     for column, value in zip(("attn", "dotf", "former"), mechanism, strict=False):

@@ -7,7 +7,7 @@ from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._mechanisms import label, named, rows_of, style
+from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style
 from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
 
 PASSES = ("forward", "forward+backward")
@@ -23,7 +23,7 @@ class Cost(Report):
         found = frame[frame.quantity.str.startswith("bench_")]
         if found.empty:
             return
-        keys = ["attn", "dotf", "length", "direction"]
+        keys = ["attn", "dotf", "num_features", "threads", "length", "direction"]
         order = found[keys].drop_duplicates()
         wide = found.pivot(index=keys, columns="quantity", values="value").reset_index()
         timings = order.merge(wide, on=keys).rename(columns=lambda name: name.removeprefix("bench_"))
@@ -34,7 +34,10 @@ class Cost(Report):
                 ("milliseconds", "time", "milliseconds (median)"),
                 ("peak_memory_mb", "memory", "peak memory (MB)"),
             ):
-                yield _figure(frame, passes, quantity, name, axis, setting)
+                yield _figure(frame, first_listed(passes), quantity, name, axis, setting)
+            counted = passes[(passes.num_features > 0) & (passes.threads == passes.threads.iloc[0])]
+            if counted.num_features.nunique() > 1:
+                yield _features_figure(frame, counted, setting)
         steps = timings[timings.direction == STEP]
         if not steps.empty:
             yield _table("step", "Time and memory of one training step of the whole model", steps, setting)
@@ -44,6 +47,8 @@ def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Ta
     shown = [
         {
             **named((row["attn"], row["dotf"])),
+            "features": str(row["num_features"] or MISSING),
+            "threads": str(row["threads"]),
             "length": f"{row['length']:,}",
             "direction": row["direction"],
             "ms": _number(row["milliseconds"]),
@@ -84,6 +89,32 @@ def _figure(
     return Figure(
         name=f"bench-{name}",
         title=f"{name.capitalize()} of one attention over the length of the sequence",
+        canvas=canvas,
+        caption=setting.bench_caption(),
+    )
+
+
+def _features_figure(frame: pd.DataFrame, timings: pd.DataFrame, setting: Setting) -> Figure:
+    length = timings.length.max()
+    shown = timings[(timings.length == length) & (timings.direction == PASSES[1])]
+    canvas, (axes,) = new_canvas(7.5, 4)
+    for mechanism in dict.fromkeys(zip(shown.attn, shown.dotf, strict=True)):
+        rows = rows_of(shown, mechanism).sort_values("num_features")
+        look = style(frame, mechanism)
+        axes.plot(rows.milliseconds, rows.relative_error, label=label(mechanism), linewidth=1.5, **look)
+        for row in rows.to_dict("records"):
+            point = (row["milliseconds"], row["relative_error"])
+            axes.annotate(str(row["num_features"]), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    set_log(axes, "x")
+    axes.set(
+        yscale="log",
+        xlabel=f"milliseconds of forward and backward at length {length:,}",
+        ylabel="relative error of the gradients",
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return Figure(
+        name="bench-features",
+        title="Error against time as the number of features grows (the number at each point)",
         canvas=canvas,
         caption=setting.bench_caption(),
     )

@@ -6,7 +6,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._mechanisms import label, mechanisms, rows_of, style
+from pipeline.reporting._mechanisms import first_listed, label, mechanisms, rows_of, style
 from pipeline.reporting._output import Figure, new_canvas, set_log
 
 
@@ -17,7 +17,8 @@ class Tradeoff(Report):
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Figure]:
         shown = mechanisms(frame)
-        times = frame[(frame.quantity == "bench_milliseconds") & (frame.direction == "forward+backward")]
+        timings = frame[(frame.quantity == "bench_milliseconds") & (frame.direction == "forward+backward")]
+        times = first_listed(timings)
         common = [set(rows_of(times, mechanism[:2]).length) for mechanism in shown]
         lengths = set.intersection(*common) if common else set()
         if not lengths:

@@ -4,6 +4,9 @@ One attention is batch 1, 2 heads of 32, on queries and keys of unit length (wha
 with the kernel exp where one is needed. In each round every mechanism is timed once, in turn, so that what disturbs the
 machine disturbs all alike; a row holds the median over rounds and the interquartile range, per call.
 
+Mechanisms with the option `num_features` are timed at each of `bench.num_features`, all of them at each of
+`bench.threads`.
+
 Nothing is timed before its result has been compared, at the same length, with exact attention in float64, for 128
 queries spread over the sequence: outputs, and the gradients of query, key and value that those outputs cause.
 `relative_error` is the norm of the difference over the norm of the truth, for the outputs ("forward") or for the three
@@ -14,16 +17,17 @@ zeros.
 Peak memory is what torch's allocator held at most, beyond the inputs, during one call of its own: on the CPU from the
 allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
 not seen. Mechanisms whose number of operations more than triples when the length doubles are quadratic, and are left
-out above `bench.max_quadratic_length`.
+out above `bench.max_quadratic_length`, except torch's own, which the speed-ups refer to.
 """
 
+import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, write_csv
 from pipeline.params import Params
+from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import TrainingFailed
 from schoenbat.kernels import KERNELS
@@ -64,6 +69,7 @@ COLUMNS = (
 )
 DOTF = "exp"
 BATCH, HEADS, HEAD_DIM = 1, 2, 32
+SDPA = ("sdpa", None)
 EXACT = ("sdpa", "softmax", "kernelized")
 EXACT_TOLERANCE = 1e-4
 ESTIMATE_TOLERANCE = 1.0
@@ -73,17 +79,27 @@ SAMPLE_SECONDS = 0.02
 STEP_BATCH, STEP_LENGTH, STEP_VOCABULARY = 32, 4096, 257
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One mechanism; `num_features` is None where it has no such option."""
+    """One mechanism; `num_features` is None where it has no such option, lengths are multiples of `multiple_of`."""
 
     attn: str
     dotf: str | None
     num_features: int | None
     attend: Attend
     quadratic: bool
+    multiple_of: int = 1
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        return self.attn, self.num_features
+
+    def can_bear(self, length: int, max_quadratic_length: int) -> bool:
+        affordable = not self.quadratic or self.key == SDPA or length <= max_quadratic_length
+        return affordable and length % self.multiple_of == 0
 
 
 def run(params: Params, out: Path) -> None:
@@ -94,18 +110,18 @@ def run(params: Params, out: Path) -> None:
         TrainingFailed: a mechanism is further from the exact result than it may be.
     """
     device = get_device(params.run.device)
-    prepare_host(params.bench.threads)
     # The profiler's library would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     rows: list[dict[str, Any]] = []
     contenders = list(_contenders(params, device))
-    for length in params.bench.lengths:
-        able = [c for c in contenders if not c.quadratic or length <= params.bench.max_quadratic_length]
-        rows += _bench_length(able, length, params.bench.repeats, device)
-    if params.bench.step:
-        rows += _bench_step(params, device)
+    for threads in params.bench.threads:
+        prepare_host(threads)
+        for length in params.bench.lengths:
+            able = [c for c in contenders if c.can_bear(length, params.bench.max_quadratic_length)]
+            rows += _bench_length(able, length, params.bench.repeats, device)
+        if params.bench.step:
+            rows += _bench_step(params, device)
     setting = {
-        "threads": torch.get_num_threads(),
         "heads": HEADS,
         "head_dim": HEAD_DIM,
         "device": describe_device(device),
@@ -118,16 +134,22 @@ def run(params: Params, out: Path) -> None:
 
 
 def _contenders(params: Params, device: torch.device) -> Iterator[Contender]:
-    """torch's own attention, then every registered one with its section of params.yaml (or its defaults)."""
+    """torch's own attention, every registered one with its section of params.yaml (or its defaults), and rivals."""
     yield Contender("sdpa", None, None, F.scaled_dot_product_attention, quadratic=True)
     for name in ATTENTIONS.names():
         found = ATTENTIONS.get(name)
-        config: Any = build_config(found.Config, params.attention.get(name), f"attention.{name}")
-        kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
-        generator = torch.Generator().manual_seed(0)
-        module = found(config, head_dim=HEAD_DIM, kernel=kernel, generator=generator).to(device)
-        num_features = getattr(config, "num_features", None)
-        yield Contender(name, DOTF if kernel else None, num_features, module, _is_quadratic(module, device))
+        written: Any = build_config(found.Config, params.attention.get(name), f"attention.{name}")
+        counted = hasattr(written, "num_features")
+        for num_features in params.bench.num_features if counted else [None]:
+            config = dataclasses.replace(written, num_features=num_features) if counted else written
+            kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
+            generator = torch.Generator().manual_seed(0)
+            module = found(config, head_dim=HEAD_DIM, kernel=kernel, generator=generator).to(device)
+            yield Contender(name, DOTF if kernel else None, num_features, module, _is_quadratic(module, device))
+    for num_features in params.bench.num_features:
+        for rival in installed_rivals(heads=HEADS, head_dim=HEAD_DIM, num_features=num_features, device=device):
+            quadratic = _is_quadratic(rival.attend, device)
+            yield Contender(rival.name, None, num_features, rival.attend, quadratic, rival.multiple_of)
 
 
 def _is_quadratic(attend: Attend, device: torch.device) -> bool:
@@ -158,7 +180,7 @@ def _bench_length(
 ) -> list[dict[str, Any]]:
     inputs = _inputs(length, device)
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(length + 1)).to(device)
-    errors = {c.attn: _errors(c, inputs, weight) for c in contenders}
+    errors = {c.key: _errors(c, inputs, weight) for c in contenders}
 
     def calls(contender: Contender) -> dict[str, Callable[[], Any]]:
         def forward() -> None:
@@ -170,11 +192,11 @@ def _bench_length(
 
         return {"forward": forward, "forward+backward": both}
 
-    tasks = {(c.attn, direction): call for c in contenders for direction, call in calls(c).items()}
+    tasks = {(c.key, direction): call for c in contenders for direction, call in calls(c).items()}
     samples = _interleaved(tasks, repeats, device)
     rows = []
     for contender in contenders:
-        for direction, error in zip(("forward", "forward+backward"), errors[contender.attn], strict=True):
+        for direction, error in zip(("forward", "forward+backward"), errors[contender.key], strict=True):
             row = {
                 "attn": contender.attn,
                 "dotf": contender.dotf,
@@ -183,13 +205,14 @@ def _bench_length(
                 "batch": BATCH,
                 "num_features": contender.num_features,
                 "relative_error": error,
-                "peak_memory_mb": _peak_memory_mb(tasks[contender.attn, direction], device),
-                **_summary(samples[contender.attn, direction], samples.get(("sdpa", direction))),
+                "threads": torch.get_num_threads(),
+                "peak_memory_mb": _peak_memory_mb(tasks[contender.key, direction], device),
+                **_summary(samples[contender.key, direction], samples[SDPA, direction]),
             }
             rows.append(row)
             print(
-                f"{length:>6} {contender.attn:<12} {direction:<17} {row['milliseconds']:10.3f} ms "
-                f"{row['peak_memory_mb']:9.2f} MB  error {error:.1e}",
+                f"{length:>6} {contender.attn:<12} {contender.num_features or '':>5} {direction:<17} "
+                f"{row['milliseconds']:10.3f} ms {row['peak_memory_mb']:9.2f} MB  error {error:.1e}",
                 flush=True,
             )
     return rows
@@ -222,15 +245,14 @@ def _relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return (wrong / sum(float(b.square().sum()) for b in truth)) ** 0.5
 
 
-def _interleaved(
-    tasks: dict[tuple[str, str], Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[tuple[str, str], list[float]]:
+def _interleaved(tasks: Mapping[K, Callable[[], Any]], repeats: int, device: torch.device) -> dict[K, list[float]]:
     """Milliseconds per call, `repeats` samples of each; every other round goes through the tasks backwards."""
     loops = {}
     for name, call in tasks.items():
-        call()
-        loops[name] = max(1, round(SAMPLE_SECONDS / _seconds(call, 1, device)))
-    samples: dict[tuple[str, str], list[float]] = {name: [] for name in tasks}
+        first = _seconds(call, 1, device)
+        # The first call of a short one is slower than the others.
+        loops[name] = 1 if first > 1 else max(1, round(SAMPLE_SECONDS / _seconds(call, 1, device)))
+    samples: dict[K, list[float]] = {name: [] for name in tasks}
     for number in range(repeats):
         for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
             samples[name].append(1e3 * _seconds(tasks[name], loops[name], device) / loops[name])
@@ -251,13 +273,13 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(samples: Sequence[float], baseline: Sequence[float] | None) -> dict[str, float | None]:
+def _summary(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
     median = statistics.median(samples)
     low, high = np.percentile(samples, (25, 75))
     return {
         "milliseconds": median,
         "spread": float(high - low),
-        "speedup_vs_sdpa": None if baseline is None else statistics.median(baseline) / median,
+        "speedup_vs_sdpa": statistics.median(baseline) / median,
     }
 
 
@@ -278,14 +300,14 @@ def _peak_memory_mb(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
-    """One optimiser step of the LRA model on full-length Text batches, SchoenbAt against softmax."""
+    """One optimiser step of the LRA model on full-length Text batches: `bench.step` against softmax."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
     labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)
     key_mask = torch.ones_like(tokens, dtype=torch.bool)
 
-    def step(attn: str, dotf: str | None, former: str) -> Callable[[], None]:
-        model = _step_model(params, attn, dotf, former).to(device)
+    def step(attn: str) -> Callable[[], None]:
+        model = _step_model(params, attn).to(device)
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
         def call() -> None:
@@ -296,31 +318,29 @@ def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
         return call
 
     direction = "training step"
-    tasks = {
-        ("softmax", direction): step("softmax", None, "transformer"),
-        ("rmfa", direction): step("rmfa", DOTF, "maclauformer"),
-    }
+    tasks = {attn: step(attn) for attn in dict.fromkeys(["softmax", *params.bench.step])}
     samples = _interleaved(tasks, params.bench.repeats, device)
     rows = []
-    for name, call in tasks.items():
-        attn = name[0]
+    for attn, call in tasks.items():
         row = {
             "attn": attn,
-            "dotf": DOTF if attn == "rmfa" else None,
+            "dotf": DOTF if ATTENTIONS.get(attn).needs_kernel else None,
             "length": STEP_LENGTH,
             "direction": direction,
             "batch": STEP_BATCH,
             "num_features": params.attention.get(attn, {}).get("num_features"),
             "relative_error": None,
+            "threads": torch.get_num_threads(),
             "peak_memory_mb": _peak_memory_mb(call, device),
-            **_summary(samples[name], samples["softmax", direction]),
+            **_summary(samples[attn], samples["softmax"]),
         }
         rows.append(row)
         print(f"{attn}: one training step {row['milliseconds']:.0f} ms, {row['peak_memory_mb']:.0f} MB", flush=True)
     return rows
 
 
-def _step_model(params: Params, attn: str, dotf: str | None, former: str) -> Classifier:
+def _step_model(params: Params, attn: str) -> Classifier:
+    dotf, former = (DOTF, "maclauformer") if ATTENTIONS.get(attn).needs_kernel else (None, "transformer")
     return build_model(
         vocab_size=STEP_VOCABULARY,
         num_classes=2,

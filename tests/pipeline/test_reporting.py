@@ -102,17 +102,18 @@ def write_bench(root: Path) -> None:
             "batch": 1,
             "heads": 2,
             "head_dim": 32,
-            "num_features": 128 if attn == "rmfa" else None,
+            "num_features": num_features or "",
             "device": "cpu (made up)",
             "torch": "2.13.0",
             "git_revision": "abc123",
         }
-        for attn, dotf, power, factor, error in (
-            ("sdpa", "", 2, 1.0, 1e-7),
-            ("softmax", "", 2, 1.1, 1e-7),
-            ("mean", "", 1, 0.1, 1e-7),
-            ("kernelized", "exp", 2, 2.0, 1e-7),
-            ("rmfa", "exp", 1, 1.5, 2e-2),
+        for attn, dotf, num_features, power, factor, error in (
+            ("sdpa", "", None, 2, 1.0, 1e-7),
+            ("softmax", "", None, 2, 1.1, 1e-7),
+            ("mean", "", None, 1, 0.1, 1e-7),
+            ("kernelized", "exp", None, 2, 2.0, 1e-7),
+            ("rmfa", "exp", 128, 1, 1.5, 2e-2),
+            ("rmfa", "exp", 256, 1, 3.0, 1e-2),
         )
         for direction in ("forward", "forward+backward")
         for length in (512, 1024)
@@ -154,6 +155,7 @@ FIGURES = (
     "curves-lra-text",
     "bench-time",
     "bench-memory",
+    "bench-features",
     "tradeoff-lra-listops",
     "tradeoff-lra-text",
 )

@@ -1,0 +1,69 @@
+"""Linear attentions of other libraries for the benchmark, where they are installed (the extra `rivals`)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An estimate of softmax attention on [B, H, N, head_dim]; N must be a multiple of `multiple_of`."""
+
+    name: str
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    multiple_of: int = 1
+
+
+def installed_rivals(*, heads: int, head_dim: int, num_features: int, device: torch.device) -> Iterator[Rival]:
+    """performer-pytorch's with `num_features` features and transformers' Nystromformer with as many landmarks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            from performer_pytorch import FastAttention
+        except ImportError:
+            pass
+        else:
+            yield Rival("performer-pytorch", FastAttention(dim_heads=head_dim, nb_features=num_features).to(device))
+        try:
+            from transformers import NystromformerConfig
+            from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+        except ImportError:
+            pass
+        else:
+            config = NystromformerConfig(
+                hidden_size=heads * head_dim,
+                num_attention_heads=heads,
+                num_landmarks=num_features,
+                conv_kernel_size=None,
+                attention_probs_dropout_prob=0.0,
+            )
+            attend = _Nystromformer(NystromformerSelfAttention(config), heads * head_dim).to(device)
+            yield Rival("transformers-nystromformer", attend, multiple_of=num_features)
+
+
+class _Nystromformer(nn.Module):
+    """The attention between the projections, which are replaced by slices of what stands for the hidden states."""
+
+    def __init__(self, attention: Any, width: int) -> None:
+        super().__init__()
+        self.attention = attention
+        for part, name in enumerate(("query", "key", "value")):
+            setattr(attention, name, _Slice(part * width, width))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.attention.seq_len = query.shape[-2]
+        joined = torch.cat([x.transpose(1, 2).flatten(-2) for x in (query, key, value)], -1)
+        (attended,) = self.attention(joined)
+        return attended.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
+
+
+class _Slice(nn.Module):
+    def __init__(self, start: int, width: int) -> None:
+        super().__init__()
+        self.start, self.width = start, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.start : self.start + self.width]
