@@ -37,9 +37,10 @@ def installed_rivals(*, heads: int, head_dim: int, num_features: int, device: to
                 hidden_size=heads * head_dim,
                 num_attention_heads=heads,
                 num_landmarks=num_features,
-                conv_kernel_size=None,
                 attention_probs_dropout_prob=0.0,
             )
+            # The configuration takes no None here, though the attention does: an untrained convolution only adds noise.
+            config.__dict__["conv_kernel_size"] = None
             attend = _Nystromformer(NystromformerSelfAttention(config), heads * head_dim).to(device)
             yield Rival("transformers-nystromformer", attend, multiple_of=num_features)
 
