@@ -95,7 +95,7 @@ class Registry(Generic[T]):
             module = importlib.import_module(entry.module)
         except ModuleNotFoundError as error:
             raise UserError(f"{where} cannot be loaded: {error}") from error
-        value = getattr(module, entry.attr, None)
+        value = getattr(module, entry.attr or "", None)
         if not (inspect.isclass(value) and issubclass(value, self.base)):
             raise UserError(f"{where} must lead to a class derived from {self.base.__name__}")
         return value

@@ -120,7 +120,7 @@ class MaclaurinSeries:
             if value < -error or (degree == 0 and value <= error):
                 raise UserError(
                     f"kernel {self._name!r}: the Maclaurin coefficient of degree {degree} is {value:.6g} (error at "
-                    f"most {error:.1g}), but a dot-product kernel has none below 0, and the constant above (Schoenberg)"
+                    f"most {error:.1g}), but a dot-product kernel has none below 0 and a positive constant (Schoenberg)"
                 )
             self._values.append(value)
             self._errors.append(error)
@@ -172,8 +172,19 @@ class MaclaurinSeries:
             usable = torch.isfinite(bound) & (scale > 1e-300)
             values.append(torch.where(usable, scale * self._integrals(circle.radius, degrees, num_points), 0.0))
             errors.append(torch.where(usable, bound, math.inf))
+        stacked = torch.stack(values)
         best = torch.stack(errors).min(0)
-        return torch.stack(values).gather(0, best.indices[None])[0], best.values
+        chosen = stacked.gather(0, best.indices[None])[0]
+        # Cauchy's formula gives the same on every circle, unless f is not analytic between them.
+        differs = (stacked - chosen).abs() > torch.stack(errors) + best.values
+        for row, column in differs.nonzero().tolist()[:1]:
+            used = self._circles[int(best.indices[column])]
+            raise UserError(
+                f"kernel {self._name!r}: its values on the circles abs(x) = {self._circles[row].radius:.6g} and "
+                f"{used.radius:.6g} give different coefficients of degree {first + column}: "
+                f"{stacked[row, column]:.10g} and {chosen[column]:.10g}; {self._promise()}"
+            )
+        return chosen, best.values
 
     def _integrals(self, r: float, degrees: Tensor, num_points: int) -> Tensor:
         """r^n times the real part of Cauchy's formula for each degree n, by `num_points` points on the circle."""
@@ -204,6 +215,11 @@ class MaclaurinSeries:
                 if not abs(one - other) <= limit:
                     raise UserError(
                         f"kernel {self._name!r}: f({x:.6g}) = {one:.10g}, but the series made of its values at complex "
-                        f"numbers gives {other:.10g}; f must be analytic for abs(x) < {self._radius:g} (pass its "
-                        "radius of convergence) and keep the precision of its argument"
+                        f"numbers gives {other:.10g}; {self._promise()}"
                     )
+
+    def _promise(self) -> str:
+        return (
+            f"f must be analytic for abs(x) < {self._radius:g} (pass its radius of convergence) and keep the precision "
+            "of its argument"
+        )
