@@ -186,11 +186,16 @@ def report_stage(profile: str) -> str:
 
 
 def sources(cell: Cell) -> list[Path]:
-    """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same."""
-    kernel = (
-        [] if cell.dotf is None else [Path("schoenbat/kernels/__init__.py"), Path(f"schoenbat/kernels/{cell.dotf}.py")]
-    )
-    return [*SHARED_SOURCES, Path(f"schoenbat/attention/{cell.attn}.py"), *kernel]
+    """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same.
+
+    Those of other distributions are there as links (see `pipeline.components`).
+    """
+    kernel = [] if cell.dotf is None else ["__init__.py", "_series.py", f"{cell.dotf}.py"]
+    return [
+        *SHARED_SOURCES,
+        Path(f"schoenbat/attention/{cell.attn}.py"),
+        *(Path("schoenbat/kernels", file) for file in kernel),
+    ]
 
 
 def settings(cell: Cell, params: Params) -> dict[str, Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.cells import Cell
     from pipeline.launch import Event
     from pipeline.params import Params
+    from schoenbat.registry import Registry
 
 app = typer.Typer(
     help="Train, evaluate and compare attention mechanisms on Long Range Arena tasks; params.yaml says which.",
@@ -187,12 +188,15 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 @app.command("list")
 def list_names(kind: Annotated[Kind | None, typer.Argument(help="Default: all kinds.")] = None) -> None:
-    """List the names that can be used."""
+    """List the names that can be used, and where those come from that are not part of this project."""
     if kind is not None:
-        print("\n".join(_names(kind)))
+        origins = _origins(kind)
+        print("\n".join(f"{name}  {origins[name]}" if name in origins else name for name in _names(kind)))
         return
     for each in Kind:
         print(f"{each}: {' '.join(_names(each))}")
+        for name, origin in _origins(each).items():
+            print(f"  {name}: {origin}")
 
 
 @app.command()
@@ -248,29 +252,40 @@ def _fail(kind: str, message: str, code: int) -> NoReturn:
 
 
 def _load_params() -> "Params":
+    from pipeline.components import link_components
     from pipeline.params import load_params
 
-    return load_params()
+    params = load_params()
+    link_components()
+    return params
 
 
 def _names(kind: Kind) -> list[str]:
     if kind is Kind.PROFILES:
         return sorted(path.stem for path in Path("profiles").glob("*.yaml"))
-    if kind is Kind.TASKS:
-        from schoenbat.tasks import TASKS
+    if kind is Kind.FORMER:
+        from schoenbat.nn.multihead import FORMERS
 
-        return TASKS.names()
-    if kind is Kind.ATTN:
-        from schoenbat.attention import ATTENTIONS
+        return list(FORMERS)
+    return _registry(kind).names()
 
-        return ATTENTIONS.names()
-    if kind is Kind.DOTF:
-        from schoenbat.kernels import KERNELS
 
-        return KERNELS.names()
-    from schoenbat.nn.multihead import FORMERS
+def _origins(kind: Kind) -> dict[str, str]:
+    """Where the components of other distributions come from, by name."""
+    if kind in (Kind.PROFILES, Kind.FORMER):
+        return {}
+    from schoenbat.registry import describe_entry
 
-    return list(FORMERS)
+    return {name: describe_entry(entry) for name, entry in _registry(kind).external().items()}
+
+
+def _registry(kind: Kind) -> "Registry[Any]":
+    from schoenbat.attention import ATTENTIONS
+    from schoenbat.kernels import KERNELS
+    from schoenbat.tasks import TASKS
+
+    registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
+    return registries[kind]
 
 
 def _changed_stages() -> set[str]:

@@ -1,15 +1,20 @@
 """Find components by exact name, and build their options strictly.
 
-A component is one file: the file's stem is its name, and the file defines exactly one public class derived from the
-registry's base. Names are listed without importing anything, so a broken component breaks only itself.
+A component of this project is one file: the file's stem is its name, and the file defines exactly one class derived
+from the registry's base. A component of another distribution is an entry point, NAME = "module:Class", in the group
+that is called like the package of the registry, such as "schoenbat.kernels". Names are listed without importing any
+component, so a broken one breaks only itself.
 """
 
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,12 +23,16 @@ from schoenbat.errors import UserError, unknown_name
 T = TypeVar("T")
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
 class Registry(Generic[T]):
-    """The components of one folder.
+    """The components of one folder, and of the entry points that carry its name.
 
     Args:
         kind: what an unknown name is called in an error, such as "task".
-        package: the package whose files are the components; files that begin with an underscore are not.
+        package: the package whose files are the components; files that begin with an underscore are not, and neither
+            are links, which stand for components of other distributions (see `pipeline.components`).
         base: the class that each component derives from.
     """
 
@@ -33,13 +42,38 @@ class Registry(Generic[T]):
         self.base = base
 
     def names(self) -> list[str]:
-        """All names, sorted."""
-        folder = Path(importlib.import_module(self.package).__path__[0])
-        return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+        """All names, sorted; raises UserError as `external` does."""
+        return sorted([*self._files(), *self.external()])
+
+    def external(self) -> dict[str, EntryPoint]:
+        """The components of other distributions by name, sorted.
+
+        Raises:
+            UserError: an entry point whose name is taken, or is not made of letters, digits, - and _.
+        """
+        found: dict[str, EntryPoint] = {}
+        files = self._files()
+        for entry in sorted(_entry_points(self.package), key=lambda entry: (entry.name, entry.value)):
+            if not _NAME.fullmatch(entry.name):
+                raise UserError(
+                    f"{describe_entry(entry)}: a {self.kind} is named by letters, digits, - and _, not {entry.name!r}"
+                )
+            taken = files.get(entry.name) or (entry.name in found and describe_entry(found[entry.name]))
+            if taken:
+                raise UserError(f"{self.kind} {entry.name!r} exists twice: {taken} and {describe_entry(entry)}")
+            found[entry.name] = entry
+        return found
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`; raises UserError that lists the choices when there is none."""
-        if name not in self.names():
+        """The class called `name`.
+
+        Raises:
+            UserError: there is none (the choices are listed), or the entry point of this name does not lead to one.
+        """
+        external = self.external()
+        if name in external:
+            return self._load(external[name])
+        if name not in self._files():
             raise unknown_name(self.kind, name, self.names())
         module = importlib.import_module(f"{self.package}.{name}")
         found = [
@@ -49,6 +83,33 @@ class Registry(Generic[T]):
         ]
         assert len(found) == 1, f"{module.__file__} must define exactly one {self.base.__name__}, found {found}"
         return found[0]
+
+    def _files(self) -> dict[str, Path]:
+        folder = Path(importlib.import_module(self.package).__path__[0])
+        paths = [path for path in folder.glob("*.py") if not path.stem.startswith("_") and not path.is_symlink()]
+        return {path.stem: path for path in paths}
+
+    def _load(self, entry: EntryPoint) -> type[T]:
+        where = f"{self.kind} {entry.name!r} ({describe_entry(entry)})"
+        try:
+            module = importlib.import_module(entry.module)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{where} cannot be loaded: {error}") from error
+        value = getattr(module, entry.attr or "", None)
+        if not (inspect.isclass(value) and issubclass(value, self.base)):
+            raise UserError(f"{where} must lead to a class derived from {self.base.__name__}")
+        return value
+
+
+@cache
+def _entry_points(group: str) -> tuple[EntryPoint, ...]:
+    """What the installed distributions offer; looked up once, as it reads the metadata of each of them."""
+    return tuple(entry_points(group=group))
+
+
+def describe_entry(entry: EntryPoint) -> str:
+    """Where a component comes from, such as "my_kernels:Cosh of my-kernels 0.1"."""
+    return f"{entry.value} of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
 def build_config(config_class: type[T], values: Mapping[str, Any] | None, where: str) -> T:
