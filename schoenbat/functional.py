@@ -14,8 +14,6 @@ from schoenbat.ops.blockwise import attend
 from schoenbat.ops.reference import kernel_attention
 from schoenbat.ops.softmax import softmax_attention
 
-_MAX_DEGREE = 20
-
 
 def dot_product_kernel_attention(
     query: Tensor,
@@ -64,16 +62,13 @@ def dot_product_kernel_attention(
     query, key, value, has_heads = _with_heads(query, key, value)
     _check_shapes(query, key, value, is_causal, enable_gqa)
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    root = math.sqrt(abs(factor))
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k = query.to(dtype) * math.copysign(root, factor), key.to(dtype) * root
+    q, k = share_scale(query, key, scale)
     if features is None:
         if isinstance(kernel, str):
             kernel = kernel_named(kernel)
         _check_radius(kernel, q, k, key_mask)
         if num_features is None:
-            out = _exact(q, k, value.to(dtype), kernel, key_mask, is_causal)
+            out = exact_attention(q, k, value.to(q.dtype), kernel, key_mask, is_causal)
         else:
             phi = draw_features(kernel, query.shape[-1], num_features, seed, query.device)
             out = attend(phi, q, k, value, key_mask, is_causal, block)
@@ -89,14 +84,24 @@ def kernel_named(name: str) -> Kernel:
     return KERNELS.get(name)()
 
 
+def share_scale(query: Tensor, key: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Query and key in float32 or wider, times sqrt(scale) each; a negative sign goes to the query."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    root = math.sqrt(abs(factor))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.to(dtype) * math.copysign(root, factor), key.to(dtype) * root
+
+
 @functools.lru_cache(maxsize=64)
-def draw_features(kernel: Kernel, head_dim: int, num_features: int, seed: int, device: torch.device) -> nn.Module:
+def draw_features(
+    kernel: Kernel, head_dim: int, num_features: int, seed: int, device: torch.device, max_degree: int = 20
+) -> nn.Module:
     """The feature map that these arguments stand for, drawn on the CPU so that devices agree."""
     # A tensor made in inference mode could never take part in training.
     with torch.inference_mode(False), torch.device("cpu"):
         generator = torch.Generator().manual_seed(seed)
         features = RandomMaclaurin(
-            kernel, head_dim=head_dim, num_features=num_features, max_degree=_MAX_DEGREE, generator=generator
+            kernel, head_dim=head_dim, num_features=num_features, max_degree=max_degree, generator=generator
         )
         return features.to(device)
 
@@ -162,7 +167,10 @@ def _check_radius(kernel: Kernel, q: Tensor, k: Tensor, key_mask: Tensor | None)
         )
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, key_mask: Tensor | None, is_causal: bool) -> Tensor:
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, key_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """f itself, in quadratic time; heads may be shared as in `dot_product_kernel_attention`."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))

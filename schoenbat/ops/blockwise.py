@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from schoenbat.ops.linear import continue_causally, read, summarise
+from schoenbat.ops.linear import continue_causally, read, step, summarise
 
 _BLOCK = 4096
 
@@ -45,15 +45,13 @@ def attend(
         block = _BLOCK
     with torch.autocast(query.device.type, enabled=False):
         if is_causal:
-            if groups > 1:
-                key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
             return _causal(features, query, key, value, key_mask, block)
         # Queries of one group see the same keys: they are further queries of one head.
         grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)
         state = None
         for start, stop in _blocks(key.shape[-2], block):
             mask = None if key_mask is None else key_mask[:, start:stop]
-            added = _recomputed(block, _sum_up, features, key[:, :, start:stop], value[:, :, start:stop], mask)
+            added = _recomputed(block, summarise_keys, features, key[:, :, start:stop], value[:, :, start:stop], mask)
             state = added if state is None else state + added
         outputs = [
             _recomputed(block, _look_up, features, grouped[:, :, start:stop], state)
@@ -63,7 +61,48 @@ def attend(
         return out.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
-def widened_features(features: Callable[[Tensor], Tensor], x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def extend(
+    features: Callable[[Tensor], Tensor],
+    state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention over further tokens, after those summed up in `state`.
+
+    Args:
+        state: [B, Hk, D, v + 1] as in `schoenbat.ops.linear`, or None for no token yet.
+        features, query, key, value, key_mask: as for `attend`, with N = M.
+
+    Returns:
+        [B, H, N, v] in the dtype of `query`, and the new state.
+    """
+    groups = query.shape[1] // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        query_features, key_features = _features(features, query), _features(features, key, key_mask)
+        if query.shape[2] == key.shape[2] == 1:
+            one_head = query_features.unflatten(1, (-1, groups)).squeeze(3)
+            out, state = step(state, one_head, key_features, value, key_mask)
+            return out.flatten(1, 2).unsqueeze(2).to(query.dtype), state
+        if groups > 1:
+            key_features, value = (x.repeat_interleave(groups, dim=1) for x in (key_features, value))
+            state = None if state is None else state.repeat_interleave(groups, dim=1)
+        out, state = continue_causally(state, query_features, key_features, value, key_mask)
+        if groups > 1:
+            state = state[:, ::groups].contiguous()
+        return out.to(query.dtype), state
+
+
+def summarise_keys(
+    features: Callable[[Tensor], Tensor], key: Tensor, value: Tensor, key_mask: Tensor | None = None
+) -> Tensor:
+    """The state after these tokens, [B, Hk, D, v + 1]; arguments as for `attend`."""
+    with torch.autocast(key.device.type, enabled=False):
+        return summarise(_features(features, key, key_mask), value, key_mask)
+
+
+def _features(features: Callable[[Tensor], Tensor], x: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """phi(x) computed in float32 or wider, of 0 at the places of [B, M] that are False."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if key_mask is not None:
@@ -83,30 +122,13 @@ def _causal(
     for start, stop in _blocks(value.shape[-2], block):
         mask = None if key_mask is None else key_mask[:, start:stop]
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        out, state = _recomputed(block, _go_on, features, state, q, k, v, mask)
+        out, state = _recomputed(block, extend, features, state, q, k, v, mask)
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _sum_up(features: Callable[[Tensor], Tensor], key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    return summarise(widened_features(features, key, key_mask), value, key_mask)
-
-
 def _look_up(features: Callable[[Tensor], Tensor], query: Tensor, state: Tensor) -> Tensor:
-    return read(widened_features(features, query), state).to(query.dtype)
-
-
-def _go_on(
-    features: Callable[[Tensor], Tensor],
-    state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    query_features, key_features = widened_features(features, query), widened_features(features, key, key_mask)
-    out, state = continue_causally(state, query_features, key_features, value, key_mask)
-    return out.to(query.dtype), state
+    return read(_features(features, query), state).to(query.dtype)
 
 
 def _blocks(length: int, block: int | None) -> list[tuple[int, int]]:
