@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
+from transformers.utils.output_capturing import _active_collector
 
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.features.maclaurin import RandomMaclaurin
@@ -271,6 +272,9 @@ def _refuse(dropout: float, attention_mask: Tensor | None, key: Tensor, kwargs: 
     """Raise UserError for what would have to be ignored."""
     if dropout:
         raise UserError(f"attention dropout is {dropout}, but there are no weights to drop; set it to 0 in the config")
+    # Some models keep the request for attention weights to themselves: what will be collected tells.
+    if any("attentions" in name for name in _active_collector.get() or ()):
+        raise UserError("output_attentions is not supported: linear attention has no weights to return")
     for name, value in kwargs.items():
         if name not in _HARMLESS and value is not None and value is not False:
             raise UserError(f"attention argument {name} is not supported by a linear attention implementation")
