@@ -8,12 +8,16 @@ with probability p(n) proportional to 2^-n and n Rademacher vectors w_1..w_n in 
 Then E <phi(x), phi(y)> = a_0 + sum_{n=1}^{max_degree} a_n <x, y>^n, because E <w, x><w, y> = <x, y>.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
 
 from schoenbat.kernels import Kernel
 
@@ -79,8 +83,14 @@ class RandomMaclaurin(nn.Module):
         self.register_buffer("projection", torch.cat(rows) if rows else empty, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        projection = self.projection.to(x.dtype)
-        return _Products.apply(x, projection, self.groups, math.sqrt(self.coefficients[0]))
+        """Features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        constant = math.sqrt(self.coefficients[0])
+        with torch.autocast(x.device.type, enabled=False):
+            x, projection = x.to(dtype), self.projection.to(dtype)
+            if torch.compiler.is_compiling():
+                return _multiply_out(x, projection, self.groups, constant)
+            return _Products.apply(x, projection, self.groups, constant)
 
 
 def _chunk(device: torch.device) -> int:
@@ -99,11 +109,7 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, projection: Tensor, groups: list[tuple[int, int]], constant: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, projection)
-        ctx.groups = groups  # type: ignore[attr-defined]
+    def forward(x: Tensor, projection: Tensor, groups: list[tuple[int, int]], constant: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         features = rows.new_empty(len(rows), 1 + sum(count for _, count in groups))
         features[:, 0] = constant
@@ -122,38 +128,88 @@ class _Products(torch.autograd.Function):
         return features.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, projection, groups, _ = inputs
+        ctx.save_for_backward(x, projection)
+        ctx.groups = groups  # type: ignore[attr-defined]
+
+    @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, projection = ctx.saved_tensors  # type: ignore[attr-defined]
         groups = ctx.groups  # type: ignore[attr-defined]
-        rows = x.reshape(-1, x.shape[-1])
-        grad_rows = grad.reshape(len(rows), -1)
-        out = torch.empty_like(rows)
-        chunk = _chunk(x.device)
-        for start in range(0, len(rows), chunk):
-            projected = rows[start : start + chunk] @ projection.T
-            grad_projected = torch.empty_like(projected)
-            column = 1
-            for factors, grads in zip(_factors(projected, groups), _factors(grad_projected, groups), strict=True):
-                count = factors[0].shape[1]
-                # The gradient of a factor is grad times all factors before it times all factors after it.
-                grads[0].copy_(grad_rows[start : start + chunk, column : column + count])
-                for i in range(1, len(factors)):
-                    torch.mul(grads[i - 1], factors[i - 1], out=grads[i])
-                after = factors[-1]
-                for i in range(len(factors) - 2, -1, -1):
-                    grads[i].mul_(after)
-                    if i:
-                        after = after * factors[i]
-                column += count
-            torch.mm(grad_projected, projection, out=out[start : start + chunk])
-        return out.view(x.shape), None, None, None
+        if torch.is_grad_enabled():
+            # A gradient of this gradient is wanted, so that it has to be made of operations that have one.
+            return _pull_back(x, projection, grad, groups), None, None, None
+        return _pull_back_in_chunks(x, projection, grad, groups), None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Sequence[Any],
+        x: Tensor,
+        projection: Tensor,
+        groups: list[tuple[int, int]],
+        constant: float,
+    ) -> tuple[Tensor, int]:
+        x_dim, projection_dim = in_dims[:2]
+        x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+        if projection_dim is None:
+            return _Products.apply(x, projection, groups, constant), 0
+        pairs = zip(x, projection.movedim(projection_dim, 0), strict=True)
+        return torch.stack([_Products.apply(*pair, groups, constant) for pair in pairs]), 0
+
+
+def _pull_back_in_chunks(x: Tensor, projection: Tensor, grad: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+    """The gradient with respect to x, a chunk at a time."""
+    rows = x.reshape(-1, x.shape[-1])
+    grad_rows = grad.reshape(len(rows), -1)
+    out = torch.empty_like(rows)
+    chunk = _chunk(x.device)
+    for start in range(0, len(rows), chunk):
+        projected = rows[start : start + chunk] @ projection.T
+        grad_projected = torch.empty_like(projected)
+        column = 1
+        for factors, grads in zip(_factors(projected, groups), _factors(grad_projected, groups), strict=True):
+            count = factors[0].shape[1]
+            # The gradient of a factor is grad times all factors before it times all factors after it.
+            grads[0].copy_(grad_rows[start : start + chunk, column : column + count])
+            for i in range(1, len(factors)):
+                torch.mul(grads[i - 1], factors[i - 1], out=grads[i])
+            after = factors[-1]
+            for i in range(len(factors) - 2, -1, -1):
+                grads[i].mul_(after)
+                if i:
+                    after = after * factors[i]
+            column += count
+        torch.mm(grad_projected, projection, out=out[start : start + chunk])
+    return out.view(x.shape)
+
+
+def _multiply_out(x: Tensor, projection: Tensor, groups: list[tuple[int, int]], constant: float) -> Tensor:
+    """What `_Products` computes, of operations that a compiler can fuse."""
+    projected = x @ projection.T
+    products = [functools.reduce(torch.mul, factors) for factors in _factors(projected, groups)]
+    return F.pad(torch.cat([projected[..., :0], *products], -1), (1, 0), value=constant)
+
+
+def _pull_back(x: Tensor, projection: Tensor, grad: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+    """What `_pull_back_in_chunks` computes, of operations that have gradients themselves."""
+    projected = x @ projection.T
+    grads = [projected[..., :0]]
+    column = 1
+    for factors in _factors(projected, groups):
+        count = factors[0].shape[-1]
+        before = list(itertools.accumulate(factors[:-1], torch.mul, initial=grad[..., column : column + count]))
+        after = list(itertools.accumulate(factors[:0:-1], torch.mul))[::-1]
+        grads += [b * a for b, a in zip(before, after, strict=False)] + [before[-1]]
+        column += count
+    return torch.cat(grads, -1) @ projection
 
 
 def _factors(projected: Tensor, groups: list[tuple[int, int]]) -> Iterator[list[Tensor]]:
-    """For each degree, its factors: views [tokens, features of that degree] of `projected`."""
+    """For each degree, its factors: views [..., features of that degree] of `projected`."""
     start = 0
     for degree, count in groups:
-        block = projected[:, start : start + degree * count]
-        yield list(block.split(count, dim=1))
+        block = projected[..., start : start + degree * count]
+        yield list(block.split(count, dim=-1))
         start += degree * count

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
 
 from schoenbat.attention import ATTENTIONS
 from schoenbat.features.maclaurin import RandomMaclaurin
@@ -121,3 +122,95 @@ def test_draw_with_other_degrees_can_be_loaded() -> None:
 def test_sizes_below_one_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1, not 0"):
         RandomMaclaurin(KERNELS.get("exp")(), head_dim=4, generator=torch.Generator(), **options)
+
+
+def small(num_features: int = 40) -> RandomMaclaurin:
+    generator = torch.Generator().manual_seed(2)
+    return RandomMaclaurin(
+        KERNELS.get("exp")(), head_dim=6, num_features=num_features, max_degree=8, generator=generator
+    )
+
+
+def points(*shape: int) -> Tensor:
+    return torch.randn(*shape, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.6
+
+
+@pytest.mark.parametrize("num_features", [1, 2, 40])
+def test_first_and_second_gradients_are_those_of_finite_differences(num_features: int) -> None:
+    features = small(num_features)
+    assert max(features.degrees, default=1) > 2 or num_features < 40
+    assert torch.autograd.gradcheck(features, (points(2, 3).requires_grad_(),))
+    assert torch.autograd.gradgradcheck(features, (points(1, 2).requires_grad_(),))
+
+
+def test_the_gradient_is_the_same_with_and_without_a_second_one() -> None:
+    features = small()
+    x = points(2, 3).requires_grad_()
+    loss = features(x).sin().sum()
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (recorded,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(plain, recorded)
+
+
+def test_torch_func_passes_through() -> None:
+    features = small()
+    x = points(3, 5)
+
+    def loss(x: Tensor) -> Tensor:
+        return features(x).sin().sum()
+
+    def slope(x: Tensor) -> Tensor:
+        return grad(loss)(x).square().sum()
+
+    torch.testing.assert_close(vmap(features, in_dims=1)(x), features(x).transpose(0, 1))
+    torch.testing.assert_close(vmap(grad(loss))(x), grad(loss)(x))
+    torch.testing.assert_close(vmap(grad(slope))(x), grad(slope)(x))
+    torch.testing.assert_close(jacrev(features)(x[0]), torch.autograd.functional.jacobian(features, x[0]))
+
+
+def test_torch_func_passes_through_for_an_ensemble_of_draws() -> None:
+    features = small()
+    x = points(3)
+    projections = torch.stack([features.projection, 2 * features.projection])
+
+    def loss(projection: Tensor, x: Tensor) -> Tensor:
+        return functional_call(features, {"projection": projection}, (x,)).sin().sum()
+
+    gradients = vmap(grad(loss, argnums=1), in_dims=(0, None))(projections, x)
+    for gradient, projection in zip(gradients, projections, strict=True):
+        torch.testing.assert_close(gradient, grad(loss, argnums=1)(projection, x))
+
+
+@pytest.mark.parametrize("num_features", [1, 40])
+def test_compiles_without_a_graph_break(num_features: int) -> None:
+    features = small(num_features)
+    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
+    first, second = points(2, 3).requires_grad_(), points(2, 3).requires_grad_()
+    torch.testing.assert_close(compiled(first), features(second))
+    compiled(first).sin().sum().backward()
+    features(second).sin().sum().backward()
+    torch.testing.assert_close(first.grad, second.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_becomes_float32_features(dtype: torch.dtype) -> None:
+    features = small()
+    x = points(50).to(dtype)
+    assert torch.equal(features(x), features(x.float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(features(x), features(x.float()))
+
+
+def test_training_keeps_only_the_input() -> None:
+    """Memory: what is saved for the backward pass does not grow with the number of features."""
+    sizes = []
+
+    def count(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    features = small()
+    x = points(64).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        features(x)
+    assert sum(sizes) == x.numel() + features.projection.numel()

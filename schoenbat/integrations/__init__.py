@@ -1,0 +1,1 @@
+"""Other libraries, served; each module needs that library installed."""

@@ -1,0 +1,322 @@
+"""Dot-product-kernel attention for the models of Hugging Face transformers (extra `schoenbat[hf]`).
+
+Importing this module registers the attention implementation "schoenbat": kernel exp, 256 features, seed 0. Any model
+that goes through the attention interface of transformers then takes `attn_implementation="schoenbat"`. Its features
+are a function of head_dim and these settings alone, drawn when first needed and held outside the model; `install`
+instead draws them per layer, as buffers in the model's state_dict. `register` gives other settings a name.
+
+What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
+attention sinks, dropout of weights, attention weights as an output, caches of fixed length.
+
+`KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
+from transformers.utils.output_capturing import _active_collector
+
+from schoenbat.errors import UserError, unknown_name
+from schoenbat.features.maclaurin import RandomMaclaurin
+from schoenbat.functional import draw_features, exact_attention, kernel_named, share_scale
+from schoenbat.norm import pre_sbn
+from schoenbat.ops.blockwise import attend, extend, summarise_keys
+
+_INSTALLED = "kernel_features"
+_HARMLESS = {
+    "cache_position",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one attention implementation computes.
+
+    Attributes:
+        kernel: name of f.
+        num_features: None evaluates f exactly, in quadratic time.
+        seed: of the features.
+        normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
+        max_degree: highest degree of the features.
+    """
+
+    kernel: str = "exp"
+    num_features: int | None = 256
+    seed: int = 0
+    normalize: bool = False
+    max_degree: int = 20
+
+
+_SETTINGS: dict[str, Settings] = {}
+
+
+def register(name: str, settings: Settings) -> None:
+    """Make `attn_implementation=name` known to transformers.
+
+    Raises:
+        UserError: a name that transformers reads in a way of its own or that means something else already, or settings
+            under which the kernel is not defined.
+    """
+    if not name or "/" in name or any(word in name for word in ("flash", "flex_attention", "sdpa", "eager", "paged")):
+        raise UserError(f"attn_implementation {name!r} means something else to transformers; choose another name")
+    if _SETTINGS.get(name, settings) != settings:
+        raise UserError(f"attn_implementation {name!r} is registered already, with {_SETTINGS[name]}")
+    kernel = kernel_named(settings.kernel)
+    if not math.isinf(kernel.radius) and not settings.normalize:
+        raise UserError(
+            f"kernel {settings.kernel!r} is defined for arguments below {kernel.radius:g} only; set normalize=True"
+        )
+    _SETTINGS[name] = settings
+    AttentionInterface.register(name, _implementation(settings))
+    AttentionMaskInterface.register(name, _key_mask)
+
+
+def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
+    """Give each attention layer its own draw of features, as buffers in the state_dict, and switch to `name`.
+
+    Draws of the layers follow each other from the seed of the implementation. Loading a checkpoint of such a model
+    needs the same call first.
+    """
+    if name not in _SETTINGS:
+        raise unknown_name("attn_implementation", name, list(_SETTINGS))
+    settings = _SETTINGS[name]
+    layers = [module for module in model.modules() if _head_dim(module) is not None]
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no attention layer that goes through the attention interface")
+    if settings.num_features is not None:
+        with torch.device("cpu"):
+            generator = torch.Generator().manual_seed(settings.seed)
+            for layer in layers:
+                head_dim = _head_dim(layer)
+                assert head_dim is not None
+                features = RandomMaclaurin(
+                    kernel_named(settings.kernel),
+                    head_dim=head_dim,
+                    num_features=settings.num_features,
+                    max_degree=settings.max_degree,
+                    generator=generator,
+                )
+                layer.add_module(_INSTALLED, features.to(next(layer.parameters()).device))
+    model.set_attn_implementation(name)
+    return model
+
+
+class KernelCache(Cache):
+    """The sums that causal attention through features needs of all tokens so far, whatever their number.
+
+    `model.generate(..., past_key_values=KernelCache())`; one cache serves one batch of sequences, and `reset` empties
+    it. Tokens cannot be taken out again, so assisted generation is refused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_StateLayer)
+
+
+class _StateLayer(CacheLayerMixin):
+    """One layer's state, [B, key heads, D, v + 1].
+
+    The attention function gets hold of it through the keyword arguments of the call, which `update` may extend: that
+    is how transformers' own paged cache reaches its attention.
+    """
+
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+        self.seen = 0
+        self.is_taken = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The first tokens make the state."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if kwargs is None:
+            raise UserError("this model does not tell its cache about the attention call; use it without KernelCache")
+        if not self.is_taken:
+            raise UserError(
+                "KernelCache serves models whose attn_implementation was registered by schoenbat; this one ignored it"
+            )
+        kwargs["kernel_state"] = self
+        self.is_taken = False
+        self.seen += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, self.seen
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.seen, self.is_taken = None, 0, True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.index_select(0, indices.to(self.state.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UserError("KernelCache cannot take tokens out again; generate without an assistant model")
+
+    def offload(self) -> None:
+        raise UserError("KernelCache is not offloaded: its size does not grow")
+
+    prefetch = offload
+
+
+def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
+    """The function that transformers calls from every attention layer."""
+
+    def kernel_attention_forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        kernel_state: _StateLayer | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        _refuse(dropout, attention_mask, key, kwargs)
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if settings.normalize:
+            query, key = pre_sbn(query), pre_sbn(key)
+        dtype = query.dtype
+        query, key = share_scale(query, key, scaling)
+        if settings.num_features is None:
+            if kernel_state is not None:
+                raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
+            out = _exact(settings, query, key, value.to(query.dtype), attention_mask, causal)
+        else:
+            features = getattr(module, _INSTALLED, None)
+            if features is None:
+                features = draw_features(
+                    kernel_named(settings.kernel),
+                    query.shape[-1],
+                    settings.num_features,
+                    settings.seed,
+                    query.device,
+                    settings.max_degree,
+                )
+            out = _through(features, query, key, value, attention_mask, causal, kernel_state)
+        return out.to(dtype).transpose(1, 2).contiguous(), None
+
+    return kernel_attention_forward
+
+
+def _through(
+    features: Callable[[Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    layer: _StateLayer | None,
+) -> Tensor:
+    if layer is not None:
+        if not causal:
+            raise UserError("KernelCache is for causal attention")
+        layer.is_taken = True
+        out, layer.state = extend(features, layer.state, query, key, value, key_mask)
+        return out
+    past = key.shape[2] - query.shape[2]
+    if not causal or past == 0 or query.shape[2] == 1:
+        return attend(features, query, key, value, key_mask, is_causal=causal and past == 0)
+    # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
+    before, after = (None, None) if key_mask is None else (key_mask[:, :past], key_mask[:, past:])
+    state = summarise_keys(features, key[:, :, :past], value[:, :, :past], before)
+    return extend(features, state, query, key[:, :, past:], value[:, :, past:], after)[0]
+
+
+def _exact(
+    settings: Settings, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, causal: bool
+) -> Tensor:
+    length, past = query.shape[2], key.shape[2] - query.shape[2]
+    if causal and past:
+        query = nn.functional.pad(query, (0, 0, past, 0))
+    out = exact_attention(query, key, value, kernel_named(settings.kernel), key_mask, causal)
+    return out[:, :, -length:]
+
+
+def _refuse(dropout: float, attention_mask: Tensor | None, key: Tensor, kwargs: dict[str, Any]) -> None:
+    """Raise UserError for what would have to be ignored."""
+    if dropout:
+        raise UserError(f"attention dropout is {dropout}, but there are no weights to drop; set it to 0 in the config")
+    # Some models keep the request for attention weights to themselves: what will be collected tells.
+    if any("attentions" in name for name in _active_collector.get() or ()):
+        raise UserError("output_attentions is not supported: linear attention has no weights to return")
+    for name, value in kwargs.items():
+        if name not in _HARMLESS and value is not None and value is not False:
+            raise UserError(f"attention argument {name} is not supported by a linear attention implementation")
+    if attention_mask is not None:
+        expected = (key.shape[0], key.shape[2])
+        if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != expected:
+            raise UserError(
+                f"attention_mask must be a mask of keys, {list(expected)}, not {attention_mask.dtype} "
+                f"{list(attention_mask.shape)}; a mask of pairs has no meaning in linear time"
+            )
+
+
+def _key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that transformers prepares for this implementation: [B, keys] bool, True = attend, or None."""
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise UserError(
+            "this call needs a mask of pairs other than the causal one (a sliding window, chunks, packed sequences, "
+            "or, under torch.compile, no attention_mask), which has no meaning in linear time"
+        )
+    ends_with_queries = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if mask_function is causal_mask_function and not ends_with_queries:
+        raise UserError("a cache of fixed length (static) is not supported; use KernelCache or the default cache")
+    return None if attention_mask is None else attention_mask[:, -kv_length:]
+
+
+def _head_dim(module: nn.Module) -> int | None:
+    """Width of a head if this is a module that calls the attention interface."""
+    if not hasattr(module, "is_causal") or not hasattr(module, "config"):
+        return None
+    for name in ("head_dim", "attention_head_size"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    return None
+
+
+register("schoenbat", Settings())

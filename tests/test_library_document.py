@@ -1,0 +1,22 @@
+"""The examples of docs/library.md run as they stand."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_there_is_one_example_for_each_piece() -> None:
+    assert len(EXAMPLES) == 4
+    assert all(len(example.splitlines()) <= 11 for example in EXAMPLES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["functional", "module", "step", "transformers"])
+def test_example_runs(example: str) -> None:
+    if "transformers" in example and importlib.util.find_spec("transformers") is None:
+        pytest.skip("needs the extra schoenbat[hf]")
+    exec(compile(example, "docs/library.md", "exec"), {})
