@@ -61,11 +61,11 @@ class RmfaSketch(KernelAttention):
             mean = _mean(q, weight)
             k = k - _mean(k, weight)
             q = q - mean
-            exponent = k @ mean.transpose(-1, -2)
+            exponent = mean @ k.transpose(-1, -2)
             if key_mask is not None:
-                exponent = exponent.masked_fill(~key_mask[:, None, :, None], torch.finfo(exponent.dtype).min)
-            # A factor common to all keys cancels; this one keeps the largest weight at 1.
-            factor = torch.exp(exponent - exponent.detach().amax(-2, keepdim=True))
+                exponent = exponent.masked_fill(~key_mask[:, None, None, :], torch.finfo(exponent.dtype).min)
+            # exp up to a factor common to all keys, which cancels.
+            factor = torch.softmax(exponent, -1).transpose(-1, -2)
             weight = factor if weight is None else factor * weight
         return product_attention(q, k, v, self.features.projection, self.features.plan, weight).to(query.dtype)
 

@@ -65,12 +65,8 @@ class Sketch(nn.Module):
         shares = {share.degree: share for share in self.allocation.shares}
         linear = shares.get(1)
         higher = [share for share in self.allocation.shares if share.degree >= 2]
-        # The base carries the weight of the largest degree, so that its products need no factor of their own.
-        self.base_weight = 1.0
-        if higher:
-            largest = max(higher, key=lambda share: share.num_features)
-            self.base_weight = largest.weight ** (1 / largest.degree)
-        self.linear_weight = linear.weight if linear else 0.0
+        # The linear features are coordinates as they are, so these carry their weight.
+        self.base_weight = linear.weight if linear else 1.0
         self.plan = Plan(
             constant=shares[0].weight if 0 in shares else 0.0,
             num_linear=linear.num_features if linear else 0,
@@ -89,12 +85,10 @@ class Sketch(nn.Module):
         self._pack()
 
     def _pack(self) -> None:
-        """Columns for the linear features, then for the base, as far as the longest run goes."""
+        """The coordinates as far as the linear features and the runs go."""
         reach = max((run.offsets[-1] + run.length for run in self.plan.runs), default=0)
-        base = torch.arange(reach, device=self.rotation.device) % len(self.rotation)
-        linear = self.linear_weight * self.rotation[:, : self.plan.num_linear]
-        projection = torch.cat([linear, self.base_weight * self.rotation[:, base]], 1)
-        self.register_buffer("projection", projection, persistent=False)
+        columns = torch.arange(max(reach, self.plan.num_linear), device=self.rotation.device) % len(self.rotation)
+        self.register_buffer("projection", self.base_weight * self.rotation[:, columns], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return expand(x @ self.projection.to(x.dtype), self.plan)

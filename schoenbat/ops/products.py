@@ -1,8 +1,7 @@
 r"""Features that are products of projections, and linear attention through them that never holds all of them.
 
-A plan says which products. Projected rows hold `num_linear` features as they are, then a base z_0, z_1, ... whose
-coordinates go on cyclically as far as a run needs them. A run with the offsets (0, s, ...) and length n is the n
-features
+A plan says which products. A projected row is z_0, z_1, ..., and goes on cyclically, as far as any run reaches. Its
+first coordinates are the linear features. A run with the offsets (0, s, ...) and length n is the n features
 
     weight * z_i z_{i+s} ...,    i = 0 .. n - 1,
 
@@ -49,25 +48,33 @@ def expand(projected: Tensor, plan: Plan) -> Tensor:
     parts = [projected.new_full((*projected.shape[:-1], 1), plan.constant)] if plan.constant else []
     if plan.num_linear:
         parts.append(projected[..., : plan.num_linear])
-    parts += [_product(_factors(projected, plan, run), run.weight) for run in plan.runs]
+    for run in plan.runs:
+        product = _product(_factors(projected, run))
+        parts.append(product if run.weight == 1 else product * run.weight)
     return torch.cat(parts, -1)
 
 
 def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
     """The gradient [..., P] of the projected rows, from `grad` [..., D] of their features."""
-    # Made of both, so that it has the batch dimensions of both under vmap.
-    out = torch.zeros_like(projected) + grad.new_zeros(())
     column = 1 if plan.constant else 0
-    out[..., : plan.num_linear] = grad[..., column : column + plan.num_linear]
+    linear = grad[..., column : column + plan.num_linear]
     column += plan.num_linear
+    # Under vmap, what is added to in place must have all batch dimensions from the start, and every term of a run has.
+    out = None
     for run in plan.runs:
-        factors = _factors(projected, plan, run)
+        factors = _factors(projected, run)
         own = grad[..., column : column + run.length]
+        own = own if run.weight == 1 else own * run.weight
         for i, offset in enumerate(run.offsets):
-            others = factors[:i] + factors[i + 1 :]
-            start = plan.num_linear + offset
-            out[..., start : start + run.length] += own * _product(others, run.weight)
+            term = own * _product(factors[:i] + factors[i + 1 :])
+            if out is None:
+                out = F.pad(term, (0, projected.shape[-1] - run.length))
+            else:
+                out[..., offset : offset + run.length] += term
         column += run.length
+    if out is None:
+        return F.pad(linear, (0, projected.shape[-1] - plan.num_linear))
+    out[..., : plan.num_linear] += linear
     return out
 
 
@@ -86,9 +93,10 @@ def product_attention(
         projection: [d, P], without a gradient.
         key_weight: the diagonal of W, broadcastable to [B, H, M, 1], or None for ones; 0 leaves a key out.
     """
-    extended = F.pad(value, (0, 1), value=1.0)
-    if key_weight is not None:
-        extended = extended * key_weight
+    if key_weight is None:
+        extended = F.pad(value, (0, 1), value=1.0)
+    else:
+        extended = torch.cat([value * key_weight, key_weight.expand(*value.shape[:-1], 1)], -1)
     projection = projection.to(query.dtype)
     summed = _Sum.apply(key, extended, projection, plan)
     attended = _Apply.apply(query, summed, projection, plan)
@@ -150,16 +158,15 @@ class _Apply(torch.autograd.Function):
         return _joined(grad_query), _total(grad_summed), None, None
 
 
-def _factors(projected: Tensor, plan: Plan, run: Run) -> list[Tensor]:
-    starts = [plan.num_linear + offset for offset in run.offsets]
-    return [projected[..., start : start + run.length] for start in starts]
+def _factors(projected: Tensor, run: Run) -> list[Tensor]:
+    return [projected[..., offset : offset + run.length] for offset in run.offsets]
 
 
-def _product(factors: list[Tensor], weight: float) -> Tensor:
+def _product(factors: list[Tensor]) -> Tensor:
     product = factors[0]
     for factor in factors[1:]:
         product = product * factor
-    return product if weight == 1 else product * weight
+    return product
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
