@@ -26,7 +26,8 @@ class RandomFourier(nn.Module):
         self.resample(generator)
 
     def resample(self, generator: torch.Generator) -> None:
-        self.frequencies.copy_(orthogonal_gaussian(*self.frequencies.shape, generator))
+        rows, columns = self.frequencies.shape
+        self.frequencies.copy_(orthogonal_gaussian(rows, columns, generator))
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x @ self.frequencies.T.to(x.dtype)

@@ -1,4 +1,4 @@
-r"""Positive orthogonal random features for exp (FAVOR+; Choromanski et al. 2021, "Rethinking Attention with Performers").
+r"""Positive orthogonal random features for exp: FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794).
 
     exp(<x, y>) = E_w exp(<w, x> - |x|^2 / 2) exp(<w, y> - |y|^2 / 2),    w ~ N(0, I),
 
@@ -25,7 +25,8 @@ class PositiveRandom(nn.Module):
         self.resample(generator)
 
     def resample(self, generator: torch.Generator) -> None:
-        self.vectors.copy_(orthogonal_gaussian(*self.vectors.shape, generator))
+        rows, columns = self.vectors.shape
+        self.vectors.copy_(orthogonal_gaussian(rows, columns, generator))
 
     def forward(self, x: Tensor) -> Tensor:
         exponent = x @ self.vectors.T.to(x.dtype) - x.square().sum(-1, keepdim=True) / 2

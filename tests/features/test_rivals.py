@@ -33,7 +33,7 @@ def test_the_estimate_is_unbiased(rival: Callable[..., nn.Module], cosine: float
 
 @BOTH
 def test_sizes_that_cannot_be_are_refused(rival: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="num_features must be .*, not 0"):
+    with pytest.raises(ValueError, match=r"num_features must be .*, not 0"):
         rival(head_dim=4, num_features=0, generator=torch.Generator())
 
 
