@@ -9,14 +9,18 @@ import pytest
 import torch
 from project_folder import Project
 
-from pipeline.cells import trained_cells
+from pipeline import reporting
+from pipeline.cells import data_meta, trained_cells
+from pipeline.files import write_csv
 from pipeline.params import ErrorsParams, load_params
 from pipeline.stages import errors
+from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
 from schoenbat.norm import pre_sbn
 from schoenbat.ops.reference import kernel_attention
+from schoenbat.training import save_model
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -96,14 +100,49 @@ def test_the_vectors_of_a_trained_cell_are_used(project: Project, invoke: Invoke
     assert "train first: schoenbat-exp train --task lra-listops --attn rmfa --dotf exp" in err
     for command in ("download", "preprocess"):
         assert invoke(command, "--task", "lra-listops")[0] == 0
-    arguments = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer", "--seed", "0")
-    assert invoke("train", *arguments)[0] == 0
+    params = load_params()
+    (trained,) = trained_cells(params)
+    model = model_of(trained, params, data_meta(trained, params))
+    save_model(trained.run_folder("tiny") / "best.pt", model, {})
     code, _, err = invoke("errors", "--cell", cell)
     assert code == 0, err
     rows = read(Path(f"runs/tiny/errors/{cell}.csv"))
     assert {row["points"] for row in rows} == {f"trained {cell}"}
     assert {row["dotf"] for row in rows} == set(KERNELS.names())
     assert {(row["head_dim"], row["tokens"]) for row in rows} == {("4", "5")}
+
+
+def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Project) -> None:
+    project.set("errors.trained", ["lra-text-rmfa-exp-maclauformer-0"])
+    rows = [
+        {
+            **dict.fromkeys(errors.COLUMNS, "x"),
+            "points": points,
+            "argument": argument,
+            "dotf": dotf,
+            "estimator": estimator,
+            "num_features": size,
+            **dict.fromkeys(("kernel_error", "output_error"), 0.25 / size),
+            **dict.fromkeys(("kernel_spread", "output_spread"), 0.01 / size),
+        }
+        for points in ("isotropic", "shared mean")
+        for argument in ("cos/sqrt(d)", "cos")
+        for dotf in ("exp", "log")
+        for estimator in ("rmfa", "rmfa-sketch")
+        for size in (16, 128)
+        if (estimator, size) != ("rmfa", 16)
+    ]
+    write_csv(Path("runs/tiny/errors.csv"), errors.COLUMNS, [[row[name] for name in errors.COLUMNS] for row in rows])
+    reporting.build("tiny", load_params(), Path())
+    folder = Path("reports/tiny")
+    for name in ("errors-kernel", "errors-output"):
+        table = (folder / f"tables/{name}.md").read_text()
+        assert table.count("| rmfa-sketch ") == 8
+        assert table.count("2.0e-03") == 16
+        assert table.count("—") == 8
+        assert "Not trained yet, so left out: lra-text-rmfa-exp-maclauformer-0." in table
+        assert (folder / f"figures/{name}.svg").is_file()
+    assert "## Errors of the estimators" in (folder / "index.md").read_text()
 
 
 @pytest.mark.parametrize(
