@@ -181,6 +181,20 @@ def bench_stage(profile: str) -> str:
     return f"bench@{profile}"
 
 
+def trained_cells(params: Params) -> list[Cell]:
+    """The cells of `errors.trained`; raises UserError for one that the grid does not have."""
+    grid = {cell.id: cell for cell in expand(params)}
+    for name in params.errors.trained:
+        if name not in grid:
+            raise UserError(f"errors.trained: the grid has no cell {name!r}; choose from: {', '.join(grid) or 'none'}")
+    return [grid[name] for name in params.errors.trained]
+
+
+def errors_stage(profile: str, cell: Cell | None = None) -> str:
+    """The stage that measures estimators on made-up vectors, or on those of a trained cell."""
+    return f"errors@{profile}" if cell is None else f"errors_trained@{profile}-{cell.id}"
+
+
 def report_stage(profile: str) -> str:
     return f"report@{profile}"
 

@@ -78,6 +78,9 @@ def run(
     graph = cells_module.stage_graph(params, chosen)
     if not filtered:
         graph[cells_module.bench_stage(params.profile)] = []
+        graph[cells_module.errors_stage(params.profile)] = []
+        for trained in cells_module.trained_cells(params):
+            graph[cells_module.errors_stage(params.profile, trained)] = [trained.stage("train", params.profile)]
     report = cells_module.report_stage(params.profile)
     changed = _changed_stages()
     due = _due_stages(graph, changed)
@@ -166,6 +169,25 @@ def bench() -> None:
     from pipeline.stages import bench as stage
 
     stage.run(params, Path("runs", params.profile, "bench.csv"))
+
+
+@app.command()
+def errors(
+    cell: Annotated[
+        str | None, typer.Option(help="On the vectors of this trained cell. Default: made-up ones.")
+    ] = None,
+) -> None:
+    """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
+    params = _load_params()
+    from pipeline.cells import expand, select
+    from pipeline.stages import errors as stage
+
+    folder = Path("runs", params.profile)
+    if cell is None:
+        stage.run(params, folder / "errors.csv")
+    else:
+        (chosen,) = select(expand(params), id=[cell])
+        stage.run_trained(params, chosen, folder / "errors" / f"{cell}.csv")
 
 
 @app.command()

@@ -132,6 +132,29 @@ class BenchParams:
 
 
 @dataclass(frozen=True)
+class ErrorsParams:
+    """Where the errors of the estimators are measured.
+
+    Attributes:
+        num_features: the budgets.
+        tokens: queries, and keys, of a set.
+        draws: of the features, for mean and spread.
+        trained: ids of cells of the grid whose queries, keys and values are used as well, once they are trained.
+    """
+
+    num_features: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256, 512, 1024])
+    tokens: int = 256
+    draws: int = 10
+    trained: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if min(self.num_features, default=1) < 1:
+            raise ValueError("num_features must be at least 1")
+        if min(self.tokens, self.draws) < 2:
+            raise ValueError("tokens and draws must be at least 2")
+
+
+@dataclass(frozen=True)
 class Params:
     """All of params.yaml.
 
@@ -150,6 +173,7 @@ class Params:
     data: DataParams
     run: RunParams
     bench: BenchParams
+    errors: ErrorsParams
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,7 @@ class _RawParams:
     note: str = ""
     data: DataParams = field(default_factory=DataParams)
     run: RunParams = field(default_factory=RunParams)
+    errors: ErrorsParams = field(default_factory=ErrorsParams)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -192,6 +217,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         data=raw.data,
         run=raw.run,
         bench=raw.bench,
+        errors=raw.errors,
     )
 
 

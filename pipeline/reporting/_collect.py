@@ -25,9 +25,13 @@ Quantities by where they come from:
 - every evaluation: `curve_*` for the columns of curves.csv
 - every prepared task: `data_*` for counts and lengths of its summary
 - every timing: `bench_*` for the numeric columns of bench.csv
+- every estimate of a kernel: `error_*` for the numeric columns of errors.csv and errors/CELL.csv, with the name of the
+  estimator as attn and "POINTS; ARGUMENT" as direction
 """
 
 BENCH_VALUES = ("milliseconds", "spread", "peak_memory_mb", "relative_error", "speedup_vs_sdpa")
+ERROR_VALUES = ("kernel_error", "kernel_spread", "output_error", "output_spread")
+ERROR_SETTING = ("tokens", "draws", "head_dim", "torch", "git_revision")
 BENCH_SETTING = ("batch", "heads", "head_dim", "num_features", "threads", "device", "torch", "git_revision")
 
 
@@ -50,6 +54,8 @@ class Setting:
     devices: set[str] = field(default_factory=set)
     revisions: set[str] = field(default_factory=set)
     bench: dict[str, list[str]] = field(default_factory=dict)
+    errors: dict[str, list[str]] = field(default_factory=dict)
+    errors_missing: list[str] = field(default_factory=list)
 
     def heading(self, task: str) -> str:
         """The task with the first two parts of its data's label, one of which names a subset; captions have all."""
@@ -70,7 +76,15 @@ class Setting:
 
     def bench_caption(self) -> str:
         """The circumstances of the timings, as one line."""
-        described = "; ".join(f"{name.replace('_', ' ')}: {', '.join(values)}" for name, values in self.bench.items())
+        return self._described(self.bench)
+
+    def errors_caption(self) -> str:
+        """The circumstances of the errors, as one line."""
+        missing = f" Not trained yet, so left out: {', '.join(self.errors_missing)}." if self.errors_missing else ""
+        return self._described(self.errors) + missing
+
+    def _described(self, values: dict[str, list[str]]) -> str:
+        described = "; ".join(f"{name.replace('_', ' ')}: {', '.join(found)}" for name, found in values.items())
         return f"Profile {self.profile}: {self.note}".rstrip(": .") + f"; {described}."
 
     def status(self) -> list[str]:
@@ -119,6 +133,7 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
     for cell in cells:
         rows += _cell_rows(cell, root / cell.run_folder(profile), fingerprints.get(cell.task), setting)
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
+    rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
     frame = pd.DataFrame([empty | row for row in rows], columns=[*KEYS, "value"])
     return frame.astype({"value": float}), setting
@@ -201,6 +216,30 @@ def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, 
         }
         for timing in timings
         for name in BENCH_VALUES
+    ]
+
+
+def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str, Any]]:
+    trained = [folder / "errors" / f"{cell}.csv" for cell in params.errors.trained]
+    setting.errors_missing = [path.stem for path in trained if not path.is_file()]
+    found: list[dict[str, str]] = []
+    for path in (folder / "errors.csv", *trained):
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                found += csv.DictReader(file)
+    for name in ERROR_SETTING:
+        setting.errors[name] = list(dict.fromkeys(row[name] for row in found))
+    return [
+        {
+            "attn": row["estimator"],
+            "dotf": row["dotf"],
+            "num_features": int(row["num_features"]),
+            "direction": f"{row['points']}; {row['argument']}",
+            "quantity": f"error_{name}",
+            "value": float(row[name]),
+        }
+        for row in found
+        for name in ERROR_VALUES
     ]
 
 

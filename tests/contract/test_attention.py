@@ -65,8 +65,9 @@ def test_causal_token_sees_no_later_token(name: str, dotf: str | None) -> None:
     for length in (1, 2, 128, 129):
         first = attention(query[:, :, :length], key[:, :, :length], value[:, :, :length], is_causal=True)
         torch.testing.assert_close(full[:, :, :length], first, rtol=1e-4, atol=1e-5)
-    # The last token sees everything, as it does without the mask.
-    torch.testing.assert_close(full[:, :, -1], attention(query, key, value)[:, :, -1], rtol=1e-4, atol=1e-5)
+    # The last token sees everything, as it does without the mask. An estimate may be a better one where it sees all
+    # tokens from the start; leaving out one key would change an output by about 5e-3.
+    torch.testing.assert_close(full[:, :, -1], attention(query, key, value)[:, :, -1], rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_to_attend_to_gives_zero(name: str, dotf: str | None) -> None:

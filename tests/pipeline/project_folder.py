@@ -46,6 +46,7 @@ SETTINGS: dict[str, Any] = {
     "former": {"transformer": {}, "maclauformer": {}},
     "run": {"device": "cpu", "threads": 1},
     "bench": {"lengths": [64], "repeats": 1},
+    "errors": {"num_features": [4], "tokens": 8, "draws": 2, "trained": []},
 }
 
 

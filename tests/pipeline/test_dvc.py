@@ -12,11 +12,13 @@ from pipeline.cells import (
     bench_stage,
     data_folder,
     download_stage,
+    errors_stage,
     expand,
     preprocess_stage,
     report_stage,
     sources,
     stage_graph,
+    trained_cells,
 )
 from pipeline.params import load_params
 
@@ -33,12 +35,15 @@ def stage_names() -> set[str]:
 def expected_names() -> set[str]:
     params = load_params()
     tasks = {name for task in params.grid.tasks for name in (download_stage(task), preprocess_stage("tiny", task))}
-    return {*stage_graph(params, expand(params)), *tasks, bench_stage("tiny"), report_stage("tiny")}
+    errors = {errors_stage("tiny"), *(errors_stage("tiny", cell) for cell in trained_cells(params))}
+    return {*stage_graph(params, expand(params)), *tasks, bench_stage("tiny"), *errors, report_stage("tiny")}
 
 
 def test_stages_of_dvc_are_those_of_the_cells_with_and_without_empty_axes(project: Project) -> None:
     project.add_dvc()
+    project.set("errors.trained", ["lra-text-rmfa-exp-maclauformer-0"])
     assert stage_names() == expected_names()
+    project.set("errors.trained", [])
     project.set("grid.plain.attn", [])
     project.set("grid.kernel.dotf", [])
     assert (
@@ -50,6 +55,7 @@ def test_stages_of_dvc_are_those_of_the_cells_with_and_without_empty_axes(projec
             "preprocess@tiny-lra-listops",
             "preprocess@tiny-lra-text",
             "bench@tiny",
+            "errors@tiny",
             "report@tiny",
         }
     )

@@ -1,0 +1,234 @@
+r"""How many of D features each degree of a kernel should get, and what error is left.
+
+Let x and y have |x| |y| = s and independent uniform directions in R^d, so that t = <x, y> / s has the density
+proportional to (1 - t^2)^((d-3)/2). On the sphere the kernel is diagonal in spherical harmonics (Funk and Hecke):
+
+    f(s t) = sum_l mu_l N_l P_l(t),    mu_l = E f(s t) P_l(t),
+
+with P_l the Gegenbauer polynomial that is 1 at t = 1 and N_l the number of orthonormal harmonics of degree l. Each of
+them costs one feature and takes mu_l^2 off the expected squared error; by Eckart and Young no D features leave less
+error than the D harmonics of largest mu_l. Products of l different coordinates are harmonic, so they serve as features
+in any orthonormal basis: C(d, l) of them, all equally good for a random basis. A degree that gets n of its N_l
+harmonics is thereby the unbiased sketch, which is N_l / n times as large, shrunk by n / N_l, the factor of least error.
+
+When a budget reaches the C(d + p - 1, p) monomials of a degree p, that degree is exact for every pair of vectors, and
+the remainder of f is treated as above.
+
+Vectors come in one of two ways:
+
+- as they are, with |x| and |y| known (`fixed_norm`). The constant and linear features then also carry what the higher
+  degrees contribute to them. Real vectors are not isotropic but share directions, and for those a shrunken degree is a
+  bias that all pairs have in common, so an incomplete degree is made larger again by min(N_l / n, BOOST);
+- centred, of any length up to sqrt(s). Each feature is then weighted by its own Maclaurin term, sqrt(l! a_l), which is
+  right for every length.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchquad import GaussLegendre
+
+from schoenbat.kernels import Kernel
+
+BOOST = 1 + math.sqrt(0.5)
+"""Keeps half of what a degree takes off the expected squared error: with the factor b that is 2 b - b^2 of the most."""
+NODES = 200
+"""Of the Gauss-Legendre rule over the angle."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one degree gets.
+
+    Attributes:
+        degree: of the monomials that are its features.
+        num_features: how many there are.
+        of: how many there could be: C(d, degree) products of different coordinates, or, where `exact`, all monomials.
+        exact: whether the degree's Maclaurin term comes out exactly, for all vectors.
+        weight: the factor of a feature x_1 x_2 ... with different coordinates; sqrt(1 / m!) comes on top for a
+            coordinate that is repeated m times.
+        gain: by how much one of its features lowers the expected squared error, relative to E f^2.
+    """
+
+    degree: int
+    num_features: int
+    of: int
+    exact: bool
+    weight: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The features of each degree, and the error that they leave.
+
+    Attributes:
+        head_dim: d.
+        scale: s = |x| |y|.
+        shares: ascending in degree; their sizes add up to the budget, or to less where the series is exhausted.
+        expected_error: sqrt(E (estimate - f)^2 / E f^2) over isotropic directions and the random basis.
+    """
+
+    head_dim: int
+    scale: float
+    shares: tuple[Share, ...]
+    expected_error: float
+
+    @property
+    def num_features(self) -> int:
+        return sum(share.num_features for share in self.shares)
+
+    def rows(self) -> list[dict[str, int | float | bool]]:
+        """One row per degree, for a table or a figure."""
+        return [
+            {
+                "degree": share.degree,
+                "num_features": share.num_features,
+                "of": share.of,
+                "exact": share.exact,
+                "gain": share.gain * share.num_features,
+            }
+            for share in self.shares
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{'degree':>6} {'features':>8} {'of':>8}  {'gain':>8}"]
+        lines += [
+            f"{share.degree:>6} {share.num_features:>8} {share.of:>8}  {share.gain * share.num_features:8.1e}"
+            f"{'  exact' if share.exact else ''}"
+            for share in self.shares
+        ]
+        lines.append(f"{self.num_features} features, expected relative error {self.expected_error:.2e}")
+        return "\n".join(lines)
+
+
+def allocate(
+    kernel: Kernel, *, head_dim: int, num_features: int, scale: float, max_degree: int, fixed_norm: bool
+) -> Allocation:
+    """The allocation of least expected error.
+
+    Args:
+        kernel: gives f and its coefficients a_n.
+        head_dim: d.
+        num_features: the budget D, at least 1.
+        scale: s = |x| |y|, below the kernel's radius.
+        max_degree: the highest degree that may get features.
+        fixed_norm: whether all vectors have the length sqrt(s).
+    """
+    for name, value, least in (
+        ("head_dim", head_dim, 1),
+        ("num_features", num_features, 1),
+        ("max_degree", max_degree, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    if not 0 < scale < kernel.radius:
+        raise ValueError(f"scale must lie between 0 and the kernel's radius {kernel.radius:g}, not {scale:g}")
+    coefficients = [kernel.coefficient(degree) for degree in range(max_degree + 1)]
+    candidates = []
+    for exact_through in [-1, *range(2, max_degree + 1)]:
+        exact = [p for p in range(exact_through + 1) if coefficients[p] > 0]
+        if sum(num_monomials(head_dim, p) for p in exact) > num_features:
+            break
+        candidates.append(_allocate_rest(kernel, coefficients, exact, head_dim, num_features, scale, fixed_norm))
+    return min(candidates, key=lambda allocation: allocation.expected_error)
+
+
+def num_monomials(head_dim: int, degree: int) -> int:
+    """C(d + p - 1, p): the monomials of degree p in d coordinates."""
+    return math.comb(head_dim + degree - 1, degree)
+
+
+def num_harmonics(head_dim: int, degree: int) -> int:
+    """N_l: the homogeneous polynomials of degree l, less those that are |x|^2 times another."""
+    return num_monomials(head_dim, degree) - (num_monomials(head_dim, degree - 2) if degree >= 2 else 0)
+
+
+def _allocate_rest(
+    kernel: Kernel,
+    coefficients: list[float],
+    exact: list[int],
+    head_dim: int,
+    num_features: int,
+    scale: float,
+    fixed_norm: bool,
+) -> Allocation:
+    """Degrees in `exact` by all their monomials, the rest of the budget to the harmonics of largest gain."""
+    # There are no products of more than d different coordinates.
+    degrees = range(min(len(coefficients) - 1, head_dim) + 1)
+
+    def integrand(t: np.ndarray) -> np.ndarray:
+        u = torch.from_numpy(scale * t)
+        value = kernel(u)
+        rest = value - sum((coefficients[p] * u**p for p in exact), torch.zeros_like(u))
+        harmonics = itertools.islice(_gegenbauer(t, head_dim), len(degrees))
+        products = [rest.numpy() * harmonic for harmonic in harmonics]
+        return np.stack([value.numpy() ** 2, rest.numpy() ** 2, *products], -1)
+
+    total, left, *projections = _expect(integrand, head_dim)
+    norms = [math.prod(head_dim + 2 * j for j in range(degree)) for degree in degrees]
+    weights = {}
+    gains = {}
+    for degree, projection in zip(degrees, projections, strict=True):
+        own = 0.0 if degree in exact else coefficients[degree] * scale**degree * math.factorial(degree) / norms[degree]
+        used = max(projection, 0.0) if fixed_norm else own
+        # mu^2, less (mu - used)^2.
+        gains[degree] = 2 * projection * used - used**2
+        weights[degree] = used * norms[degree] / scale**degree
+
+    shares = []
+    budget = num_features
+    for degree in exact:
+        squared = math.factorial(degree) * coefficients[degree]
+        if degree <= 1 and fixed_norm:
+            squared += weights[degree]
+            left -= gains[degree] * (head_dim if degree else 1)
+        count = num_monomials(head_dim, degree)
+        shares.append(Share(degree, count, count, True, math.sqrt(squared), 0.0))
+        budget -= count
+    for degree in sorted(set(degrees) - set(exact), key=lambda degree: -gains[degree]):
+        capacity = math.comb(head_dim, degree)
+        count = min(budget, capacity)
+        if count and gains[degree] > 0:
+            boost = min(num_harmonics(head_dim, degree) / count, BOOST) if fixed_norm else 1.0
+            gain = gains[degree] * (2 * boost - boost**2)
+            complete = degree <= 1 and count == capacity
+            weight = math.sqrt(boost * weights[degree])
+            shares.append(Share(degree, count, capacity, complete, weight, gain / total))
+            left -= count * gain
+            budget -= count
+    shares.sort(key=lambda share: share.degree)
+    # Rounding may leave less than nothing.
+    return Allocation(head_dim, scale, tuple(shares), math.sqrt(max(left, 0.0) / total))
+
+
+def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:
+    """P_0, P_1, ... at t, with P_l(1) = 1."""
+    before, current = np.zeros_like(t), np.ones_like(t)
+    for degree in itertools.count():
+        yield current
+        # For d = 2 and degree 0 the recurrence is 0 / 0; P_1(t) = t for every d.
+        if degree == 0:
+            before, current = current, t
+        else:
+            following = ((2 * degree + head_dim - 2) * t * current - degree * before) / (degree + head_dim - 2)
+            before, current = current, following
+
+
+def _expect(function: Callable[[np.ndarray], np.ndarray], head_dim: int) -> list[float]:
+    """E of each column of function(t) over the cosine t of two independent directions in R^d."""
+    if head_dim == 1:
+        return function(np.array([-1.0, 1.0])).mean(0).tolist()
+
+    def weighted(angle: np.ndarray) -> np.ndarray:
+        # t = cos(angle) has the density sin(angle)^(d-2), which is smooth for every d.
+        density = np.sin(angle[:, 0]) ** (head_dim - 2)
+        return np.concatenate([density[:, None], density[:, None] * function(np.cos(angle[:, 0]))], -1)
+
+    domain = np.array([[0.0, math.pi]])
+    mass, *moments = GaussLegendre().integrate(weighted, dim=1, N=NODES, integration_domain=domain)
+    return [float(moment / mass) for moment in moments]

@@ -1,0 +1,125 @@
+r"""The features of least expected error: low degrees exactly, the rest of the budget to a sketch of the next degree.
+
+`schoenbat.features.allocation` says how many features each degree gets, and why they are products of different
+coordinates of z = R x in an orthonormal basis. R is drawn from all rotations alike, so that over the draw
+
+    E prod_{j in J} z_j z'_j = a multiple of the harmonic P_l(<x, y> / (|x| |y|)),
+
+for every set J of l coordinates: an unbiased estimate of it up to the factor that the allocation chooses. Constant and
+linear terms do not depend on R when they are complete, and neither does a degree that has all its monomials.
+
+Sets of coordinates come in orbits under cyclic shifts, {i, i + s, ...} for i = 0 .. d - 1, because those are products
+of contiguous slices (`schoenbat.ops.products`), and because every coordinate takes part in equally many of them.
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from schoenbat.features.allocation import Share, allocate
+from schoenbat.kernels import Kernel
+from schoenbat.ops.products import Plan, Run, expand
+
+
+class Sketch(nn.Module):
+    """phi: [..., N, head_dim] to [..., N, D], the same draw for every head and batch entry.
+
+    D is `num_features`, or less where the kernel's series is exhausted before.
+
+    Args:
+        kernel: gives f and its coefficients.
+        num_features: the budget, at least 1.
+        max_degree: the highest degree that may get features.
+        scale: |x| |y| of the vectors that the allocation is made for.
+        fixed_norm: whether all vectors have the length sqrt(scale).
+        generator: the source of the draw.
+    """
+
+    rotation: Tensor
+    projection: Tensor
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        *,
+        head_dim: int,
+        num_features: int,
+        max_degree: int,
+        scale: float,
+        fixed_norm: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.allocation = allocate(
+            kernel,
+            head_dim=head_dim,
+            num_features=num_features,
+            scale=scale,
+            max_degree=max_degree,
+            fixed_norm=fixed_norm,
+        )
+        shares = {share.degree: share for share in self.allocation.shares}
+        linear = shares.get(1)
+        higher = [share for share in self.allocation.shares if share.degree >= 2]
+        # The linear features are coordinates as they are, so these carry their weight.
+        self.base_weight = linear.weight if linear else 1.0
+        self.plan = Plan(
+            constant=shares[0].weight if 0 in shares else 0.0,
+            num_linear=linear.num_features if linear else 0,
+            runs=tuple(run for share in higher for run in _runs(share, head_dim, self.base_weight)),
+        )
+        self.register_buffer("rotation", torch.zeros(head_dim, head_dim))
+        self.register_load_state_dict_post_hook(lambda module, _: module._pack())
+        self.resample(generator)
+
+    def resample(self, generator: torch.Generator) -> None:
+        """Draw the basis anew, from all orthonormal ones alike."""
+        gaussian = torch.randn(self.rotation.shape, generator=generator, dtype=torch.float64)
+        basis, triangle = torch.linalg.qr(gaussian)
+        # With the signs of the diagonal the distribution is the uniform one (Mezzadri 2007).
+        self.rotation.copy_(basis * triangle.diagonal().sign())
+        self._pack()
+
+    def _pack(self) -> None:
+        """The coordinates as far as the linear features and the runs go."""
+        reach = max((run.offsets[-1] + run.length for run in self.plan.runs), default=0)
+        columns = torch.arange(max(reach, self.plan.num_linear), device=self.rotation.device) % len(self.rotation)
+        self.register_buffer("projection", self.base_weight * self.rotation[:, columns], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return expand(x @ self.projection.to(x.dtype), self.plan)
+
+
+def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
+    """The features of one degree, orbit by orbit."""
+    left = share.num_features
+    for offsets, length in _orbits(head_dim, share.degree, share.exact):
+        repeated = math.prod(math.factorial(count) for count in Counter(offsets).values())
+        weight = share.weight / math.sqrt(repeated) / base_weight**share.degree
+        weight = 1.0 if math.isclose(weight, 1, rel_tol=1e-12) else weight
+        length = min(length, left)
+        yield Run(offsets, length, weight)
+        left -= length
+        if not left:
+            return
+    assert not left
+
+
+def _orbits(head_dim: int, degree: int, repeated: bool) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Each orbit of `degree` coordinates under cyclic shifts, once: offsets from the first coordinate, and its size.
+
+    Args:
+        repeated: whether a coordinate may occur more than once.
+    """
+    choose = itertools.combinations_with_replacement if repeated else itertools.combinations
+    for rest in choose(range(0 if repeated else 1, head_dim), degree - 1):
+        offsets = (0, *rest)
+        gaps = [b - a for a, b in itertools.pairwise((*offsets, head_dim))]
+        # The same orbit is met once for each rotation of its gaps.
+        rotations = {tuple(gaps[i:] + gaps[:i]) for i in range(degree)}
+        if tuple(gaps) == min(rotations):
+            yield offsets, head_dim * len(rotations) // degree

@@ -1,0 +1,189 @@
+r"""Features that are products of projections, and linear attention through them that never holds all of them.
+
+A plan says which products. A projected row is z_0, z_1, ..., and goes on cyclically, as far as any run reaches. Its
+first coordinates are the linear features. A run with the offsets (0, s, ...) and length n is the n features
+
+    weight * z_i z_{i+s} ...,    i = 0 .. n - 1,
+
+so all of them together are a product of a few contiguous slices.
+
+`product_attention` goes through the tokens in chunks, once for the keys and once for the queries, and makes the
+features of a chunk anew in the backward pass: what is kept is the size of the inputs, and a chunk stays in the cache.
+Its gradients are themselves made of differentiable operations. Shapes as in `schoenbat.ops.reference`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from schoenbat.ops.reference import divide
+
+CHUNK_ROWS = {"cpu": 4096}
+"""Rows (tokens times heads times batch) of a chunk. On a CPU, 128 features of a chunk are 2 MB in float32."""
+CHUNK_ROWS_ELSEWHERE = 2**18
+
+
+class Run(NamedTuple):
+    """`length` products of as many coordinates as there are offsets."""
+
+    offsets: tuple[int, ...]
+    length: int
+    weight: float
+
+
+class Plan(NamedTuple):
+    """The features in order: the constant (0 for none), the linear ones, the runs."""
+
+    constant: float
+    num_linear: int
+    runs: tuple[Run, ...]
+
+
+def expand(projected: Tensor, plan: Plan) -> Tensor:
+    """The features [..., D] of projected rows [..., P]."""
+    parts = [projected.new_full((*projected.shape[:-1], 1), plan.constant)] if plan.constant else []
+    if plan.num_linear:
+        parts.append(projected[..., : plan.num_linear])
+    for run in plan.runs:
+        product = _product(_factors(projected, run))
+        parts.append(product if run.weight == 1 else product * run.weight)
+    return torch.cat(parts, -1)
+
+
+def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
+    """The gradient [..., P] of the projected rows, from `grad` [..., D] of their features."""
+    column = 1 if plan.constant else 0
+    linear = grad[..., column : column + plan.num_linear]
+    column += plan.num_linear
+    # Under vmap, what is added to in place must have all batch dimensions from the start, and every term of a run has.
+    out = None
+    for run in plan.runs:
+        factors = _factors(projected, run)
+        own = grad[..., column : column + run.length]
+        own = own if run.weight == 1 else own * run.weight
+        for i, offset in enumerate(run.offsets):
+            term = own * _product(factors[:i] + factors[i + 1 :])
+            if out is None:
+                out = F.pad(term, (0, projected.shape[-1] - run.length))
+            else:
+                out[..., offset : offset + run.length] += term
+        column += run.length
+    if out is None:
+        return F.pad(linear, (0, projected.shape[-1] - plan.num_linear))
+    out[..., : plan.num_linear] += linear
+    return out
+
+
+def product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    plan: Plan,
+    key_weight: Tensor | None,
+) -> Tensor:
+    """phi(Q) (phi(K)^T W V) / (phi(Q) phi(K)^T W 1), every query to every key.
+
+    Args:
+        query, key, value: [B, H, N, d], [B, H, M, d], [B, H, M, v].
+        projection: [d, P], without a gradient.
+        key_weight: the diagonal of W, broadcastable to [B, H, M, 1], or None for ones; 0 leaves a key out.
+    """
+    if key_weight is None:
+        extended = F.pad(value, (0, 1), value=1.0)
+    else:
+        extended = torch.cat([value * key_weight, key_weight.expand(*value.shape[:-1], 1)], -1)
+    projection = projection.to(query.dtype)
+    summed = _Sum.apply(key, extended, projection, plan)
+    attended = _Apply.apply(query, summed, projection, plan)
+    return divide(attended[..., :-1], attended[..., -1:])
+
+
+class _Sum(torch.autograd.Function):
+    """phi(K)^T V: [..., M, d], [..., M, v] to [..., D, v]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(key: Tensor, value: Tensor, projection: Tensor, plan: Plan) -> Tensor:
+        parts = [expand(k @ projection, plan).transpose(-1, -2) @ v for k, v in _chunks(key, value)]
+        return _total(parts)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        key, value, projection, plan = inputs
+        ctx.save_for_backward(key, value, projection)
+        ctx.plan = plan  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        key, value, projection = ctx.saved_tensors  # type: ignore[attr-defined]
+        plan = ctx.plan  # type: ignore[attr-defined]
+        grad_key, grad_value = [], []
+        for k, v in _chunks(key, value):
+            projected = k @ projection
+            grad_key.append(pull_back(projected, plan, v @ grad.transpose(-1, -2)) @ projection.T)
+            grad_value.append(expand(projected, plan) @ grad)
+        return _joined(grad_key), _joined(grad_value), None, None
+
+
+class _Apply(torch.autograd.Function):
+    """phi(Q) S: [..., N, d], [..., D, v] to [..., N, v]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, summed: Tensor, projection: Tensor, plan: Plan) -> Tensor:
+        return _joined([expand(q @ projection, plan) @ summed for (q,) in _chunks(query)])
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        query, summed, projection, plan = inputs
+        ctx.save_for_backward(query, summed, projection)
+        ctx.plan = plan  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query, summed, projection = ctx.saved_tensors  # type: ignore[attr-defined]
+        plan = ctx.plan  # type: ignore[attr-defined]
+        grad_query, grad_summed = [], []
+        for q, g in _chunks(query, grad):
+            projected = q @ projection
+            grad_query.append(pull_back(projected, plan, g @ summed.transpose(-1, -2)) @ projection.T)
+            grad_summed.append(expand(projected, plan).transpose(-1, -2) @ g)
+        return _joined(grad_query), _total(grad_summed), None, None
+
+
+def _factors(projected: Tensor, run: Run) -> list[Tensor]:
+    return [projected[..., offset : offset + run.length] for offset in run.offsets]
+
+
+def _product(factors: list[Tensor]) -> Tensor:
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product * factor
+    return product
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of the tokens of all tensors, at least one."""
+    first = tensors[0]
+    groups = max(1, first[..., 0, 0].numel()) if first.shape[-2] else 1
+    size = max(64, CHUNK_ROWS.get(first.device.type, CHUNK_ROWS_ELSEWHERE) // groups)
+    for start in range(0, max(1, first.shape[-2]), size):
+        yield tuple(tensor[..., start : start + size, :] for tensor in tensors)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

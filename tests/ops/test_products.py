@@ -1,0 +1,100 @@
+"""Attention in chunks is the attention of the features it is made of, and can be differentiated and transformed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from schoenbat.features.sketch import Sketch
+from schoenbat.kernels import KERNELS
+from schoenbat.ops.linear import linear_attention
+from schoenbat.ops.products import expand, product_attention, pull_back
+
+
+def make(head_dim: int, num_features: int) -> Sketch:
+    return Sketch(
+        KERNELS.get("inverse")(),
+        head_dim=head_dim,
+        num_features=num_features,
+        max_degree=6,
+        scale=0.3,
+        fixed_norm=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, dtype=dtype).mul_(0.3).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("num_features", [1, 3, 5, 9, 15, 27, 60])
+def test_pull_back_is_the_gradient_of_expand(num_features: int) -> None:
+    features = make(4, num_features)
+    projected = torch.randn(7, features.projection.shape[1], dtype=torch.float64, requires_grad=True)
+    out = expand(projected, features.plan)
+    assert out.shape == (7, features.allocation.num_features)
+    grad = torch.randn_like(out)
+    expected = torch.zeros_like(projected)
+    if out.requires_grad:
+        (expected,) = torch.autograd.grad(out, projected, grad)
+    torch.testing.assert_close(pull_back(projected.detach(), features.plan, grad), expected)
+
+
+@pytest.mark.parametrize("length", [1, 63, 5000])
+def test_chunks_change_neither_outputs_nor_gradients(length: int) -> None:
+    features = make(6, 40)
+    tensors = inputs(1, 2, length, 6)
+    mask = torch.rand(1, length, generator=torch.Generator().manual_seed(2)) < 0.8
+    mask[:, 0] = True
+    out = product_attention(*tensors, features.projection, features.plan, mask[:, None, :, None].double())
+    query, key, value = tensors
+    truth = linear_attention(features(query), features(key), value, mask)
+    torch.testing.assert_close(out, truth)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad(out, tensors, weight)
+    for a, b in zip(found, torch.autograd.grad(truth, tensors, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_can_be_differentiated_twice() -> None:
+    features = make(3, 12)
+    key_weight = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)[None, None, :, None]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return product_attention(*tensors, features.projection, features.plan, key_weight)
+
+    assert torch.autograd.gradgradcheck(attend, inputs(1, 1, 4, 3))
+
+
+def test_function_transforms_give_the_same_as_loops() -> None:
+    features = make(4, 20)
+    query, key, value = (x.detach() for x in inputs(3, 1, 2, 9, 4))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return product_attention(q, k, v, features.projection, features.plan, None).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1, 2))
+    together = torch.func.vmap(gradient)(query, key, value)
+    for i in range(3):
+        for a, b in zip(together, gradient(query[i], key[i], value[i]), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+    def attend(q: Tensor) -> Tensor:
+        return product_attention(q, key[0], value[0], features.projection, features.plan, None)
+
+    jacobian = torch.func.jacrev(attend)(query[0])
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(attend, query[0]))
+
+
+def test_it_compiles_into_one_graph() -> None:
+    features = make(4, 20)
+    tensors = inputs(1, 2, 9, 4, dtype=torch.float32)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return product_attention(q, k, v, features.projection, features.plan, None)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), attend(*tensors))
+    found = torch.autograd.grad(compiled(*tensors).sum(), tensors)
+    for a, b in zip(found, torch.autograd.grad(attend(*tensors).sum(), tensors), strict=True):
+        torch.testing.assert_close(a, b)
