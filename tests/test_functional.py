@@ -38,7 +38,7 @@ def inputs(heads: int = 4, length: int = 20, dtype: torch.dtype = torch.float32)
         {"attn_mask": MASK[:, None, None]},
         {"attn_mask": MASK[:1]},
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_exact_exp_is_scaled_dot_product_attention(options: dict[str, Any]) -> None:
     ours = dot_product_kernel_attention(*inputs(), num_features=None, **options)
@@ -50,7 +50,7 @@ def test_exact_exp_shares_heads_as_torch_does() -> None:
     torch.testing.assert_close(ours, scaled_dot_product_attention(*inputs(heads=2), enable_gqa=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"key_mask": MASK}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"key_mask": MASK}], ids=["all", "causal", "masked"])
 @pytest.mark.parametrize("kernel", KERNELS.names())
 def test_the_estimate_comes_closer_with_more_features(kernel: str, options: dict[str, Any]) -> None:
     """The error falls about fourfold from 64 to 1,024 features; a twofold fall is asked for, on a fixed seed."""
@@ -149,7 +149,7 @@ def test_half_precision_in_and_out(dtype: torch.dtype) -> None:
         ({"kernel": "inverse"}, "kernel Inverse is defined for arguments below 1; scale .* reaches"),
         ({"kernel": "log", "num_features": None}, "kernel Log is defined for arguments below 1"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_honoured_is_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

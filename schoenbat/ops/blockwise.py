@@ -58,7 +58,7 @@ def attend(
             for start, stop in _blocks(grouped.shape[-2], block)
         ]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        return out.unflatten(2, (groups, -1)).flatten(1, 2)
+        return out.unflatten(2, (groups, query.shape[2])).flatten(1, 2)
 
 
 def extend(

@@ -121,7 +121,7 @@ def test_training_reaches_every_parameter() -> None:
         ({"kernel": "softmax"}, "unknown dotf 'softmax'"),
         ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, not 12 of 5"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_constructions_that_cannot_be_honoured_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -137,7 +137,7 @@ def test_constructions_that_cannot_be_honoured_are_errors(options: dict[str, Any
         ({"key_padding_mask": torch.ones(2, 9)}, "key_padding_mask must be bool, True = masked"),
         ({"key_padding_mask": PADDING[:, :8]}, "key_mask must be bool"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_calls_that_cannot_be_honoured_are_errors(call: dict[str, Any], message: str) -> None:
     x = tokens()
