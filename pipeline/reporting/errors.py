@@ -28,9 +28,7 @@ class Errors(Report):
         order = found[keys].drop_duplicates()
         wide = found.pivot(index=keys, columns="quantity", values="value").reset_index()
         errors = order.merge(wide, on=keys).rename(
-            columns=lambda name: {"direction": "vectors", "attn": "estimator"}.get(
-                name, name.removeprefix("error_")
-            )
+            columns=lambda name: {"direction": "vectors", "attn": "estimator"}.get(name, name.removeprefix("error_"))
         )
         yield _table("errors-kernel", "kernel", "Relative error of the kernel matrix", errors, setting)
         yield _table("errors-output", "output", "Relative error of the attention output", errors, setting)
