@@ -174,7 +174,8 @@ def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> 
         }
         rows += _curve_rows(key, folder / "curves.csv")
         resources = read_json(folder / "resources.json")
-        setting.devices.add(f"{resources['device']}, {resources['threads']} threads")
+        threads = resources["threads"]
+        setting.devices.add(f"{resources['device']}, {threads} thread{'s' if threads > 1 else ''}")
         setting.revisions.add(resources["git_revision"])
     if metrics is not None and current and test is not None and test["best_step"] == metrics["best_step"]:
         values |= {"test_accuracy": test["accuracy"], "test_loss": test["loss"]}
