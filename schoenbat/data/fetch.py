@@ -147,7 +147,12 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
 
 
 def _is_at(target: BinaryIO, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(target.fileno()), path.stat())
+    try:
+        # Another process may rename the file at any moment.
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(target.fileno()), there)
 
 
 def _copy(origin: Path, destination: Path, target: BinaryIO, on_progress: Progress | None) -> int:

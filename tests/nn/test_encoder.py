@@ -93,7 +93,10 @@ def test_texts_of_a_pair_go_through_the_same_encoder() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn": "rmfaa"}, "unknown attn 'rmfaa'; choose one of: kernelized, mean, rmfa, softmax, taylor1"),
+        (
+            {"attn": "rmfaa"},
+            "unknown attn 'rmfaa'; choose one of: kernelized, mean, rmfa, rmfa-sketch, softmax, taylor1",
+        ),
         ({"dotf": "cosh"}, "unknown dotf 'cosh'; choose one of: exp, inverse, log, sqrt, trigh"),
         ({"former": "macformer"}, "unknown former 'macformer'; choose one of: maclauformer, transformer"),
         ({"dotf": None}, "attn 'rmfa' needs a kernel; choose dotf from: exp"),
