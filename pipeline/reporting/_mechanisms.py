@@ -50,6 +50,13 @@ def first_listed(timings: pd.DataFrame) -> pd.DataFrame:
     return timings[(timings.threads == timings.threads.iloc[:1].max()) & (timings.num_features == firsts)]
 
 
+def widened(frame: pd.DataFrame, prefix: str, keys: list[str]) -> pd.DataFrame:
+    """One row per combination of `keys`, in order of appearance, with the quantities called PREFIX... as columns."""
+    order = frame[keys].drop_duplicates()
+    wide = frame.pivot(index=keys, columns="quantity", values="value").reset_index()
+    return order.merge(wide, on=keys).rename(columns=lambda name: name.removeprefix(prefix))
+
+
 def rows_of(frame: pd.DataFrame, mechanism: Sequence[str]) -> pd.DataFrame:
     """The rows of `frame` on one (attn, dotf) or (attn, dotf, former)."""
     for column, value in zip(("attn", "dotf", "former"), mechanism, strict=False):

@@ -7,7 +7,7 @@ from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style
+from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style, widened
 from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
 
 PASSES = ("forward", "forward+backward")
@@ -23,10 +23,7 @@ class Cost(Report):
         found = frame[frame.quantity.str.startswith("bench_")]
         if found.empty:
             return
-        keys = ["attn", "dotf", "num_features", "threads", "length", "direction"]
-        order = found[keys].drop_duplicates()
-        wide = found.pivot(index=keys, columns="quantity", values="value").reset_index()
-        timings = order.merge(wide, on=keys).rename(columns=lambda name: name.removeprefix("bench_"))
+        timings = widened(found, "bench_", ["attn", "dotf", "num_features", "threads", "length", "direction"])
         passes = timings[timings.direction.isin(PASSES)]
         if not passes.empty:
             yield _table("cost", "Time, memory and error of one attention", passes, setting)

@@ -7,7 +7,7 @@ from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._mechanisms import COLOURS, MARKERS
+from pipeline.reporting._mechanisms import COLOURS, MARKERS, widened
 from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
 
 PUBLISHED = "rmfa"
@@ -24,12 +24,8 @@ class Errors(Report):
         found = frame[frame.quantity.str.startswith("error_")]
         if found.empty:
             return
-        keys = ["direction", "dotf", "attn", "num_features"]
-        order = found[keys].drop_duplicates()
-        wide = found.pivot(index=keys, columns="quantity", values="value").reset_index()
-        errors = order.merge(wide, on=keys).rename(
-            columns=lambda name: {"direction": "vectors", "attn": "estimator"}.get(name, name.removeprefix("error_"))
-        )
+        wide = widened(found, "error_", ["direction", "dotf", "attn", "num_features"])
+        errors = wide.rename(columns={"direction": "vectors", "attn": "estimator"})
         yield _table("errors-kernel", "kernel", "Relative error of the kernel matrix", errors, setting)
         yield _table("errors-output", "output", "Relative error of the attention output", errors, setting)
         for name, what in (("kernel", "kernel matrix"), ("output", "attention output")):
