@@ -1,63 +1,18 @@
-"""Cells: one training run each, with its name, its folders, its DVC stages and the order between them.
-
-The id of a cell joins its axes in the order in which dvc.yaml lists them, so that a stage can be named without asking
-DVC; a test compares these names with `dvc stage list`.
-"""
+"""Cells: one training run each, with its folders, its settings, and the order of the stages that make it."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
+from pipeline.grid import Cell, download_stage, expand_grid, preprocess_stage, sources
 from pipeline.params import Params, attention_section, former_section, task_section
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError
 from schoenbat.nn.encoder import build_model
-
-SHARED_SOURCES = (
-    Path("schoenbat/training.py"),
-    Path("schoenbat/norm.py"),
-    Path("schoenbat/nn"),
-    Path("schoenbat/features"),
-    Path("schoenbat/ops"),
-    Path("schoenbat/data/arrays.py"),
-    Path("schoenbat/attention/__init__.py"),
-)
-"""The numerics that every cell goes through."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the grid; `dotf` is None for a mechanism without a kernel."""
-
-    task: str
-    attn: str
-    dotf: str | None
-    former: str
-    seed: int
-
-    @property
-    def id(self) -> str:
-        return "-".join(str(value) for value in dataclasses.astuple(self) if value is not None)
-
-    def stage(self, verb: str, profile: str) -> str:
-        """The DVC stage of this cell that does `verb`: "train" or "evaluate"."""
-        return f"{verb}{'' if self.dotf is None else '_kernel'}@{profile}-{self.id}"
-
-    def run_folder(self, profile: str) -> Path:
-        return Path("runs", profile, self.id)
-
-    def checkpoint_folder(self, profile: str) -> Path:
-        return Path("checkpoints", profile, self.id)
-
-    def arguments(self) -> list[str]:
-        """This cell on the command line."""
-        dotf = [] if self.dotf is None else ["--dotf", self.dotf]
-        return ["--task", self.task, "--attn", self.attn, *dotf, "--former", self.former, "--seed", str(self.seed)]
 
 
 def raw_folder(task: str) -> Path:
@@ -92,19 +47,7 @@ def make_cell(params: Params, task: str, attn: str, dotf: str | None, former: st
 
 def expand(params: Params) -> list[Cell]:
     """All cells of the grid, task by task; an empty axis gives none of its half."""
-    grid = params.grid
-    return [
-        Cell(task, attn, dotf, former, seed)
-        for task in grid.tasks
-        for attns, dotfs, formers in (
-            (grid.plain.attn, [None], grid.plain.former),
-            (grid.kernel.attn, grid.kernel.dotf, grid.kernel.former),
-        )
-        for attn in attns
-        for dotf in dotfs
-        for former in formers
-        for seed in grid.seeds
-    ]
+    return expand_grid(params.grid)
 
 
 def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
@@ -169,14 +112,6 @@ def stage_graph(params: Params, cells: Sequence[Cell]) -> dict[str, list[str]]:
     return graph
 
 
-def download_stage(task: str) -> str:
-    return f"download@{task}"
-
-
-def preprocess_stage(profile: str, task: str) -> str:
-    return f"preprocess@{profile}-{task}"
-
-
 def bench_stage(profile: str) -> str:
     return f"bench@{profile}"
 
@@ -197,19 +132,6 @@ def errors_stage(profile: str, cell: Cell | None = None) -> str:
 
 def report_stage(profile: str) -> str:
     return f"report@{profile}"
-
-
-def sources(cell: Cell) -> list[Path]:
-    """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same.
-
-    Those of other distributions are there as links (see `pipeline.components`).
-    """
-    kernel = [] if cell.dotf is None else ["__init__.py", "_series.py", f"{cell.dotf}.py"]
-    return [
-        *SHARED_SOURCES,
-        Path(f"schoenbat/attention/{cell.attn}.py"),
-        *(Path("schoenbat/kernels", file) for file in kernel),
-    ]
 
 
 def settings(cell: Cell, params: Params) -> dict[str, Any]:

@@ -1,27 +1,32 @@
 """schoenbat-exp: the experiments from the command line.
 
-Exit codes: 0 all done; 1 something failed; 2 wrong usage or configuration; 3 data that cannot be had here. Modules that
+Exit codes: 0 all done; 1 something failed; 2 wrong usage or configuration; 3 data that cannot be had here; 75 stopped
+with the work saved (130 for a grid). Modules that
 take long to import are imported by the commands that need them.
 """
 
 import contextlib
+import dataclasses
 import enum
 import json
+import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from schoenbat.errors import DataUnavailable, TrainingFailed, UserError
+from pipeline.lease import STOPPED, watch
+from pipeline.stopping import Stopped
+from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from pipeline.cells import Cell
-    from pipeline.launch import Event
+    from pipeline.launch import Backend, Event, GridState, Job
     from pipeline.params import Params
     from schoenbat.registry import Registry
 
@@ -38,7 +43,14 @@ AttnOption = Annotated[str, typer.Option("--attn", help="Name of the attention m
 DotfOption = Annotated[str | None, typer.Option("--dotf", help="Name of the kernel, if the mechanism needs one.")]
 FormerOption = Annotated[str, typer.Option("--former", help="maclauformer (with ppSBN) or transformer (without).")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Default: the first seed of the grid.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N. Default: run.device.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", envvar="SCHOENBAT_DEVICE", help="cpu, cuda or cuda:N. Default: run.device."),
+]
+
+_VERBS = ("train", "evaluate")
+_WATCH_SECONDS = 1.0
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Kind(enum.StrEnum):
@@ -49,6 +61,13 @@ class Kind(enum.StrEnum):
     DOTF = "dotf"
     FORMER = "former"
     PROFILES = "profiles"
+
+
+class Where(enum.StrEnum):
+    """Where `run` starts cells."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
 
 
 @app.command()
@@ -62,11 +81,28 @@ def run(
     former: Annotated[list[str] | None, typer.Option(help="Only cells with this former.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only cells with this seed.")] = None,
     cell: Annotated[list[str] | None, typer.Option(help="Only the cell of this id.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Cells at once. Default and limit: cores divided by run.threads.")
+    ] = None,
+    where: Annotated[
+        Where, typer.Option("--backend", help="This machine, or a cluster as run.slurm describes it.")
+    ] = Where.LOCAL,
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="Such as cpu or cuda:0,cuda:1. Default: run.device.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard checkpoints of interrupted runs.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run the chosen cells even if they are up to date.")] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast/--keep-going", help="Whether the first failure stops the grid.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
-    """Run what is out of date: all of the grid (--grid), or the cells that the filters leave; then build the report."""
+    """Run what is out of date: all of the grid (--grid), or the cells that the filters leave; then build the report.
+
+    Ctrl-C once lets running cells save their work, twice ends them; the same command goes on from there.
+    """
     from pipeline import cells as cells_module
+    from pipeline.launch import plan, session
 
     params = _load_params()
     filters: dict[str, Any] = dict(task=task, attn=attn, dotf=dotf, former=former, seed=seed, id=cell)
@@ -75,6 +111,7 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     chosen = cells_module.select(cells_module.expand(params), **filters)
     cells_module.check_models(params, chosen)
+    backend, at_once, kind = _backend(params, where, devices, jobs)
     graph = cells_module.stage_graph(params, chosen)
     if not filtered:
         graph[cells_module.bench_stage(params.profile)] = []
@@ -82,20 +119,28 @@ def run(
         for trained in cells_module.trained_cells(params):
             graph[cells_module.errors_stage(params.profile, trained)] = [trained.stage("train", params.profile)]
     report = cells_module.report_stage(params.profile)
-    changed = _changed_stages()
-    due = _due_stages(graph, changed)
-    if not due and report not in changed:
-        print(f"nothing to do: all {len(chosen)} cells of profile {params.profile} and the report are up to date")
-        return
-    print(f"profile {params.profile}: {len(chosen)} cells, {len(due)} of {len(graph)} stages to run, then {report}")
-    if dry_run:
-        for stage in due:
-            print(f"  {stage}")
-        return
-    if restart:
-        for selected in chosen:
-            (selected.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
-    raise typer.Exit(_run_due(params, chosen, due, report))
+    with session.only_grid(Path("logs"), lambda text: print(text, flush=True)):
+        if not dry_run:
+            backend.clear()
+        changed = plan.changed_stages([*graph, report])
+        if force:
+            changed |= {chosen_cell.stage(verb, params.profile) for chosen_cell in chosen for verb in _VERBS}
+        due = plan.due_stages(graph, changed)
+        if not due and report not in changed:
+            print(f"nothing to do: all {len(chosen)} cells of profile {params.profile} and the report are up to date")
+            return
+        print(f"profile {params.profile}: {len(chosen)} cells, {len(due)} of {len(graph)} stages to run, then {report}")
+        to_do = plan.plan_jobs(params, chosen, due, device=kind, force=force)
+        if dry_run:
+            for job in to_do:
+                print(f"  {' '.join(job.stages)}")
+            return
+        print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
+        if restart:
+            for selected in chosen:
+                (selected.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
+        to_do.append(plan.report_job(report))
+        raise typer.Exit(_run_jobs(params, chosen, to_do, backend, at_once, fail_fast))
 
 
 @app.command()
@@ -191,21 +236,40 @@ def errors(
 
 
 @app.command()
-def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Say which cells are done, which are to be run, and why the last attempt at one failed."""
-    from pipeline.cells import expand
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say how far each cell is, also while a grid runs, and why the last attempt at one failed."""
+    from pipeline import view
+    from pipeline.status import take_snapshot
 
-    params = _load_params()
-    changed = _changed_stages()
-    rows = [_cell_status(params, cell, changed) for cell in expand(params)]
-    if as_json:
-        print(json.dumps({"profile": params.profile, "cells": rows, "changed_stages": sorted(changed)}, indent=2))
+    if watch:
+        _watch()
         return
-    width = max((len(row["cell"]) for row in rows), default=0)
-    for row in rows:
-        print(f"{row['cell']:{width}}  {row['state']}{': ' + row['reason'] if row['reason'] else ''}")
-    done = sum(row["state"] == "done" for row in rows)
-    print(f"profile {params.profile}: {done} of {len(rows)} cells done")
+    snapshot = take_snapshot()
+    print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot)))
+
+
+@app.command()
+def logs(
+    cell: Annotated[str, typer.Argument(help="The id of a cell, or the name of another job, as `status` shows it.")],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is added, until Ctrl-C.")] = False,
+) -> None:
+    """Show the output of a cell's last run."""
+    from pipeline.status import read_grid
+
+    folder = Path("logs", read_grid()[0])
+    path = folder / f"{cell}.log"
+    if not path.is_file():
+        known = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none"
+        raise UserError(f"no log of {cell!r} in {folder}; there are: {known}")
+    with path.open(encoding="utf-8", errors="replace") as file, contextlib.suppress(KeyboardInterrupt):
+        shutil.copyfileobj(file, sys.stdout)
+        while follow:
+            sys.stdout.flush()
+            time.sleep(_WATCH_SECONDS)
+            shutil.copyfileobj(file, sys.stdout)
 
 
 @app.command("list")
@@ -249,16 +313,21 @@ def use(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: what a user can get wrong, and what can go wrong, ends in one line and an exit code."""
+    watch()
     try:
         app(arguments)
     except DataUnavailable as error:
         _fail("unavailable", str(error), 3)
     except UserError as error:
         _fail("usage", str(error), 2)
+    except OutOfMemory as error:
+        _fail("memory", str(error), 1)
     except TrainingFailed as error:
         _fail("failed", str(error), 1)
+    except Stopped as error:
+        _fail("stopped", str(error), STOPPED)
     except OSError as error:
-        _fail("failed", f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        _fail("crash", f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     raise AssertionError("typer exits by itself")
 
 
@@ -310,100 +379,143 @@ def _registry(kind: Kind) -> "Registry[Any]":
     return registries[kind]
 
 
-def _changed_stages() -> set[str]:
-    """The stages that DVC finds changed, by one `dvc status`."""
-    result = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        if "is busy" in result.stderr:
-            raise UserError(
-                "a stage of this checkout is running, so DVC cannot say what is out of date; wait for its end"
-            )
-        raise UserError(f"dvc status failed: {lines[0] if lines else 'no output'}")
-    return set(json.loads(result.stdout))
+def _backend(params: "Params", where: Where, devices: str | None, jobs: int | None) -> tuple["Backend", int, str]:
+    """What starts cells, how many at once, and on which kind of device."""
+    from pipeline.launch import plan
+    from pipeline.launch.local import LocalBackend
+    from pipeline.launch.slurm import SlurmBackend, plan_slurm
+
+    if where is Where.LOCAL:
+        found, at_once = plan.plan_devices(params, devices, jobs)
+        return LocalBackend(found, Path("logs")), at_once, found[0].name.partition(":")[0]
+    if devices is not None:
+        raise UserError("--devices is for --backend local; for Slurm, run.slurm.gpus_per_block says what a block has")
+    found, at_once = plan_slurm(params.run, jobs)
+    kind = "cuda" if params.run.slurm.gpus_per_block else params.run.device.partition(":")[0]
+    return SlurmBackend(params.run, found, Path("logs")), at_once, kind
 
 
-def _due_stages(graph: dict[str, list[str]], changed: set[str]) -> dict[str, list[str]]:
-    """The part of `graph` that is changed or comes after something changed."""
-    due: dict[str, list[str]] = {}
-    for stage, needs in graph.items():
-        if stage in changed or any(need in due for need in needs):
-            due[stage] = needs
-    return due
+def _run_jobs(
+    params: "Params", chosen: list["Cell"], jobs: list["Job"], backend: "Backend", at_once: int, fail_fast: bool
+) -> int:
+    """Run the jobs, say how it went, and return the exit code."""
+    from pipeline import status, tracking
+    from pipeline.files import remove_unfinished
+    from pipeline.launch import GridState, Options, run_jobs, session
+    from pipeline.lease import Lease
 
-
-def _run_due(params: "Params", chosen: list["Cell"], due: dict[str, list[str]], report: str) -> int:
-    """Run the stages and the report, say how it went, and return the exit code."""
-    from pipeline import tracking
-    from pipeline.launch import run_cells
-
-    logs = Path("logs", params.profile)
-    environment = tracking.start_grid(params.profile) if due else {}
+    folder = Path("logs", params.profile)
     Path("runs", params.profile).mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    environment = tracking.start_grid(params.profile)
+    lease = Lease(Path("logs"))
+    state = GridState(folder / status.STATE_FILE, lease.path)
+    for job in jobs:
+        state.expect(job.name, expected=job.seconds if math.isfinite(job.seconds) else 0.0)
     ended: dict[str, Event] = {}
-    report_alone: dict[str, list[str]] = {report: []}
     try:
-        for part in (due, report_alone):
-            with contextlib.closing(run_cells(part, logs, environment)) as events:
+        with session.StopSignals() as stops, _show_grid(params.profile, chosen, state) as show:
+            for written in (Path(), folder):
+                remove_unfinished(written)
+            options = Options(folder, environment, at_once, params.run.retries, fail_fast)
+            with contextlib.closing(run_jobs(jobs, backend, lease, options, state, stops)) as events:
                 for event in events:
-                    _show(event)
-                    if event.state in ("failed", "unavailable", "skipped"):
-                        ended[event.stage] = event
-    except KeyboardInterrupt:
-        print("interrupted; run the same again to go on: finished stages are kept, cells go on from their checkpoints")
-        return 130
+                    show(event)
+                    if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
+                        ended[event.job] = event
+    finally:
+        lease.end()
+        backend.close()
     table = Path("reports", params.profile, "tables", "accuracy.md")
+    report = jobs[-1].name
     if report not in ended and table.is_file():
         print(f"\n{table.read_text(encoding='utf-8').rstrip()}\n\nreport: reports/{params.profile}/index.md")
-    return _summarise(params, chosen, ended)
+    code = _summarise(params, chosen, ended)
+    if stops():
+        print("interrupted; run the same again to go on: finished stages are kept, cells go on from their checkpoints")
+        return 130
+    return code
 
 
-def _show(event: "Event") -> None:
-    """One line for an event, cut to the width of the terminal if it is only progress."""
-    if event.state == "progress":
-        text = f"    {event.text}"
-        print(text[: shutil.get_terminal_size().columns - 1] if sys.stdout.isatty() else text, flush=True)
-    elif event.state != "queued":
-        print(f"{event.stage}: {event.state}{' (' + event.text + ')' if event.text else ''}", flush=True)
+@contextlib.contextmanager
+def _show_grid(profile: str, cells: list["Cell"], state: "GridState") -> Iterator[Callable[["Event | None"], None]]:
+    """To be called with every event of a grid: it redraws a table on a terminal, and prints lines elsewhere."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from pipeline import status, view
+
+    def snapshot() -> status.Snapshot:
+        names = [cell.id for cell in cells if cell.id in state.jobs()]
+        rows = [status.job_row(profile, name, state.jobs()[name]) for name in names]
+        return status.assemble(profile, True, rows, state.jobs())
+
+    console = Console()
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            drawn = 0.0
+
+            def redraw(event: "Event | None") -> None:
+                nonlocal drawn
+                if event is not None and event.state in ("failed", "unavailable", "retried"):
+                    live.console.print(_line(event), markup=False, highlight=False)
+                if time.monotonic() - drawn >= _WATCH_SECONDS:
+                    live.update(view.table(snapshot(), console.height), refresh=True)
+                    drawn = time.monotonic()
+
+            yield redraw
+            live.update(view.table(snapshot(), console.height), refresh=True)
+        return
+    said = time.monotonic()
+
+    def say(event: "Event | None") -> None:
+        nonlocal said
+        if event is not None and event.state != "queued":
+            print(_line(event), flush=True)
+        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+            now = snapshot()
+            print("\n".join([*view.progress_lines(now.cells), view.summary(now)]), flush=True)
+            said = time.monotonic()
+
+    yield say
+
+
+def _watch() -> None:
+    """Draw the status once a second, or print its summary now and then where there is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from pipeline import view
+    from pipeline.status import take_snapshot
+
+    console = Console()
+    with contextlib.suppress(KeyboardInterrupt):
+        if not console.is_terminal:
+            while True:
+                print(view.summary(take_snapshot()), flush=True)
+                time.sleep(_SECONDS_BETWEEN_LINES)
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(view.table(take_snapshot(), console.height), refresh=True)
+                time.sleep(_WATCH_SECONDS)
+
+
+def _line(event: "Event") -> str:
+    return f"{event.job}: {event.state}{' (' + event.text + ')' if event.text else ''}"
 
 
 def _summarise(params: "Params", chosen: list["Cell"], ended: dict[str, "Event"]) -> int:
-    causes = {stage: event for stage, event in ended.items() if event.state != "skipped"}
+    causes = {str(event.cause): event for event in ended.values() if event.state in ("failed", "unavailable")}
     for stage, event in causes.items():
         print(f"{event.state}: {stage}: {event.text} (log: {event.log})")
     for cell in chosen:
-        broken = ended.get(cell.stage("train", params.profile)) or ended.get(cell.stage("evaluate", params.profile))
+        broken = ended.get(cell.id)
         if broken is not None and broken.state == "skipped":
             print(f"not run: {cell.id}, because {broken.cause} {causes[str(broken.cause)].state}")
-    if not causes:
+    if not ended:
         print(f"all {len(chosen)} cells of profile {params.profile} are done")
-    if any(event.state == "failed" for event in causes.values()):
+    if any(event.state != "unavailable" for event in causes.values()):
         return 1
     return 3 if causes else 0
-
-
-def _cell_status(params: "Params", cell: "Cell", changed: set[str]) -> dict[str, Any]:
-    """Whether the cell is done, and if not, what is known about it."""
-    from pipeline.cells import stage_graph
-
-    stages = [stage for stage in stage_graph(params, [cell]) if stage in changed]
-    if not stages:
-        return {"cell": cell.id, "state": "done", "reason": ""}
-    for stage in stages:
-        outcome = Path("logs", params.profile, f"{stage}.outcome.json")
-        if outcome.is_file():
-            reason = json.loads(outcome.read_text(encoding="utf-8"))
-            state = "unavailable" if reason["kind"] == "unavailable" else "failed"
-            return {"cell": cell.id, "state": state, "reason": reason["message"]}
-    if (cell.checkpoint_folder(params.profile) / "last.pt").is_file():
-        return {"cell": cell.id, "state": "interrupted", "reason": "goes on from its checkpoint"}
-    return {"cell": cell.id, "state": "to run", "reason": ""}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,12 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     write_bytes(path, text.getvalue().encode())
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writers of files leave in `folder` when they are killed in the middle."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def git_revision() -> str:
     """The short commit of the working folder, with "+" when code differs from it; "none" outside a repository."""
     commit = _git("rev-parse", "--short=12", "HEAD")

@@ -6,13 +6,12 @@ line that names the key and the choices.
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.grid import PARAMS_FILE, GridParams, read_yaml
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
@@ -22,37 +21,9 @@ from schoenbat.registry import build_config
 from schoenbat.tasks import TASKS
 from schoenbat.training import TrainingConfig
 
-PARAMS_FILE = Path("params.yaml")
 MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
-
-
-@dataclass(frozen=True)
-class PlainAxes:
-    """Mechanisms without a kernel."""
-
-    attn: list[str]
-    former: list[str]
-
-
-@dataclass(frozen=True)
-class KernelAxes:
-    """Mechanisms that approximate or evaluate a kernel, each with each kernel."""
-
-    attn: list[str]
-    dotf: list[str]
-    former: list[str]
-
-
-@dataclass(frozen=True)
-class GridParams:
-    """The axes of the two grids; an empty axis means no cells."""
-
-    tasks: list[str]
-    seeds: list[int]
-    plain: PlainAxes
-    kernel: KernelAxes
 
 
 @dataclass(frozen=True)
@@ -91,17 +62,68 @@ class DataParams:
 
 
 @dataclass(frozen=True)
+class SlurmParams:
+    """What `--backend slurm` asks of Slurm. A block is one Slurm job on one node, which runs many cells.
+
+    Attributes:
+        partition: null for the default of the cluster, as for `account`.
+        account: which is charged.
+        walltime_minutes: of a block; shortly before it is over, the cells in it save their work and go on in another.
+        gpus_per_block: 0 for none; the cells of a block are spread over its GPUs.
+        cells_per_block: so many cells at once in a block; it asks for `run.threads` cores for each.
+        max_blocks: at most so many blocks at once; there are fewer when fewer cells wait.
+        worker_init: shell commands at the start of a block, such as "module load cuda".
+        options: further options of sbatch, such as "--mem=16G" or "--qos=long".
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    walltime_minutes: int = 240
+    gpus_per_block: int = 0
+    cells_per_block: int = 1
+    max_blocks: int = 1
+    worker_init: str = ""
+    options: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if min(self.cells_per_block, self.max_blocks) < 1:
+            raise ValueError("cells_per_block and max_blocks must be at least 1")
+        if self.walltime_minutes < 2:
+            raise ValueError("walltime_minutes must be at least 2: starting and saving take a minute of it")
+        if self.gpus_per_block < 0:
+            raise ValueError("gpus_per_block must not be negative")
+        for option in self.options:
+            if not option.startswith("-"):
+                raise ValueError(f"options are those of sbatch, such as --mem=16G, not {option!r}")
+
+
+@dataclass(frozen=True)
 class RunParams:
-    """The device and the CPU threads of one cell."""
+    """The device and the CPU threads of one cell, and what a grid does about a cell that does not succeed.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+        threads: they decide the last bits of the numbers, so they are set here and not by how many cells run at once.
+        retries: how often a cell that crashed or ran out of memory is tried again.
+        timeout_minutes: an attempt at a cell that takes longer is ended; null for no limit.
+        slurm: what `--backend slurm` asks for.
+    """
 
     device: str = "cpu"
     threads: int = 2
+    retries: int = 2
+    timeout_minutes: float | None = None
+    slurm: SlurmParams = field(default_factory=SlurmParams)
 
     def __post_init__(self) -> None:
         if not _DEVICE_NAME.fullmatch(self.device):
             raise ValueError(f"unknown device {self.device!r}; choose one of: cpu, cuda, cuda:0, cuda:1, ...")
         if self.threads < 1:
             raise ValueError("threads must be at least 1")
+        if self.retries < 0:
+            raise ValueError("retries must not be negative")
+        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
+            raise ValueError("timeout_minutes must be positive; null means no limit")
 
 
 @dataclass(frozen=True)
@@ -204,7 +226,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         UserError: the file is missing or is not YAML, a key is unknown or missing, a value has the wrong type, a name
             is in no registry, or a mechanism stands in the wrong half of the grid.
     """
-    raw = build_config(_RawParams, _read_yaml(path), str(path))
+    raw = build_config(_RawParams, read_yaml(path), str(path))
     if not _PROFILE_NAME.fullmatch(raw.profile):
         raise UserError(f"{path}: profile must be lower-case letters, digits, - and _, not {raw.profile!r}")
     return Params(
@@ -305,35 +327,3 @@ def _check_names(values: Iterable[str], what: str, choices: Iterable[str]) -> No
     for value in values:
         if value not in choices:
             raise UserError(f"{what} {value!r}; choose one of: {', '.join(choices)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, as in YAML 1.2 and so in DVC, and a key written twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        folder = path.absolute().parent
-        raise UserError(f"no {path.name} in {folder}; run this in the root folder of the project") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

@@ -1,14 +1,18 @@
-"""Progress of one long operation on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of one long operation: a bar or plain lines on stderr for who waits, and a small file for who asks."""
 
+import json
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_FILES = 1.0
 
 
 class Meter:
@@ -61,3 +65,28 @@ class Meter:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+class ProgressFile:
+    """Where an operation stands, as a JSON file that is always whole; `schoenbat-exp status` reads it.
+
+    Args:
+        path: the file.
+        facts: what does not change.
+    """
+
+    def __init__(self, path: Path, **facts: Any) -> None:
+        self._path = path
+        self._facts = {**facts, "pid": os.getpid()}
+        self._written = 0.0
+
+    def update(self, *, now: bool = False, **facts: Any) -> None:
+        """Note facts; they are written at most once a second, or `now`."""
+        self._facts |= facts
+        if not now and time.monotonic() - self._written < SECONDS_BETWEEN_FILES:
+            return
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        # Without fsync: it is written often, and worth nothing after the machine went down.
+        temporary.write_text(json.dumps({**self._facts, "updated": time.time()}), encoding="utf-8")
+        temporary.replace(self._path)
+        self._written = time.monotonic()

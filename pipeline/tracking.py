@@ -6,8 +6,12 @@ once and hands its result to the environment of the children; a cell that is sta
 first use happens under a file lock, because MLflow's migrations fail when several processes meet a new database.
 
 A run that was interrupted is continued when its cell is started again with the same fingerprint (code, data and
-params), and an evaluation that it already holds is not logged a second time. MLflow is for browsing: reports never
+params), and an evaluation that it already holds is not logged a second time. A run that ended but was never tested
+counts as interrupted: DVC has no record of it, or its test would have followed. MLflow is for browsing: reports never
 read it.
+
+A server may be away for a while. During training an evaluation that cannot be logged is kept and sent with a later one;
+at the start and at the end of a cell, where there is nothing better to do, it is waited for.
 """
 
 import copy
@@ -20,16 +24,17 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
 from pipeline.cells import Cell
 from pipeline.files import git_revision
+from pipeline.stopping import Stopped
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +49,13 @@ EXPERIMENT_ID = "SCHOENBAT_MLFLOW_EXPERIMENT_ID"
 PARENT_RUN_ID = "SCHOENBAT_MLFLOW_PARENT_RUN_ID"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 
+PATIENCE_SECONDS = 300.0
+"""How long a server is waited for at the start and at the end of a cell."""
+_PAUSE_SECONDS = 3.0
+_TESTED = "test_accuracy"
+
 Scalar = str | int | float | bool | None
+T = TypeVar("T")
 
 
 def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
@@ -82,7 +93,7 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
 def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Scalar]) -> Iterator["CellRun"]:
     """The run in which a cell is trained: the interrupted one of the same fingerprint if there is one, else a new one.
 
-    The run ends as FINISHED, as KILLED on KeyboardInterrupt, and as FAILED on any other exception, which goes on; an
+    The run ends as FINISHED, as KILLED when it is stopped, and as FAILED on any other exception, which goes on; an
     error of MLflow itself as an OSError.
 
     Args:
@@ -92,31 +103,38 @@ def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Sc
         params: further parameters, flat.
     """
     with _errors_as_one_line():
-        client, experiment, parent = _connect(profile)
-        run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
-        if run is None or run.info.status == "FINISHED":
-            run = client.create_run(experiment, tags=_identity(cell, fingerprint, parent), run_name=cell.id)
-            client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
+        client, experiment, parent = _patiently(lambda: _connect(profile))
+        identity = _identity(cell, fingerprint, parent)
         axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
-        _describe(
-            client, run, {**axes, **params}, {"git_sha": git_revision(), "dvc_stage": cell.stage("train", profile)}
-        )
-        with _active(run.info.run_id):
-            yield CellRun(client, run.info.run_id)
+        tags = {"git_sha": git_revision(), "dvc_stage": cell.stage("train", profile)}
+
+        def open_run() -> CellRun:
+            run = _newest_run(client, experiment, identity)
+            if run is None or (run.info.status == "FINISHED" and _TESTED in run.data.metrics):
+                run = client.create_run(experiment, tags=identity, run_name=cell.id)
+            if not client.list_artifacts(run.info.run_id):
+                client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
+            _describe(client, run, {**axes, **params}, tags)
+            return CellRun(client, run.info.run_id)
+
+        opened = _patiently(open_run)
+        with _active(opened.run_id):
+            yield opened
 
 
 @contextmanager
 def attach(cell: Cell, fingerprint: str, profile: str) -> Iterator["CellRun"]:
     """The newest run of a trained cell, to add what was found out after the training; it is made if there is none."""
     with _errors_as_one_line():
-        client, experiment, parent = _connect(profile)
-        run = _newest_run(client, experiment, _identity(cell, fingerprint, parent))
+        client, experiment, parent = _patiently(lambda: _connect(profile))
+        run = _patiently(lambda: _newest_run(client, experiment, _identity(cell, fingerprint, parent)))
         if run is None:
             with cell_run(cell, fingerprint, profile, {}) as made:
                 yield made
             return
-        with _active(run.info.run_id):
-            yield CellRun(client, run.info.run_id)
+        run_id = run.info.run_id
+        with _active(run_id):
+            yield _patiently(lambda: CellRun(client, run_id))
 
 
 class CellRun:
@@ -125,15 +143,43 @@ class CellRun:
     def __init__(self, client: "MlflowClient", run_id: str) -> None:
         self.run_id = run_id
         self._client = client
-        self._logged_steps = {metric.step for metric in client.get_metric_history(run_id, "dev_accuracy")}
+        self._kept: dict[int, Evaluation] = {}
+        self._unsure = False
+        self._logged_steps = self._held_steps()
 
     def log_evaluation(self, evaluation: "Evaluation") -> None:
-        """Log one row of the learning curve in one call; a step that the run already holds is left alone."""
-        values = dataclasses.asdict(evaluation)
-        step = values.pop("step")
-        if step not in self._logged_steps:
-            self._client.log_batch(self.run_id, metrics=_metrics(values, step))
-            self._logged_steps.add(step)
+        """Log one row of the learning curve, and what could not be logged before; keep it if MLflow cannot be reached.
+
+        A step that the run already holds is left alone.
+        """
+        self._kept[evaluation.step] = evaluation
+        try:
+            self._send()
+        except _mlflow().exceptions.MlflowException as error:
+            reason = str(error).splitlines()[0]
+            print(f"MLflow cannot be reached, {len(self._kept)} evaluations are kept for later: {reason}", flush=True)
+
+    def log_evaluations(self, evaluations: "Sequence[Evaluation]") -> None:
+        """Make the run hold every row of a finished learning curve, whatever became of them on the way."""
+        self._kept = {evaluation.step: evaluation for evaluation in evaluations}
+        _patiently(self._send)
+
+    def _send(self) -> None:
+        if self._unsure:
+            # A call that failed may have arrived all the same.
+            self._logged_steps = self._held_steps()
+        self._unsure = True
+        for step, evaluation in sorted(self._kept.items()):
+            if step not in self._logged_steps:
+                values = dataclasses.asdict(evaluation)
+                del values["step"]
+                self._client.log_batch(self.run_id, metrics=_metrics(values, step))
+                self._logged_steps.add(step)
+        self._kept.clear()
+        self._unsure = False
+
+    def _held_steps(self) -> set[int]:
+        return {metric.step for metric in self._client.get_metric_history(self.run_id, "dev_accuracy")}
 
     def log_model(self, model: "torch.nn.Module", best_path: Path) -> None:
         """Log the trained model so that `mlflow.pytorch.load_model` reads it anywhere, and the file `best.pt` as it is.
@@ -144,8 +190,10 @@ class CellRun:
 
         import schoenbat
 
-        logged = self._client.get_run(self.run_id).outputs
-        if not logged or not logged.model_outputs:
+        def log_once() -> None:
+            logged = self._client.get_run(self.run_id).outputs
+            if logged and logged.model_outputs:
+                return
             mlflow.pytorch.log_model(
                 copy.deepcopy(model).cpu().eval(),
                 name="model",
@@ -153,11 +201,13 @@ class CellRun:
                 pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")],
                 code_paths=[str(Path(schoenbat.__file__).parent)],
             )
+
+        _patiently(log_once)
         self.log_artifact(best_path)
 
     def log_artifact(self, path: Path) -> None:
         """Log a file under its own name."""
-        self._client.log_artifact(self.run_id, str(path))
+        _patiently(lambda: self._client.log_artifact(self.run_id, str(path)))
 
     def log_resources(self, resources: Mapping[str, Scalar]) -> None:
         """Log what the training took: numbers as metrics `resources.*`, the rest as tags of the same names."""
@@ -167,12 +217,20 @@ class CellRun:
                 numbers[f"resources.{name}"] = value
             else:
                 words[f"resources.{name}"] = str(value)
-        self._client.log_batch(self.run_id, metrics=_metrics(numbers, step=0), tags=_tags(words))
+        metrics, tags = _metrics(numbers, step=0), _tags(words)
+        _patiently(lambda: self._client.log_batch(self.run_id, metrics=metrics, tags=tags))
 
     def log_test(self, scores: Mapping[str, float]) -> None:
         """Log the scores on the test split, as metrics `test_*`."""
         values = {f"test_{name}": value for name, value in scores.items()}
-        self._client.log_batch(self.run_id, metrics=_metrics(values, step=0))
+        metrics = _metrics(values, step=0)
+
+        def log_once() -> None:
+            held = self._client.get_run(self.run_id).data.metrics
+            if any(held.get(name) != value for name, value in values.items()):
+                self._client.log_batch(self.run_id, metrics=metrics)
+
+        _patiently(log_once)
 
 
 @functools.cache
@@ -181,6 +239,9 @@ def _mlflow() -> ModuleType:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A server that is away must not hold up a training; waiting for it is done here, and where it does no harm.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
 
     # It logs an error with its traceback before it raises it; `_errors_as_one_line` says what matters.
@@ -209,20 +270,45 @@ def _errors_as_one_line() -> Iterator[None]:
         raise OSError(errno.EIO, f"MLflow at {mlflow.get_tracking_uri()}: {reason}") from error
 
 
+def _patiently(action: Callable[[], T]) -> T:
+    """Do something with MLflow, and while it cannot be reached, again; the last error after PATIENCE_SECONDS."""
+    import requests
+
+    mlflow = _mlflow()
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    told = False
+    while True:
+        try:
+            return action()
+        except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
+            if not _is_passing(error) or time.monotonic() > give_up:
+                raise
+            if not told:
+                print(f"waiting for MLflow at {mlflow.get_tracking_uri()}: {str(error).splitlines()[0]}", flush=True)
+                told = True
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it may help to try again: MLflow gives errors of the network and of the database the same class."""
+    code = getattr(error, "error_code", None)
+    return code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", None)
+
+
 @contextmanager
 def _active(run_id: str) -> Iterator[None]:
     """Make a run MLflow's active one, and close it with the status that fits how the block ended."""
     mlflow = _mlflow()
-    mlflow.start_run(run_id=run_id)
+    _patiently(lambda: mlflow.start_run(run_id=run_id))
     status = "FAILED"
     try:
         yield
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         status = "KILLED"
         raise
     finally:
-        mlflow.end_run(status)
+        _patiently(lambda: mlflow.end_run(status))
 
 
 def _experiment_id(client: "MlflowClient", artifacts: str | None) -> str:

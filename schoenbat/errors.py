@@ -13,6 +13,10 @@ class TrainingFailed(RuntimeError):
     """A run that cannot go on, such as a loss that is no longer a number."""
 
 
+class OutOfMemory(TrainingFailed):
+    """The device or the machine has too little memory for what runs on it now."""
+
+
 def unknown_name(kind: str, name: object, choices: list[str]) -> UserError:
     """The error for a name that is not in a closed set."""
     return UserError(f"unknown {kind} {name!r}; choose one of: {', '.join(choices)}")

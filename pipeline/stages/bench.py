@@ -152,6 +152,11 @@ def _contenders(params: Params, device: torch.device) -> Iterator[Contender]:
             yield Contender(rival.name, None, num_features, rival.attend, quadratic, rival.multiple_of)
 
 
+def quadratic_mechanisms(params: Params) -> set[str]:
+    """The registered mechanisms whose cost is quadratic in the length."""
+    return {contender.attn for contender in _contenders(params, torch.device("cpu")) if contender.quadratic}
+
+
 def _is_quadratic(attend: Attend, device: torch.device) -> bool:
     """Whether the number of operations grows like it; torch counts those of its CUDA attention, not of the CPU's."""
 

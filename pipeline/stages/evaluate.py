@@ -7,7 +7,7 @@ from pipeline.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.devices import get_device, prepare_host
 from pipeline.files import write_json
 from pipeline.params import Params, task_section
-from pipeline.progress import Meter
+from pipeline.progress import Meter, ProgressFile
 from pipeline.stages.train import description, flat, model_of
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
@@ -31,14 +31,22 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     model = model_of(cell, params, meta)
     model.load_state_dict(state)
     dataset = Dataset(data_folder(params.profile, cell.task))
+    shown = cell.checkpoint_folder(params.profile) / "progress.json"
+    shown.parent.mkdir(parents=True, exist_ok=True)
+    progress = ProgressFile(shown, stage="evaluate")
     with Meter(f"{cell.id}: test examples") as meter:
+
+        def on_batch(done: int, total: int) -> None:
+            meter.update(done, total)
+            progress.update(step=done, steps=total)
+
         score = evaluate(
             model,
             dataset,
             "test",
             batch_size=task_section(params, cell.task).training.batch_size,
             device=device,
-            on_batch=meter.update,
+            on_batch=on_batch,
         )
     with tracking.attach(cell, fingerprint(cell, params), params.profile) as tracked:
         tracked.log_test({"accuracy": score.accuracy, "loss": score.loss})
@@ -50,6 +58,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
         "best_step": described["best_step"],
     }
     write_json(best.with_name("test.json"), result)
+    shown.unlink(missing_ok=True)
     print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
 
 

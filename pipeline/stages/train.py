@@ -1,6 +1,10 @@
 """Stage `train`: one cell, from prepared data to its best weights, its learning curve and its figures."""
 
 import dataclasses
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +13,21 @@ import torch
 from pipeline import tracking
 from pipeline.cells import Cell, data_folder, data_meta, fingerprint, settings
 from pipeline.devices import describe_device, get_device, prepare_host
-from pipeline.files import git_revision, write_csv, write_json
+from pipeline.files import git_revision, remove_unfinished, write_csv, write_json
 from pipeline.params import Params, task_section
-from pipeline.progress import Meter
+from pipeline.progress import Meter, ProgressFile
+from pipeline.stopping import Stopped, stop_request
+from schoenbat import training
 from schoenbat.data.arrays import Dataset
-from schoenbat.errors import TrainingFailed, UserError
+from schoenbat.errors import OutOfMemory, UserError
 from schoenbat.nn.encoder import Classifier, build_model
 from schoenbat.training import CURVE_FIELDS, Evaluation, FitResult, StepReport, fit, save_model
 
 
 def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool) -> None:
     """Train `cell`; a run that was interrupted goes on from its checkpoint.
+
+    SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
     Writes best.pt, curves.csv, resources.json and, last, metrics.json into the cell's run folder, each complete or not
     at all, and then drops the checkpoint. With `save` false nothing is written or logged.
@@ -29,7 +37,9 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
 
     Raises:
         UserError: the data is not prepared, the device is not there, or the checkpoint is of another configuration.
-        TrainingFailed: the loss is no longer a number, or the device's memory does not suffice.
+        TrainingFailed: the loss is no longer a number.
+        OutOfMemory: the device's memory does not suffice.
+        Stopped: by a signal; the checkpoint is written.
     """
     device = get_device(device_name)
     prepare_host(params.run.threads)
@@ -45,9 +55,16 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     if restart:
         checkpoint.unlink(missing_ok=True)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (checkpoint.parent, cell.run_folder(params.profile)):
+        remove_unfinished(folder)
     described = description(cell, params, meta)
-    with tracking.cell_run(cell, fingerprint(cell, params), params.profile, flat(described)) as tracked:
-        result = _fit(cell, params, model, dataset, device, checkpoint, tracked)
+    identity = fingerprint(cell, params)
+    with (
+        _save_on_stop(cell, checkpoint) as saver,
+        tracking.cell_run(cell, identity, params.profile, flat(described)) as tracked,
+    ):
+        result = _fit(cell, params, model, dataset, device, checkpoint, tracked, saver)
+        tracked.log_evaluations(result.evaluations)
         folder = cell.run_folder(params.profile)
         best = folder / "best.pt"
         save_model(best, model, described | {"best_step": result.best_step})
@@ -105,10 +122,16 @@ def _fit(
     device: torch.device,
     checkpoint: Path | None = None,
     tracked: tracking.CellRun | None = None,
+    saver: "_SaveOnStop | None" = None,
 ) -> FitResult:
+    progress = None if checkpoint is None else ProgressFile(checkpoint.with_name("progress.json"), stage="train")
     with Meter(cell.id) as meter:
 
         def on_step(report: StepReport) -> None:
+            if saver is not None:
+                saver.check(report.step)
+            if progress is not None:
+                progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(device))
             meter.update(
                 report.step,
                 report.steps,
@@ -120,6 +143,8 @@ def _fit(
                 f"{cell.id}: step {evaluation.step} train loss {evaluation.train_loss:.4f} "
                 f"dev loss {evaluation.dev_loss:.4f} dev accuracy {evaluation.dev_accuracy:.4f}"
             )
+            if progress is not None:
+                progress.update(now=True, dev_accuracy=evaluation.dev_accuracy)
             if tracked is not None:
                 tracked.log_evaluation(evaluation)
 
@@ -135,12 +160,59 @@ def _fit(
                 on_step=on_step,
                 on_evaluation=on_evaluation,
             )
-        except torch.OutOfMemoryError as error:
-            raise TrainingFailed(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
+        except MemoryError as error:
+            raise OutOfMemory(f"{device} has too little memory") from error
+        except RuntimeError as error:
+            # On the CPU torch raises a RuntimeError that only its text tells from others.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise OutOfMemory(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
         except UserError as error:
             if checkpoint is None or not checkpoint.exists():
                 raise
             raise UserError(f"{error}, or pass --restart, which does so") from None
+
+
+class _SaveOnStop:
+    """Ends a training that was asked to stop, as soon as a checkpoint has been written after the request.
+
+    `fit` writes one at the next step once its interval has passed, so the interval is made to have passed.
+    """
+
+    def __init__(self, cell: Cell, checkpoint: Path) -> None:
+        self._cell, self._checkpoint = cell, checkpoint
+        self._before: int | None = None
+
+    def request(self) -> None:
+        self._before = self._modified()
+        training.CHECKPOINT_SECONDS = 0.0
+
+    def check(self, step: int) -> None:
+        """Called before the checkpoint of `step` is written; raises Stopped."""
+        if self._before is not None and self._modified() != self._before:
+            raise Stopped(f"{self._cell.id}: stopped, and saved at step {step - 1}")
+
+    def _modified(self) -> int:
+        return self._checkpoint.stat().st_mtime_ns if self._checkpoint.exists() else 0
+
+
+@contextmanager
+def _save_on_stop(cell: Cell, checkpoint: Path) -> Iterator[_SaveOnStop]:
+    interval = training.CHECKPOINT_SECONDS
+    saver = _SaveOnStop(cell, checkpoint)
+    try:
+        with stop_request(saver.request):
+            yield saver
+    finally:
+        training.CHECKPOINT_SECONDS = interval
+
+
+def _memory_mb(device: torch.device) -> float:
+    """What this process takes now: on a GPU what torch holds of it, else its largest size so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _metrics(cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult) -> dict[str, Any]:

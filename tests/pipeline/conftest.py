@@ -1,9 +1,10 @@
 """Fixtures of the pipeline's tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm_node
 from project_folder import Project
 
 
@@ -29,3 +30,12 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
         return int(ended.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[dict[str, str]]:
+    """A running Slurm of one node with two CPUs: the environment in which its commands find it."""
+    if reason := slurm_node.missing():
+        pytest.skip(f"no Slurm: {reason}")
+    with slurm_node.slurm_node() as environment:
+        yield environment

@@ -13,7 +13,7 @@ import pytest
 from project_folder import Project
 
 from pipeline import cli
-from schoenbat.errors import TrainingFailed
+from schoenbat.errors import OutOfMemory, TrainingFailed
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -79,14 +79,15 @@ def test_outside_a_project_the_missing_file_is_named(
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    ("error", "kind", "line"),
     [
-        (TrainingFailed("loss is nan"), "error: loss is nan\n"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pt"), "error: No space left on device: x.pt\n"),
+        (OutOfMemory("cpu has too little memory"), "memory", "error: cpu has too little memory\n"),
+        (TrainingFailed("loss is nan"), "failed", "error: loss is nan\n"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pt"), "crash", "error: No space left on device: x.pt\n"),
     ],
 )
 def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
-    project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+    project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
 ) -> None:
     def fail() -> None:
         raise error
@@ -95,7 +96,7 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
     outcome = project.folder / "outcome.json"
     monkeypatch.setenv("SCHOENBAT_OUTCOME_FILE", str(outcome))
     assert invoke("report") == (1, "", line)
-    assert json.loads(outcome.read_text())["kind"] == "failed"
+    assert json.loads(outcome.read_text())["kind"] == kind
 
 
 def test_data_that_cannot_be_had_is_exit_code_3(

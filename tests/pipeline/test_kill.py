@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from project_folder import ROOT, Project
 
+from pipeline.lease import STOPPED
+
 CELL = "lra-listops-rmfa-exp-maclauformer-1"
 COMMAND = [
     *(sys.executable, "-m", "pipeline.cli", "train", "--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp"),
@@ -79,6 +81,29 @@ def test_killed_three_times_it_ends_with_the_same_bytes_and_one_run(prepared: Pr
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "dev_accuracy")]
     assert steps == list(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))
     assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_at_the_next_step_and_goes_on_from_there(
+    prepared: Project, number: signal.Signals
+) -> None:
+    import torch
+
+    prepared.set("task.lra-listops.training.steps", 10_000)
+    prepared.set("task.lra-listops.training.eval_every", 5_000)
+    checkpoint = prepared.folder / "checkpoints/tiny" / CELL / "last.pt"
+    for expected in (0, 1):
+        child = start(prepared.folder, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        while not checkpoint.with_name("progress.json").exists():
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.01)
+        child.send_signal(number)
+        _, err = child.communicate()
+        assert child.returncode == STOPPED, err
+        progress = torch.load(checkpoint, weights_only=True)["progress"]
+        assert err.splitlines()[-1] == f"error: {CELL}: stopped, and saved at step {progress['step']}"
+        assert progress["resumed"] == expected
+        checkpoint.with_name("progress.json").unlink()
 
 
 def test_full_disk_ends_in_one_line_and_keeps_what_was_there(prepared: Project) -> None:

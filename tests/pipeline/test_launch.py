@@ -1,19 +1,26 @@
 """Stages as child processes: what one of them does to the others, and what is left when the caller goes away."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from project_folder import Project, init_dvc
 
-from pipeline.launch import run_cells
+from pipeline.launch import Device, Event, GridState, Job, Lease, Options, run_jobs
+from pipeline.launch.local import LocalBackend
+from pipeline.launch.session import only_grid
+from schoenbat.errors import UserError
 
 STAGES = """
 stages:
@@ -29,6 +36,27 @@ stages:
     cmd: echo never > later.txt
   slow:
     cmd: echo started > slow.txt && sleep 100
+  deaf:
+    cmd: trap '' INT TERM && echo started > deaf.txt && sleep 100
+  hangs:
+    cmd: sleep 100
+  crashes:
+    cmd: echo x >> crashes.txt && exit 7
+  crashes_once:
+    cmd: test -e crashes_once.txt || { touch crashes_once.txt && kill -9 $$; }
+  loses_its_worker:
+    cmd: test -e loses_its_worker.txt || { touch loses_its_worker.txt && kill -9 $PPID && sleep 100; }
+  stops_itself:
+    cmd: test -e stops_itself.txt || { touch stops_itself.txt && exit 75; }
+  memory:
+    cmd: >-
+      echo x >> memory.txt && printf '{"kind":"memory","message":"too little"}' > $SCHOENBAT_OUTCOME_FILE && exit 1
+  usage:
+    cmd: >-
+      echo x >> usage.txt && printf '{"kind":"usage","message":"unknown"}' > $SCHOENBAT_OUTCOME_FILE && exit 2
+  nan:
+    cmd: >-
+      echo x >> nan.txt && printf '{"kind":"failed","message":"loss is nan"}' > $SCHOENBAT_OUTCOME_FILE && exit 1
 """
 
 
@@ -40,23 +68,148 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_stage_that_fails_stops_only_those_that_need_it(stages: Path) -> None:
-    graph = {"absent": [], "broken": [], "later": ["absent"], "slow": ["later"], "good": ["elsewhere"]}
-    events = list(run_cells(graph, Path("logs"), {"GREETING": "you"}))
-    assert [event.state for event in events[:5]] == ["queued"] * 5
-    ends = {event.stage: event for event in events if event.state not in ("queued", "started", "progress")}
-    assert {stage: event.state for stage, event in ends.items()} == {
+def run(*jobs: Job, environment: dict[str, str] | None = None, stops: Callable[[], int] = lambda: 0, **options: Any):
+    """The events of a grid of real workers on two slots."""
+    lease = Lease(Path("logs"))
+    backend = LocalBackend([Device("cpu", 2)], Path("logs"))
+    chosen = Options(Path("logs/tiny"), environment or {}, **{"jobs": 2, "retries": 0, **options})
+    return run_jobs(jobs, backend, lease, chosen, GridState(Path("logs/tiny/grid.json"), lease.path), stops)
+
+
+def ends(events: Iterable[Event | None]) -> dict[str, Event]:
+    final = ("done", "failed", "unavailable", "skipped", "stopped")
+    return {event.job: event for event in events if event is not None and event.state in final}
+
+
+def test_a_job_that_fails_stops_only_those_that_need_it(stages: Path) -> None:
+    jobs = [
+        Job("absent", ("absent",)),
+        Job("broken", ("broken", "later")),
+        Job("later", ("later",), needs=("absent",)),
+        Job("slow", ("slow",), needs=("later",)),
+        Job("good", ("good",), needs=("elsewhere",)),
+    ]
+    ended = ends(run(*jobs, environment={"GREETING": "you"}))
+    assert {name: event.state for name, event in ended.items()} == {
         "absent": "unavailable",
         "broken": "failed",
         "later": "skipped",
         "slow": "skipped",
         "good": "done",
     }
-    assert (ends["absent"].text, ends["broken"].text) == ("not to be had", "the reason")
-    assert {ends["later"].cause, ends["slow"].cause} == {"absent"}
-    assert [event.text for event in events if event.stage == "good" and event.state == "progress"] == ["hello you"]
-    assert "hello you" in Path("logs/good.log").read_text()
+    assert (ended["absent"].text, ended["broken"].text) == ("not to be had", "the reason")
+    assert (ended["absent"].cause, ended["later"].cause, ended["slow"].cause) == ("absent", "absent", "absent")
+    assert "hello you" in Path("logs/tiny/good.log").read_text()
     assert not Path("later.txt").exists()
+
+
+def attempts(stage: str) -> int:
+    return Path(f"{stage}.txt").read_text().count("x")
+
+
+def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: Path) -> None:
+    names = ("crashes", "crashes_once", "loses_its_worker", "stops_itself", "memory", "usage", "nan")
+    events = list(run(*(Job(name, (name,)) for name in names), retries=1))
+    assert {name: (event.state, event.text) for name, event in ends(events).items() if event.state != "done"} == {
+        "crashes": ("failed", "> echo x >> crashes.txt && exit 7"),
+        "memory": ("failed", "too little"),
+        "usage": ("failed", "unknown"),
+        "nan": ("failed", "loss is nan"),
+    }
+    assert {name: attempts(name) for name in ("crashes", "memory", "usage", "nan")} == {
+        "crashes": 2,
+        "memory": 2,
+        "usage": 1,
+        "nan": 1,
+    }
+    tried_again = {event.job: event.text for event in events if event is not None and event.state == "retried"}
+    assert tried_again["crashes_once"] == "crash: ended by SIGKILL"
+    assert tried_again["loses_its_worker"] == "crash: the worker was ended by signal 9"
+    assert tried_again["stops_itself"] == "stopped itself; goes on from its checkpoint"
+    assert _processes_in(stages) == []
+
+
+def test_a_job_that_hangs_is_ended_and_not_tried_again(stages: Path) -> None:
+    events = list(run(Job("hangs", ("hangs",), timeout_seconds=6.0), retries=2))
+    (event,) = ends(events).values()
+    assert (event.state, event.text) == ("failed", "took more than 0.1 minutes")
+    assert [event.state for event in events if event is not None].count("started") == 1
+    assert _processes_in(stages) == []
+
+
+def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
+    jobs = (Job("slow", ("slow",), seconds=2.0), Job("nan", ("nan",), seconds=1.0), Job("later", ("later",)))
+    ended = ends(run(*jobs, fail_fast=True))
+    assert {name: event.state for name, event in ended.items()} == {
+        "slow": "stopped",
+        "nan": "failed",
+        "later": "stopped",
+    }
+    assert _processes_in(stages) == []
+
+
+def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(stages: Path) -> None:
+    jobs = (
+        Job("measures", ("crashes_once",), exclusive=True, seconds=100.0),
+        Job("short", ("stops_itself",), seconds=1.0),
+        Job("long", ("good",), seconds=2.0),
+        Job("after", ("later",), needs=("short",)),
+    )
+    running: set[str] = set()
+    order = []
+    for event in run(*jobs, retries=1):
+        if event is not None and event.state == "started":
+            order.append(event.job)
+            running.add(event.job)
+            assert event.job != "measures" or running == {"measures"}
+        elif event is not None:
+            running.discard(event.job)
+    assert order[:2] == ["long", "short"]
+    assert set(order[-2:]) == {"measures"}
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_a_stage_that_does_not_heed_a_stop_is_killed(stages: Path, requests: int) -> None:
+    events = run(Job("deaf", ("deaf",)), stops=lambda: requests if Path("deaf.txt").exists() else 0)
+    assert [event.state for event in ends(events).values()] == ["stopped"]
+    assert _processes_in(stages) == []
+
+
+UNDER_A_LEASE = """
+import subprocess, sys
+from pipeline import lease
+lease.EXPIRY_SECONDS = lease.GRACE_SECONDS = 1.0
+lease.watch()
+print("started", flush=True)
+subprocess.run(["sleep", "100"])
+"""
+
+
+@pytest.mark.parametrize("how", ["deleted", "not renewed"])
+def test_processes_end_with_their_lease(tmp_path: Path, how: str) -> None:
+    lease = Lease(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNDER_A_LEASE],
+        env={**os.environ, "SCHOENBAT_LEASE": str(lease.path)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    if how == "deleted":
+        lease.end()
+    assert process.wait() != 0
+    assert _processes_in(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(UserError, match=f"the file system of {tmp_path} has no file locks"), only_grid(tmp_path, print):
+        pass
 
 
 def _processes_in(folder: Path) -> list[str]:
@@ -87,9 +240,9 @@ def test_an_interrupt_leaves_no_child_behind(stages: Path, heeded_interrupt: Non
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt_once_it_runs, daemon=True).start()
-    with contextlib.closing(run_cells({"slow": []}, Path("logs"), {})) as events, pytest.raises(KeyboardInterrupt):
+    with contextlib.closing(run(Job("slow", ("slow",)))) as events, pytest.raises(KeyboardInterrupt):
         list(events)
-    assert [command for command in seen if "repro --single-item slow" in command]
+    assert [command for command in seen if command.endswith("pipeline.launch.worker slow")]
     assert _processes_in(stages) == []
 
 

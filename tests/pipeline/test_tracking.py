@@ -1,15 +1,19 @@
 """What MLflow holds after grids and cells have come, gone and been killed. Every process here is a real one."""
 
+import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,10 +157,44 @@ def test_a_finished_run_is_left_alone_and_evaluated_by_its_newest_successor(proj
     for fingerprint in ("f1", "f1", "f2"):
         with tracking.cell_run(CELL, fingerprint, "quick", {}) as run:
             ids.append(run.run_id)
+            run.log_test({"accuracy": 0.5})
         time.sleep(0.01)
     assert len(set(ids)) == 3
     with tracking.attach(CELL, "f1", "quick") as run:
         assert run.run_id == ids[1]
+
+
+def test_a_run_that_ended_but_was_never_tested_is_continued(project: Path) -> None:
+    with tracking.cell_run(CELL, "f1", "quick", {}) as first:
+        first.log_evaluation(evaluation(10))
+    with tracking.cell_run(CELL, "f1", "quick", {}) as again:
+        assert again.run_id == first.run_id
+        again.log_evaluation(evaluation(10))
+        again.log_evaluations([evaluation(10), evaluation(20)])
+        for _ in range(2):
+            again.log_test({"accuracy": 0.5})
+    client, (run,) = client_and_cells(tracking.start_grid("quick"))
+    assert held_steps(client, run) == [10, 20]
+    assert len(client.get_metric_history(run.info.run_id, "test_accuracy")) == 1
+
+
+def held_steps(client: Any, run: Any) -> list[int]:
+    return [held.step for held in client.get_metric_history(run.info.run_id, "dev_accuracy")]
+
+
+def test_evaluations_that_meet_a_locked_database_are_logged_later(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_PAUSE_SECONDS", 0.1)
+    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
+        run.log_evaluation(evaluation(10))
+        with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
+            database.execute("BEGIN EXCLUSIVE")
+            run.log_evaluation(evaluation(20))
+            assert "MLflow cannot be reached, 1 evaluations are kept for later" in capsys.readouterr().out
+        run.log_evaluation(evaluation(30))
+    client, (held,) = client_and_cells(tracking.start_grid("quick"))
+    assert held_steps(client, held) == [10, 20, 30]
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -210,34 +248,71 @@ def test_a_logged_model_predicts_the_same_in_a_new_process(project: Path, start:
     assert loaded.splitlines()[-1] == trained.splitlines()[-1]
 
 
-@pytest.fixture
-def server(project: Path) -> Iterator[str]:
-    """The address of an MLflow server of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    storage = ["--backend-store-uri", f"sqlite:///{project}/server.db", "--artifacts-destination", f"{project}/stored"]
-    with (project / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command, *storage],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-        )
-    try:
-        for _ in range(240):
+class Server:
+    """An MLflow server that can go away and come back at the same address with the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self._port}"
+        self._folder = folder
+
+    def start(self) -> None:
+        command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
+        data = f"{self._folder}/server.db"
+        storage = ["--backend-store-uri", f"sqlite:///{data}", "--artifacts-destination", f"{self._folder}/stored"]
+        with (self._folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *command, *storage],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            )
+        while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
+                urllib.request.urlopen(f"{self.address}/health", timeout=1)
+                return
             except OSError:
-                assert process.poll() is None, (project / "server.log").read_text()
+                assert self._process.poll() is None, (self._folder / "server.log").read_text()
                 time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture
+def running_server(project: Path) -> Iterator[Server]:
+    server = Server(project)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(running_server: Server) -> str:
+    """The address of an MLflow server of its own."""
+    return running_server.address
+
+
+def test_a_training_goes_on_without_the_server_and_its_evaluations_arrive_when_it_is_back(
+    running_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(tracking.TRACKING_URI, running_server.address)
+    grid = tracking.start_grid("quick")
+    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
+        run.log_evaluation(evaluation(10))
+        running_server.kill()
+        run.log_evaluation(evaluation(20))
+        run.log_evaluation(evaluation(30))
+        assert "2 evaluations are kept for later" in capsys.readouterr().out
+        threading.Timer(1.0, running_server.start).start()
+        run.log_evaluations([evaluation(step) for step in (10, 20, 30, 40)])
+    client, (held,) = client_and_cells(grid)
+    assert held_steps(client, held) == [10, 20, 30, 40]
+    assert held.info.status == "FINISHED"
 
 
 def test_a_server_serves_grids_cells_and_models(server: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

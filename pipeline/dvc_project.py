@@ -1,0 +1,129 @@
+"""DVC inside this process; the only importer of dvc.
+
+Everything is DVC's own but for its lock file, which is read and written stage by stage; see `dvc_lock`.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dvc.dvcfile
+import psutil
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.lock import LockError
+from dvc.repo import Repo
+from dvc.stage import serialize
+from dvc.utils.serialize import dumps_yaml
+
+from pipeline.dvc_lock import HEAD, Blocks, Entries
+from schoenbat.errors import UserError
+
+RWLOCK_FILE = Path(".dvc/tmp/rwlock")
+
+
+class _Lockfile(dvc.dvcfile.Lockfile):
+    """DVC's lock file, of which only the stages in question are parsed and written."""
+
+    def _load(self, **kwargs: Any) -> tuple[Any, str]:
+        blocks = self._blocks()
+        if not blocks:
+            return super()._load(**kwargs)
+        return {"schema": "2.0", "stages": Entries(blocks)}, ""
+
+    def dump_stages(self, stages: list[Any], **kwargs: Any) -> None:
+        blocks = self._blocks()
+        if blocks is None:
+            super().dump_stages(stages, **kwargs)
+            return
+        changed = False
+        for stage in stages:
+            text = dumps_yaml({"schema": "2.0", "stages": serialize.to_lockfile(stage, **kwargs)})
+            ((name, block),) = Blocks(text).items()
+            if blocks.get(name) != block:
+                blocks.replace(name, block)
+                changed = True
+        if changed:
+            blocks.write(Path(self.path))
+            self.repo.scm_context.track_file(self.relpath)
+
+    def _blocks(self) -> Blocks | None:
+        """None for a file with other things in it than stages, which DVC has to deal with itself."""
+        path = Path(self.path)
+        try:
+            return Blocks(path.read_text(encoding="utf-8") if path.exists() else "")
+        except ValueError:
+            return None
+
+
+dvc.dvcfile.Lockfile = _Lockfile
+assert dumps_yaml({"schema": "2.0", "stages": {"a": {"cmd": "b"}}}) == f"{HEAD}  a:\n    cmd: b\n"
+
+
+@contextmanager
+def project() -> Iterator[Repo]:
+    """The DVC project of the current folder, in which an operation waits for the project's lock.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        repo = Repo(_wait_for_lock=True)
+    except NotDvcRepoError as error:
+        raise UserError(f"{Path.cwd()} is not a DVC project; run this in the root folder of the project") from error
+    with repo:
+        yield repo
+
+
+def changed_stages() -> set[str]:
+    """The stages that DVC finds changed.
+
+    Raises:
+        UserError: a stage of this checkout is running, or DVC cannot read the project.
+    """
+    with project() as repo:
+        try:
+            return set(repo.status())
+        except LockError as error:
+            raise UserError(
+                "a stage of this checkout is running, so DVC cannot say what is out of date; wait for its end"
+            ) from error
+        except DvcException as error:
+            raise UserError(f"dvc status failed: {str(error).splitlines()[0]}") from error
+
+
+def drop_damaged_rwlock(path: Path = RWLOCK_FILE) -> None:
+    """Delete DVC's record of who reads and writes what, if a process was killed while it wrote it.
+
+    DVC itself forgets the entries of dead processes, but gives up on a file that is not whole.
+    """
+    if _holders(path) is None:
+        path.unlink(missing_ok=True)
+
+
+def drop_stale_rwlock(path: Path = RWLOCK_FILE) -> None:
+    """Delete that record as well if nobody in it is alive; a number may have gone to a process that is not DVC."""
+    if not any(_runs_dvc(number) for number in _holders(path) or ()):
+        path.unlink(missing_ok=True)
+
+
+def _holders(path: Path) -> set[int] | None:
+    """The processes that the record names; None if it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        writers = [*record.get("write", {}).values()]
+        readers = [reader for each in record.get("read", {}).values() for reader in each]
+        return {int(holder["pid"]) for holder in [*writers, *readers]}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _runs_dvc(number: int) -> bool:
+    try:
+        command = " ".join(psutil.Process(number).cmdline())
+    except psutil.Error:
+        return False
+    return "dvc" in command or "pipeline.launch.worker" in command

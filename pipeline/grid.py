@@ -1,0 +1,157 @@
+"""The grid as params.yaml states it: axes, cells and their names, without anything that takes long to import.
+
+`pipeline.params` checks the rest of the file, and `pipeline.cells` knows what a cell is made of.
+
+The id of a cell joins its axes in the order in which dvc.yaml lists them, so that a stage can be named without asking
+DVC; a test compares these names with `dvc stage list`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schoenbat.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+SHARED_SOURCES = (
+    Path("schoenbat/training.py"),
+    Path("schoenbat/norm.py"),
+    Path("schoenbat/nn"),
+    Path("schoenbat/features"),
+    Path("schoenbat/ops"),
+    Path("schoenbat/data/arrays.py"),
+    Path("schoenbat/attention/__init__.py"),
+)
+"""The numerics that every cell goes through."""
+
+
+@dataclass(frozen=True)
+class PlainAxes:
+    """Mechanisms without a kernel."""
+
+    attn: list[str]
+    former: list[str]
+
+
+@dataclass(frozen=True)
+class KernelAxes:
+    """Mechanisms that approximate or evaluate a kernel, each with each kernel."""
+
+    attn: list[str]
+    dotf: list[str]
+    former: list[str]
+
+
+@dataclass(frozen=True)
+class GridParams:
+    """The axes of the two grids; an empty axis means no cells."""
+
+    tasks: list[str]
+    seeds: list[int]
+    plain: PlainAxes
+    kernel: KernelAxes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid; `dotf` is None for a mechanism without a kernel."""
+
+    task: str
+    attn: str
+    dotf: str | None
+    former: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return "-".join(str(value) for value in dataclasses.astuple(self) if value is not None)
+
+    def stage(self, verb: str, profile: str) -> str:
+        """The DVC stage of this cell that does `verb`: "train" or "evaluate"."""
+        return f"{verb}{'' if self.dotf is None else '_kernel'}@{profile}-{self.id}"
+
+    def run_folder(self, profile: str) -> Path:
+        return Path("runs", profile, self.id)
+
+    def checkpoint_folder(self, profile: str) -> Path:
+        return Path("checkpoints", profile, self.id)
+
+    def arguments(self) -> list[str]:
+        """This cell on the command line."""
+        dotf = [] if self.dotf is None else ["--dotf", self.dotf]
+        return ["--task", self.task, "--attn", self.attn, *dotf, "--former", self.former, "--seed", str(self.seed)]
+
+
+def expand_grid(grid: GridParams) -> list[Cell]:
+    """All cells of the grid, task by task; an empty axis gives none of its half."""
+    return [
+        Cell(task, attn, dotf, former, seed)
+        for task in grid.tasks
+        for attns, dotfs, formers in (
+            (grid.plain.attn, [None], grid.plain.former),
+            (grid.kernel.attn, grid.kernel.dotf, grid.kernel.former),
+        )
+        for attn in attns
+        for dotf in dotfs
+        for former in formers
+        for seed in grid.seeds
+    ]
+
+
+def download_stage(task: str) -> str:
+    return f"download@{task}"
+
+
+def preprocess_stage(profile: str, task: str) -> str:
+    return f"preprocess@{profile}-{task}"
+
+
+def sources(cell: Cell) -> list[Path]:
+    """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same.
+
+    Those of other distributions are there as links (see `pipeline.components`).
+    """
+    kernel = [] if cell.dotf is None else ["__init__.py", "_series.py", f"{cell.dotf}.py"]
+    return [
+        *SHARED_SOURCES,
+        Path(f"schoenbat/attention/{cell.attn}.py"),
+        *(Path("schoenbat/kernels", file) for file in kernel),
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-4` is a number, as in YAML 1.2 and so in DVC, and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.absolute().parent
+        raise UserError(f"no {path.name} in {folder}; run this in the root folder of the project") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

@@ -1,0 +1,58 @@
+"""What a grid is doing, as a file that anybody can read while it runs and after it has died."""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+OPEN = ("queued", "running")
+"""States of a job that has not come to an end."""
+SAVE_SECONDS = 1.0
+
+
+class GridState:
+    """The state of every job of one grid, written to a file at most once a second.
+
+    Args:
+        path: the file.
+        lease: the path of the grid's lease: as long as it is touched, the grid is alive.
+    """
+
+    def __init__(self, path: Path, lease: Path) -> None:
+        self._path = path
+        self._head = {"pid": os.getpid(), "lease": str(lease), "started": time.time()}
+        self._jobs: dict[str, dict[str, Any]] = {}
+        self._changed = False
+        self._saved = 0.0
+
+    def expect(self, name: str, **facts: Any) -> None:
+        """Note what is known of a job beforehand."""
+        self._jobs[name] = {"state": "queued", **facts}
+
+    def set(self, name: str, state: str, **facts: Any) -> None:
+        job = self._jobs.setdefault(name, {})
+        job.update(state=state, since=time.time(), **facts)
+        self._changed = True
+
+    def is_open(self, name: str) -> bool:
+        return self._jobs[name]["state"] in OPEN
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        return self._jobs
+
+    def save_now_and_then(self) -> None:
+        if self._changed and time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        content = json.dumps({**self._head, "jobs": self._jobs})
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._saved = time.monotonic()
+        # A full disk is no reason to end a grid. Without fsync: after a power cut nothing of the grid is running.
+        with contextlib.suppress(OSError):
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(self._path)
+            self._changed = False

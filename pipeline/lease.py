@@ -1,0 +1,80 @@
+"""The lease: a file by which the processes of a grid know that it still wants them.
+
+The engine touches it every few seconds and deletes it when they shall stop; each worker and each stage watches it. So
+nothing survives an engine that was killed, on whatever machine, and stopping needs no signal that has to travel there.
+Watchers compare the file's time with what it was before, never with their own clock, so clocks may differ.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+import time
+from pathlib import Path
+
+LEASE_VARIABLE = "SCHOENBAT_LEASE"
+TOUCH_SECONDS = 2.0
+EXPIRY_SECONDS = 20.0
+STOPPED = 75
+"""The exit code of a command that was asked to stop and has saved its work; EX_TEMPFAIL of sysexits.h."""
+GRACE_SECONDS = 12.0
+"""What is still running so long after it was asked to stop is killed."""
+_WATCH_SECONDS = 0.5
+_REPEAT_SECONDS = 2.0
+
+
+class Lease:
+    """The engine's side.
+
+    Args:
+        folder: where the file is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = (folder / f"lease-{os.getpid()}-{secrets.token_hex(4)}").absolute()
+        self.path.touch()
+        self._touched = time.monotonic()
+
+    def renew(self) -> None:
+        if time.monotonic() - self._touched >= TOUCH_SECONDS:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.path)
+            self._touched = time.monotonic()
+
+    def end(self) -> None:
+        """Ask all who watch to stop."""
+        self.path.unlink(missing_ok=True)
+
+
+def watch() -> threading.Event:
+    """If this process runs under a lease, stop its process group when that ends: SIGINT, and in the end SIGKILL.
+
+    Returns:
+        What is set when the lease has ended.
+    """
+    ended = threading.Event()
+    path = os.environ.get(LEASE_VARIABLE)
+    if path:
+        threading.Thread(target=_watch, args=(Path(path), ended), name="lease", daemon=True).start()
+    return ended
+
+
+def _watch(path: Path, ended: threading.Event) -> None:
+    seen, since = -1, time.monotonic()
+    while time.monotonic() - since < EXPIRY_SECONDS:
+        try:
+            modified = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            break
+        if modified != seen:
+            seen, since = modified, time.monotonic()
+        time.sleep(_WATCH_SECONDS)
+    ended.set()
+    # Repeated, because DVC ignores SIGINT while a stage runs, and a process that just starts is not ready for it.
+    end = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < end:
+        os.killpg(0, signal.SIGINT)
+        time.sleep(_REPEAT_SECONDS)
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,163 @@
+"""Where the grid of params.yaml stands, from files alone: the engine's state, the cells' progress, logs and results.
+
+It imports neither torch nor mlflow nor dvc, so that asking costs nothing, and it works while cells run.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.freshness import finished_cells
+from pipeline.grid import PARAMS_FILE, Cell, GridParams, expand_grid, read_yaml
+from pipeline.lease import EXPIRY_SECONDS
+from schoenbat.errors import UserError
+from schoenbat.registry import build_config
+
+STATE_FILE = "grid.json"
+"""In logs/PROFILE, written by the engine."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell.
+
+    Attributes:
+        state: "done", "to run", "queued", "running", "failed", "unavailable", "skipped", "interrupted".
+        reason: why it failed, or what is to be known.
+        log: the file with its output, if it has any.
+        progress: what the cell itself says: step, steps, loss, accuracy, dev_accuracy, steps_per_second, memory_mb.
+        attempt: how often it was started in this grid.
+        device: where it runs.
+        seconds_left: estimated; None if nothing is known yet.
+    """
+
+    cell: str
+    state: str
+    reason: str = ""
+    log: str = ""
+    progress: Mapping[str, Any] | None = None
+    attempt: int = 1
+    device: str = ""
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All cells, and the jobs of the running grid that are no cells.
+
+    Attributes:
+        running: whether a grid is running now.
+        seconds_left: of the running grid, estimated.
+    """
+
+    profile: str
+    running: bool
+    cells: list[Row]
+    others: list[Row]
+    seconds_left: float | None = None
+
+    def counts(self) -> Counter[str]:
+        return Counter(row.state for row in self.cells)
+
+
+def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
+    """Profile, cells and content of params.yaml; raises UserError."""
+    settings = read_yaml(PARAMS_FILE)
+    if not isinstance(settings, dict) or not isinstance(settings.get("profile"), str):
+        raise UserError(f"{PARAMS_FILE}: missing key 'profile'")
+    grid = build_config(GridParams, settings.get("grid"), f"{PARAMS_FILE}: grid")
+    return settings["profile"], expand_grid(grid), settings
+
+
+def take_snapshot() -> Snapshot:
+    """The state of every cell of params.yaml."""
+    profile, cells, settings = read_grid()
+    state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "lease": ""}
+    running = _is_touched(Path(state["lease"])) if state["lease"] else False
+    jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
+    finished = finished_cells(cells, profile, settings)
+    rows = []
+    for cell in cells:
+        if running and cell.id in jobs:
+            rows.append(job_row(profile, cell.id, jobs[cell.id]))
+        elif cell in finished:
+            rows.append(Row(cell.id, "done"))
+        else:
+            rows.append(_idle_row(profile, cell))
+    return assemble(profile, running, rows, jobs if running else {})
+
+
+def assemble(profile: str, running: bool, rows: list[Row], jobs: Mapping[str, Mapping[str, Any]]) -> Snapshot:
+    """A snapshot of cells and of the jobs that are no cells, with the time that is left."""
+    known = {row.cell for row in rows}
+    others = [job_row(profile, name, job) for name, job in jobs.items() if name not in known]
+    return Snapshot(profile, running, rows, others, _seconds_left(jobs, [*rows, *others]) if running else None)
+
+
+def job_row(profile: str, name: str, job: Mapping[str, Any]) -> Row:
+    """What the engine and the cell say of a job of the running grid."""
+    progress = _read_json(Path("checkpoints", profile, name, "progress.json")) if job["state"] == "running" else None
+    if progress and progress.get("updated", 0.0) < job.get("since", 0.0):
+        progress = None
+    left = None
+    if progress and progress.get("steps_per_second"):
+        left = (progress["steps"] - progress["step"]) / progress["steps_per_second"]
+    return Row(
+        name,
+        job["state"],
+        job.get("reason", ""),
+        job.get("log", ""),
+        progress,
+        job.get("attempt", 1),
+        job.get("device", ""),
+        left,
+    )
+
+
+def _idle_row(profile: str, cell: Cell) -> Row:
+    """A cell that is not finished and that no grid is running."""
+    for name in (cell.id, f"data-{cell.task}"):
+        outcome = _read_json(Path("logs", profile, f"{name}.outcome.json"))
+        if outcome and outcome["kind"] != "stopped":
+            state = "unavailable" if outcome["kind"] == "unavailable" else "failed"
+            return Row(cell.id, state, outcome["message"], str(Path("logs", profile, f"{name}.log")))
+    if (cell.checkpoint_folder(profile) / "last.pt").is_file():
+        return Row(cell.id, "interrupted", "goes on from its checkpoint")
+    return Row(cell.id, "to run")
+
+
+def _seconds_left(jobs: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> float | None:
+    """The work that is left, by the expected times, over the number of jobs that run now."""
+    done = [job for job in jobs.values() if job["state"] == "done" and job.get("expected")]
+    active = [row for row in rows if row.state == "running"]
+    if not done or not active:
+        return None
+    # Expectations may be far off, but they are off alike.
+    scale = sum(job["seconds"] for job in done) / sum(job["expected"] for job in done)
+    left = sum(job.get("expected") or 0.0 for job in jobs.values() if job["state"] == "queued") * scale
+    for row in active:
+        spent = time.time() - jobs[row.cell]["since"]
+        expected = (jobs[row.cell].get("expected") or 0.0) * scale
+        left += row.seconds_left if row.seconds_left is not None else max(0.0, expected - spent)
+    return left / len(active)
+
+
+def _is_touched(lease: Path) -> bool:
+    try:
+        return time.time() - lease.stat().st_mtime < EXPIRY_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        # Somebody is writing it.
+        return None

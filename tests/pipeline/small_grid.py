@@ -1,0 +1,80 @@
+"""A project of two small cells, run as a grid in a process of its own, and what is left of it on disk and in MLflow."""
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+from project_folder import ROOT, Project
+
+from pipeline.lease import LEASE_VARIABLE
+
+TASK = ("--task", "lra-listops")
+CELLS = {
+    "lra-listops-mean-transformer-0": (*TASK, "--attn", "mean", "--former", "transformer"),
+    "lra-listops-rmfa-exp-maclauformer-0": (*TASK, "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer"),
+}
+MEAN, RMFA = CELLS
+NUMBERS = ("metrics.json", "curves.csv", "test.json")
+
+
+def make_small(folder: Path) -> Project:
+    """Two cells of generated data, in a folder that is made; it has to be the current one."""
+    project = Project(folder)
+    project.set("grid.tasks", ["lra-listops"])
+    project.set("grid.seeds", [0])
+    project.set("grid.plain.attn", ["mean"])
+    project.set("grid.kernel.dotf", ["exp"])
+    project.add_dvc()
+    return project
+
+
+def start_grid(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    """`schoenbat-exp run` of the two cells as a process of its own that heeds signals."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", *options]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def numbers(folder: Path, cells: Iterable[str] = CELLS) -> dict[str, bytes]:
+    return {f"{cell}/{name}": (folder / "runs/tiny" / cell / name).read_bytes() for cell in cells for name in NUMBERS}
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those that live under a lease of this folder's grids."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(LEASE_VARIABLE, "").startswith(str(folder.resolve())):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def tracked_runs(folder: Path) -> dict[str, list[int]]:
+    """The steps of dev accuracy that MLflow holds for each cell; more than one run of a cell is an error."""
+    steps: dict[str, list[int]] = {}
+    # By SQL, because MLflow's client keeps a database open that a test may delete.
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        query = "select run_uuid, tags.value, status from runs join tags using (run_uuid) where tags.key = 'cell'"
+        for run, cell, status in database.execute(query).fetchall():
+            assert cell not in steps, f"two runs of {cell}"
+            assert status == "FINISHED"
+            history = database.execute(
+                "select step from metrics where key = 'dev_accuracy' and run_uuid = ? order by step", [run]
+            )
+            steps[cell] = [step for (step,) in history]
+    return steps

@@ -1,0 +1,134 @@
+"""A grid of real cells in parallel: the numbers, DVC's record and MLflow's runs are those of one cell after another."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+import pytest
+from project_folder import ROOT, Project
+from small_grid import CELLS, MEAN, RMFA, make_small, numbers, processes_of, start_grid, tracked_runs
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: Project) -> Project:
+    folder = tmp_path / "a folder with spaces"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return make_small(folder)
+
+
+def one_after_another(folder: Path, invoke: Invoke, cells: Iterable[str] = CELLS) -> dict[str, bytes]:
+    """The numbers of cells by the commands alone, without DVC and without a grid."""
+    for cell in cells:
+        for verb in ("train", "eval"):
+            assert invoke(verb, *CELLS[cell])[0] == 0
+    return numbers(folder, cells)
+
+
+def test_in_parallel_as_one_after_another_and_dvc_has_nothing_to_do(small: Project, invoke: Invoke) -> None:
+    grid = start_grid(small.folder, "--jobs", "2")
+    out, _ = grid.communicate()
+    assert grid.returncode == 0, out
+    assert "all 2 cells of profile tiny are done" in out
+    changed = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(changed.stdout)) <= {"bench@tiny", "errors@tiny", "report@tiny"}
+
+    snapshot = json.loads(invoke("status", "--json")[1])
+    assert {row["cell"]: row["state"] for row in snapshot["cells"]} == dict.fromkeys(CELLS, "done")
+    assert not snapshot["running"]
+    assert "test accuracy" in invoke("logs", MEAN)[1]
+    code, out, err = invoke("logs", "lra-listops")
+    assert (code, MEAN in err) == (2, True)
+    assert tracked_runs(small.folder) == {cell: [3, 6] for cell in CELLS}
+
+    # The quick answer follows the code and the settings as DVC's does.
+    small.set("attention.rmfa.num_features", 4)
+    small.set("run.threads", 2)
+    states = {row["cell"]: row["state"] for row in json.loads(invoke("status", "--json")[1])["cells"]}
+    assert states == {MEAN: "done", RMFA: "to run"}
+    small.set("attention.rmfa.num_features", 8)
+    small.set("run.threads", 1)
+    source = small.folder / "schoenbat/nn/encoder.py"
+    before = source.read_bytes()
+    source.write_bytes(before + b"# changed\n")
+    states = {row["cell"]: row["state"] for row in json.loads(invoke("status", "--json")[1])["cells"]}
+    assert states == dict.fromkeys(CELLS, "to run")
+    source.write_bytes(before)
+
+    found = numbers(small.folder)
+    assert one_after_another(small.folder, invoke) == found
+
+
+def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Project, invoke: Invoke) -> None:
+    small.set("task.lra-listops.training.steps", 12000)
+    small.set("task.lra-listops.training.eval_every", 4000)
+    cell = MEAN
+    folder = small.folder / "checkpoints/tiny" / cell
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    for number in stops:
+        grid = start_grid(small.folder, "--cell", cell)
+        (folder / "progress.json").unlink(missing_ok=True)
+        while not (folder / "progress.json").exists():
+            assert grid.poll() is None, grid.communicate()
+            time.sleep(0.05)
+        (row,) = [row for row in json.loads(invoke("status", "--json")[1])["cells"] if row["cell"] == cell]
+        assert row["state"] == "running"
+        grid.send_signal(number)
+        out, _ = grid.communicate()
+        if number == signal.SIGKILL:
+            psutil.wait_procs(processes_of(small.folder))
+        else:
+            assert grid.returncode == 130, out
+            assert "run the same again to go on" in out
+        assert processes_of(small.folder) == []
+        assert (folder / "last.pt").is_file(), "its work was not saved"
+        assert not (small.folder / "runs/tiny" / cell / "metrics.json").exists()
+    grid = start_grid(small.folder, "--cell", cell)
+    out, _ = grid.communicate()
+    assert grid.returncode == 0, out
+    resources = json.loads((small.folder / "runs/tiny" / cell / "resources.json").read_bytes())
+    assert resources["resumed"] == len(stops)
+    assert tracked_runs(small.folder) == {cell: [4000, 8000, 12000]}
+    found = numbers(small.folder, (cell,))
+    assert one_after_another(small.folder, invoke, (cell,)) == found
+
+
+def test_a_second_grid_waits_and_says_so(small: Project) -> None:
+    first = start_grid(small.folder, "--jobs", "2")
+    while not list(small.folder.glob("logs/lease-*")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = start_grid(small.folder)
+    out, _ = second.communicate()
+    assert first.wait() == 0, first.communicate()
+    assert second.returncode == 0, out
+    assert f"another grid runs in this checkout (process {first.pid}); waiting for its end" in out
+    assert "nothing to do: all 2 cells" in out
+
+
+def test_it_works_in_a_git_worktree(small: Project, tmp_path: Path) -> None:
+    def git(*arguments: str, folder: Path = small.folder) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+    shutil.copy(ROOT / ".gitignore", small.folder)
+    (small.folder / ".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    git("init")
+    git("add", "--all")
+    git("commit", "--message", "all")
+    tree = tmp_path / "another tree"
+    git("worktree", "add", "--detach", str(tree))
+    grid = start_grid(tree, "--cell", MEAN)
+    out, _ = grid.communicate()
+    assert grid.returncode == 0, out
+    assert (tree / "runs/tiny" / MEAN / "test.json").is_file()

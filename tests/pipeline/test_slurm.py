@@ -1,0 +1,264 @@
+"""Grids on a real Slurm of one node: they end as they would on this machine, and leave no Slurm job behind."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from project_folder import ROOT, Project, init_dvc
+
+from pipeline.cells import expand
+from pipeline.launch import Event, GridState, Job, Lease, Options, run_jobs
+from pipeline.launch.slurm import SlurmBackend, plan_slurm
+from pipeline.launch.slurm_block import pinned
+from pipeline.params import RunParams, SlurmParams, load_params
+from schoenbat.errors import UserError
+from schoenbat.registry import build_config
+
+needs_parsl = pytest.mark.skipif(
+    importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install 'schoenbat[cluster]'"
+)
+RUN = RunParams(threads=1, slurm=SlurmParams(max_blocks=2, walltime_minutes=60))
+
+STAGES = """
+stages:
+  good:
+    cmd: echo hello $GREETING
+  broken:
+    cmd: echo the reason && exit 1
+  slow:
+    cmd: touch slow.txt && sleep 300
+  saving:
+    cmd: python saving.py
+"""
+SAVING = """
+import pathlib, signal, sys, time
+saved = pathlib.Path("saved.txt")
+if saved.exists():
+    sys.exit(0)
+def save(number, frame):
+    saved.write_text("half")
+    sys.exit(75)
+signal.signal(signal.SIGINT, save)
+time.sleep(300)
+"""
+CELLS = [
+    f"lra-listops-{mechanism}-{seed}"
+    for mechanism in ("softmax-transformer", "mean-transformer", "rmfa-exp-maclauformer", "rmfa-inverse-maclauformer")
+    for seed in (0, 1)
+]
+NUMBERS = ("metrics.json", "curves.csv", "test.json")
+
+
+@pytest.fixture
+def cluster(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with spaces in its name, and Slurm around it; no job is left when the test ends."""
+    monkeypatch.setenv("SLURM_CONF", slurm["SLURM_CONF"])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "a folder with spaces"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    wait_until(lambda: not slurm_jobs(), seconds=60)
+
+
+@pytest.fixture
+def stages(cluster: Path) -> Path:
+    Path("dvc.yaml").write_text(STAGES)
+    Path("saving.py").write_text(SAVING)
+    init_dvc(cluster)
+    return cluster
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 900) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"did not happen within {seconds} seconds"
+        time.sleep(0.2)
+
+
+def slurm_jobs(state: str = "all states that are not over") -> list[str]:
+    wanted = [f"--states={state}"] if state.isupper() else []
+    command = ["squeue", "--noheader", "--format=%A", *wanted]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def run(run_params: RunParams, *jobs: Job, on_event: Callable[[Event], object] = print, **options: Any) -> list[Event]:
+    """The events of a grid in this process."""
+    devices, at_once = plan_slurm(run_params, None)
+    backend = SlurmBackend(run_params, devices, Path("logs"))
+    backend.clear()
+    lease = Lease(Path("logs"))
+    chosen = Options(Path("logs/tiny"), {"GREETING": "you"}, **{"jobs": at_once, "retries": 0, **options})
+    events = []
+    try:
+        for event in run_jobs(jobs, backend, lease, chosen, GridState(Path("logs/tiny/grid.json"), lease.path)):
+            if event is not None:
+                on_event(event)
+                events.append(event)
+    finally:
+        lease.end()
+        backend.close()
+    return events
+
+
+@needs_parsl
+def test_each_job_ends_for_itself(stages: Path) -> None:
+    slow = Job("slow", ("slow",), timeout_seconds=10)
+    events = run(RUN, Job("good", ("good",)), Job("broken", ("broken",)), slow)
+    ended = {event.job: event for event in events}
+    assert {name: event.state for name, event in ended.items()} == {
+        "good": "done",
+        "broken": "failed",
+        "slow": "failed",
+    }
+    assert (ended["broken"].text, ended["slow"].text) == ("the reason", "took more than 0.166667 minutes")
+    assert "hello you" in Path("logs/tiny/good.log").read_text()
+
+
+@needs_parsl
+def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(stages: Path) -> None:
+    short = dataclasses.replace(RUN, slurm=SlurmParams(walltime_minutes=2))
+    events = run(short, Job("saving", ("saving",)))
+    assert [event.state for event in events] == ["queued", "started", "retried", "started", "done"]
+    assert "walltime" in events[2].text
+    assert Path("saved.txt").read_text() == "half"
+
+
+@needs_parsl
+def test_blocks_that_cannot_start_workers_are_a_failure_with_a_reason(stages: Path) -> None:
+    wrong = dataclasses.replace(RUN, slurm=SlurmParams(worker_init="echo no such module >&2; exit 1"))
+    (*_, last) = run(wrong, Job("good", ("good",)))
+    assert last.state == "failed"
+    assert "no such module" in last.text
+
+
+def test_what_slurm_refuses_is_an_error_of_one_line(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("parsl") is None:
+        with pytest.raises(UserError, match=r"schoenbat\[cluster\]"):
+            plan_slurm(RUN, None)
+    else:
+        wrong = dataclasses.replace(RUN, slurm=SlurmParams(partition="nowhere"))
+        with pytest.raises(UserError, match=r"run\.slurm: .*[Ii]nvalid partition"):
+            plan_slurm(wrong, None)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", "/nowhere")
+        with pytest.raises(UserError, match="--backend local"):
+            plan_slurm(RUN, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"walltime_minutes": 1}, "walltime_minutes must be at least 2"),
+        ({"cells_per_block": 0}, "cells_per_block and max_blocks"),
+        ({"options": ["mem=16G"]}, "such as --mem=16G"),
+        ({"walltime": "10:00"}, "unknown key 'walltime'"),
+    ],
+)
+def test_a_wrong_setting_is_named(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        build_config(SlurmParams, section, "params.yaml: run.slurm")
+
+
+def test_the_cells_of_a_block_are_spread_over_the_gpus_that_slurm_gave_it() -> None:
+    gpu = {"SCHOENBAT_DEVICE": "cuda:0"}
+    given = [{"CUDA_VISIBLE_DEVICES": "3,5", "PARSL_WORKER_RANK": str(rank)} for rank in range(4)]
+    assert [pinned(block, gpu)["CUDA_VISIBLE_DEVICES"] for block in given] == ["3", "5", "3", "5"]
+    assert pinned(given[0], {}) == pinned({"PARSL_WORKER_RANK": "0"}, gpu) == {}
+
+
+@pytest.fixture
+def start_grid(cluster: Path) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
+    """Starts a grid of all cells as a process of its own; none is left when the test ends."""
+    started = []
+
+    def start() -> "subprocess.Popen[str]":
+        started.append(_start_grid(cluster))
+        return started[-1]
+
+    yield start
+    for grid in started:
+        grid.kill()
+        grid.wait()
+
+
+def _start_grid(folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", "--backend", "slurm"]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def training(folder: Path) -> list[Path]:
+    """The progress of cells that are in the middle of their training."""
+    return list(folder.glob("checkpoints/tiny/*/progress.json"))
+
+
+def finished(folder: Path) -> list[Path]:
+    return list(folder.glob("runs/tiny/*/test.json"))
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those whose current folder it is."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.cwd() == str(folder.resolve()):
+                found.append(process)
+    return found
+
+
+def numbers(folder: Path) -> dict[str, bytes]:
+    return {f"{cell}/{name}": (folder / "runs/tiny" / cell / name).read_bytes() for cell in CELLS for name in NUMBERS}
+
+
+@needs_parsl
+def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
+    cluster: Path, start_grid: Callable[[], "subprocess.Popen[str]"], invoke: Callable[..., tuple[int, str, str]]
+) -> None:
+    project = Project(cluster)
+    project.set("grid.tasks", ["lra-listops"])
+    project.set("task.lra-listops.training.steps", 600)
+    project.set("task.lra-listops.training.eval_every", 200)
+    project.set("run.slurm", {"max_blocks": 2, "walltime_minutes": 60})
+    project.add_dvc()
+
+    grid = start_grid()
+    wait_until(lambda: training(cluster) or grid.poll() is not None)
+    subprocess.run(["scancel", slurm_jobs("RUNNING")[0]], check=True)
+    wait_until(lambda: (len(finished(cluster)) >= 3 and training(cluster)) or grid.poll() is not None)
+    grid.send_signal(signal.SIGKILL)
+    out, _ = grid.communicate()
+    assert grid.returncode == -signal.SIGKILL, out
+    assert "CANCELLED" in out
+    wait_until(lambda: not slurm_jobs() and not processes_of(cluster), seconds=60)
+    assert len(finished(cluster)) < len(CELLS)
+
+    grid = start_grid()
+    out, _ = grid.communicate()
+    assert grid.returncode == 0, out
+    assert f"all {len(CELLS)} cells of profile tiny are done" in out
+    wait_until(lambda: not slurm_jobs(), seconds=60)
+    assert sum(json.loads(path.with_name("resources.json").read_text())["resumed"] for path in finished(cluster)) >= 1
+
+    found = numbers(cluster)
+    for cell in expand(load_params()):
+        for verb in ("train", "eval"):
+            assert invoke(verb, *cell.arguments())[0] == 0
+    assert numbers(cluster) == found
