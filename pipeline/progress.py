@@ -80,11 +80,13 @@ class ProgressFile:
         self._facts = {**facts, "pid": os.getpid()}
         self._written = 0.0
 
-    def update(self, *, now: bool = False, **facts: Any) -> None:
-        """Note facts; they are written at most once a second, or `now`."""
+    def is_due(self) -> bool:
+        """Whether the file is a second old; asked before facts are collected that cost something."""
+        return time.monotonic() - self._written >= SECONDS_BETWEEN_FILES
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to those noted before, and write them."""
         self._facts |= facts
-        if not now and time.monotonic() - self._written < SECONDS_BETWEEN_FILES:
-            return
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         # Without fsync: it is written often, and worth nothing after the machine went down.
         temporary.write_text(json.dumps({**self._facts, "updated": time.time()}), encoding="utf-8")

@@ -17,7 +17,7 @@ def table(snapshot: Snapshot, height: int) -> Group:
     drawn = Table(box=None, pad_edge=False)
     for title, justify in (
         *(("cell", "left"), ("state", "left"), ("progress", "right"), ("loss", "right"), ("dev accuracy", "right")),
-        *(("steps/s", "right"), ("left", "right"), ("memory", "right"), ("device", "left")),
+        *(("steps/s", "right"), ("left", "right"), ("memory", "right"), ("GPU", "right"), ("device", "left")),
     ):
         drawn.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     rows = sorted([*snapshot.others, *snapshot.cells], key=lambda row: _SHOWN_FIRST.index(_known(row.state)))
@@ -75,6 +75,8 @@ def _progress(row: Row) -> str:
         parts.append(f"{duration(row.seconds_left)} left")
     if "memory_mb" in progress:
         parts.append(f"{progress['memory_mb']:.0f} MB")
+    if "gpu_percent" in progress:
+        parts.append(f"GPU {progress['gpu_percent']} % busy")
     return ", ".join(parts).strip()
 
 
@@ -82,7 +84,7 @@ def _columns(row: Row) -> list[str]:
     progress = row.progress or {}
     again = f" ({row.attempt})" if row.attempt > 1 else ""
     if not progress:
-        return [row.cell, row.state + again, row.reason, "", "", "", "", "", row.device]
+        return [row.cell, row.state + again, row.reason, "", "", "", "", "", "", row.device]
     return [
         row.cell,
         row.state + again,
@@ -92,6 +94,7 @@ def _columns(row: Row) -> list[str]:
         f"{progress['steps_per_second']:.1f}" if "steps_per_second" in progress else "",
         duration(row.seconds_left) if row.seconds_left is not None else "",
         f"{progress['memory_mb']:.0f} MB" if "memory_mb" in progress else "",
+        f"{progress['gpu_percent']} %" if "gpu_percent" in progress else "",
         row.device,
     ]
 

@@ -71,7 +71,7 @@ def run_jobs(
     """Run jobs, as many at once as the backend's devices take; one that fails stops only those that need it.
 
     Of what can run, the longest is started first. Crashes and lack of memory are tried again, the latter alone on a
-    device. What stopped itself without being asked (a walltime, a paused machine) goes back into the queue.
+    device. What stopped itself without being asked (a walltime, a paused machine) goes back into the queue if it saves.
 
     Args:
         jobs: in any order; a need that is not among them counts as done.
@@ -275,7 +275,9 @@ class _Engine:
             assert task.job.timeout_seconds is not None
             return "timeout", f"took more than {task.job.timeout_seconds / 60:g} minutes", stage
         if how.resume or how.code == STOPPED:
-            return "stopped", how.reason or "stopped itself", stage
+            # Without a checkpoint it might be cut short for ever.
+            kind: Kind = "stopped" if task.job.saves or self._stopping else "crash"
+            return kind, how.reason or "stopped itself", stage
         if how.reason or how.code is None:
             return "crash", how.reason or "lost", stage
         if how.code < 0:

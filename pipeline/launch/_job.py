@@ -26,6 +26,7 @@ class Job:
         exclusive: it measures time, so nothing else runs beside it, and it comes after everything else.
         timeout_seconds: an attempt that takes longer is ended; None for no limit.
         force: run stages that are up to date as well.
+        saves: an attempt that is cut short leaves a checkpoint, so that the next one is shorter.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Job:
     exclusive: bool = False
     timeout_seconds: float | None = None
     force: bool = False
+    saves: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Ended:
     Attributes:
         code: the exit status of the worker, negative for a signal; None when it was lost with its machine.
         reason: what the backend knows and the worker's own files cannot say, such as "node n3 is down".
-        resume: the attempt was cut short by the scheduler (walltime, preemption): queue it again, at no cost.
+        resume: the attempt was cut short by the scheduler (walltime, preemption): queue it again, at no cost
+            if its job saves.
     """
 
     code: int | None

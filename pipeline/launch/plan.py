@@ -103,6 +103,7 @@ def plan_jobs(
                     threads=threads,
                     timeout_seconds=timeout,
                     force=force,
+                    saves=True,
                 )
             )
     # What is neither data nor a cell measures the machine, so it gets the machine.

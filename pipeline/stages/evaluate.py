@@ -38,7 +38,8 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
 
         def on_batch(done: int, total: int) -> None:
             meter.update(done, total)
-            progress.update(step=done, steps=total)
+            if progress.is_due():
+                progress.update(step=done, steps=total)
 
         score = evaluate(
             model,

@@ -130,8 +130,8 @@ def _fit(
         def on_step(report: StepReport) -> None:
             if saver is not None:
                 saver.check(report.step)
-            if progress is not None:
-                progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(device))
+            if progress is not None and progress.is_due():
+                progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(device), **_gpu_use(device))
             meter.update(
                 report.step,
                 report.steps,
@@ -144,7 +144,7 @@ def _fit(
                 f"dev loss {evaluation.dev_loss:.4f} dev accuracy {evaluation.dev_accuracy:.4f}"
             )
             if progress is not None:
-                progress.update(now=True, dev_accuracy=evaluation.dev_accuracy)
+                progress.update(dev_accuracy=evaluation.dev_accuracy)
             if tracked is not None:
                 tracked.log_evaluation(evaluation)
 
@@ -213,6 +213,18 @@ def _memory_mb(device: torch.device) -> float:
         return torch.cuda.memory_reserved(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _gpu_use(device: torch.device) -> dict[str, int]:
+    """How busy the GPU is, with all that runs on it; nothing where the driver does not tell, such as for a part of one."""
+    if device.type != "cuda":
+        return {}
+    import pynvml
+
+    try:
+        return {"gpu_percent": torch.cuda.utilization(device)}
+    except pynvml.NVMLError:
+        return {}
 
 
 def _metrics(cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult) -> dict[str, Any]:

@@ -48,6 +48,8 @@ stages:
     cmd: test -e loses_its_worker.txt || { touch loses_its_worker.txt && kill -9 $PPID && sleep 100; }
   stops_itself:
     cmd: test -e stops_itself.txt || { touch stops_itself.txt && exit 75; }
+  never_ends:
+    cmd: echo x >> never_ends.txt && exit 75
   memory:
     cmd: >-
       echo x >> memory.txt && printf '{"kind":"memory","message":"too little"}' > $SCHOENBAT_OUTCOME_FILE && exit 1
@@ -109,15 +111,18 @@ def attempts(stage: str) -> int:
 
 def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: Path) -> None:
     names = ("crashes", "crashes_once", "loses_its_worker", "stops_itself", "memory", "usage", "nan")
-    events = list(run(*(Job(name, (name,)) for name in names), retries=1))
+    jobs = [Job(name, (name,), saves=name == "stops_itself") for name in (*names, "never_ends")]
+    events = list(run(*jobs, retries=1))
     assert {name: (event.state, event.text) for name, event in ends(events).items() if event.state != "done"} == {
         "crashes": ("failed", "> echo x >> crashes.txt && exit 7"),
         "memory": ("failed", "too little"),
         "usage": ("failed", "unknown"),
         "nan": ("failed", "loss is nan"),
+        "never_ends": ("failed", "stopped itself"),
     }
-    assert {name: attempts(name) for name in ("crashes", "memory", "usage", "nan")} == {
+    assert {name: attempts(name) for name in ("crashes", "never_ends", "memory", "usage", "nan")} == {
         "crashes": 2,
+        "never_ends": 2,
         "memory": 2,
         "usage": 1,
         "nan": 1,

@@ -129,7 +129,7 @@ def test_each_job_ends_for_itself(stages: Path) -> None:
 @needs_parsl
 def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(stages: Path) -> None:
     short = dataclasses.replace(RUN, slurm=SlurmParams(walltime_minutes=2))
-    events = run(short, Job("saving", ("saving",)))
+    events = run(short, Job("saving", ("saving",), saves=True))
     assert [event.state for event in events] == ["queued", "started", "retried", "started", "done"]
     assert "walltime" in events[2].text
     assert Path("saved.txt").read_text() == "half"

@@ -35,7 +35,9 @@ def lease(project: Project) -> Lease:
     folder = Path("checkpoints/tiny", MEAN[0])
     folder.mkdir(parents=True)
     said = {"stage": "train", "step": 30, "steps": 60, "loss": 1.25, "dev_accuracy": 0.5, "steps_per_second": 2.0}
-    (folder / "progress.json").write_text(json.dumps({**said, "memory_mb": 200.0, "updated": time.time()}))
+    (folder / "progress.json").write_text(
+        json.dumps({**said, "memory_mb": 200.0, "gpu_percent": 87, "updated": time.time()})
+    )
     (folder / "last.pt").touch()
     Path("logs/tiny", f"{SOFTMAX[1]}.outcome.json").write_text('{"kind": "failed", "message": "loss is nan"}')
     return made
@@ -57,7 +59,8 @@ def test_a_running_grid_is_shown_as_its_engine_and_its_cells_see_it(lease: Lease
     assert snapshot.seconds_left == 115.0
     text = "\n".join(view.lines(snapshot))
     assert (
-        f"{MEAN[0]}     running: train 30/60, loss 1.2500, dev accuracy 0.5000, 2.0 steps/s, 15 s left, 200 MB" in text
+        f"{MEAN[0]}     running: train 30/60, loss 1.2500, dev accuracy 0.5000, 2.0 steps/s, 15 s left, 200 MB, "
+        "GPU 87 % busy" in text
     )
     assert f"{SOFTMAX[1]}  failed: loss is nan" in text
     summary = "profile tiny: 1 of 4 cells done, 1 running, 1 failed, 1 queued; about 2 min left"
