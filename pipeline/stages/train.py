@@ -216,7 +216,7 @@ def _memory_mb(device: torch.device) -> float:
 
 
 def _gpu_use(device: torch.device) -> dict[str, int]:
-    """How busy the GPU is, with all that runs on it; nothing where the driver does not tell, such as for a part of one."""
+    """How busy the GPU is with all that runs on it; nothing where the driver does not tell, as for a part of a GPU."""
     if device.type != "cuda":
         return {}
     import pynvml
