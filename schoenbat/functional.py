@@ -11,8 +11,7 @@ from schoenbat.errors import UserError
 from schoenbat.features.maclaurin import RandomMaclaurin
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.ops.blockwise import attend
-from schoenbat.ops.reference import kernel_attention
-from schoenbat.ops.softmax import softmax_attention
+from schoenbat.ops.exact import exact_attention
 
 
 def dot_product_kernel_attention(
@@ -64,8 +63,7 @@ def dot_product_kernel_attention(
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
     q, k = share_scale(query, key, scale)
     if features is None:
-        if isinstance(kernel, str):
-            kernel = kernel_named(kernel)
+        kernel = kernel_named(kernel) if isinstance(kernel, str) else kernel
         _check_radius(kernel, q, k, key_mask)
         if num_features is None:
             out = exact_attention(q, k, value.to(q.dtype), kernel, key_mask, is_causal)
@@ -82,6 +80,14 @@ def dot_product_kernel_attention(
 def kernel_named(name: str) -> Kernel:
     """One instance per name, so that draws made for it are found again."""
     return KERNELS.get(name)()
+
+
+def check_defined(kernel: Kernel, normalize: bool) -> None:
+    """Raise UserError for a kernel that is not defined everywhere, unless query and key are put on the unit sphere."""
+    if not math.isinf(kernel.radius) and not normalize:
+        raise UserError(
+            f"kernel {type(kernel).__name__} is defined for arguments below {kernel.radius:g} only; set normalize=True"
+        )
 
 
 def share_scale(query: Tensor, key: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -165,18 +171,6 @@ def _check_radius(kernel: Kernel, q: Tensor, k: Tensor, key_mask: Tensor | None)
             f"kernel {type(kernel).__name__} is defined for arguments below {kernel.radius:g}; scale |query| |key| "
             f"reaches {largest:.3g} here. Put query and key through schoenbat.norm.pre_sbn, or lower scale"
         )
-
-
-def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, key_mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """f itself, in quadratic time; heads may be shared as in `dot_product_kernel_attention`."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if kernel.is_exponential:
-        return softmax_attention(q, k, v, key_mask, is_causal, scale=1.0)
-    return kernel_attention(q, k, v, kernel, key_mask, is_causal)
 
 
 def _shape(x: Tensor) -> list[int]:

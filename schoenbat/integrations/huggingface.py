@@ -11,7 +11,6 @@ attention sinks, dropout of weights, attention weights as an output, caches of f
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +24,10 @@ from transformers.utils.output_capturing import _active_collector
 
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.features.maclaurin import RandomMaclaurin
-from schoenbat.functional import draw_features, exact_attention, kernel_named, share_scale
+from schoenbat.functional import check_defined, draw_features, kernel_named, share_scale
 from schoenbat.norm import pre_sbn
 from schoenbat.ops.blockwise import attend, extend, summarise_keys
+from schoenbat.ops.exact import exact_attention
 
 _INSTALLED = "kernel_features"
 _HARMLESS = {
@@ -75,11 +75,7 @@ def register(name: str, settings: Settings) -> None:
         raise UserError(f"attn_implementation {name!r} means something else to transformers; choose another name")
     if _SETTINGS.get(name, settings) != settings:
         raise UserError(f"attn_implementation {name!r} is registered already, with {_SETTINGS[name]}")
-    kernel = kernel_named(settings.kernel)
-    if not math.isinf(kernel.radius) and not settings.normalize:
-        raise UserError(
-            f"kernel {settings.kernel!r} is defined for arguments below {kernel.radius:g} only; set normalize=True"
-        )
+    check_defined(kernel_named(settings.kernel), settings.normalize)
     _SETTINGS[name] = settings
     AttentionInterface.register(name, _implementation(settings))
     AttentionMaskInterface.register(name, _key_mask)

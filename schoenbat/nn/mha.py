@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from schoenbat.errors import UserError
 from schoenbat.features.maclaurin import RandomMaclaurin
-from schoenbat.functional import dot_product_kernel_attention
-from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.functional import check_defined, dot_product_kernel_attention, kernel_named
+from schoenbat.kernels import Kernel
 from schoenbat.norm import pre_sbn
 
 
@@ -60,12 +60,8 @@ class MultiheadKernelAttention(nn.Module):
             raise UserError("add_bias_kv and add_zero_attn are not supported; leave them False")
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise UserError(f"embed_dim must be a multiple of num_heads, not {embed_dim} of {num_heads}")
-        self.kernel = KERNELS.get(kernel)() if isinstance(kernel, str) else kernel
-        if not math.isinf(self.kernel.radius) and not normalize:
-            raise UserError(
-                f"kernel {type(self.kernel).__name__} is defined for arguments below {self.kernel.radius:g} only; "
-                "set normalize=True"
-            )
+        self.kernel = kernel_named(kernel) if isinstance(kernel, str) else kernel
+        check_defined(self.kernel, normalize)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim

@@ -138,7 +138,7 @@ def test_installed_features_travel_in_the_state_dict(family: str) -> None:
 def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
     out = output_of(model_of("bert", "schoenbat-test-inverse"), "bert")
     assert torch.isfinite(out).all()
-    with pytest.raises(UserError, match="kernel 'log' is defined for arguments below 1 only; set normalize=True"):
+    with pytest.raises(UserError, match="kernel Log is defined for arguments below 1 only; set normalize=True"):
         register("schoenbat-test-log", Settings(kernel="log"))
 
 
