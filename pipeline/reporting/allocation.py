@@ -44,6 +44,8 @@ class Features(Report):
             (head_dim, dotf, budget): allocation_of(config, head_dim, dotf, budget)
             for head_dim in setting.head_dims
             for dotf in setting.kernels
+            # Where the dot products leave the kernel's radius there are no features, nor cells.
+            if head_dim**-0.5 < KERNELS.get(dotf)().radius
             for budget in sorted({*BUDGETS, chosen})
         }
         circumstances = (
