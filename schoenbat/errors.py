@@ -9,6 +9,14 @@ class DataUnavailable(UserError):
     """The data of a task cannot be had here; the message says what to do about it."""
 
 
+class TrainingStopped(Exception):
+    """A run that ended at `step` because it was asked to; its checkpoint, if it keeps one, is of that step."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"stopped at step {step} of {steps}")
+        self.step = step
+
+
 class TrainingFailed(RuntimeError):
     """A run that cannot go on, such as a loss that is no longer a number."""
 

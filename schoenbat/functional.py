@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from schoenbat.errors import UserError
-from schoenbat.features.maclaurin import RandomMaclaurin
+from schoenbat.features.estimators import centres_keys, check_estimator, make_features
 from schoenbat.kernels import KERNELS, Kernel
-from schoenbat.ops.blockwise import attend
-from schoenbat.ops.reference import kernel_attention
-from schoenbat.ops.softmax import softmax_attention
+from schoenbat.ops.blockwise import attend, centre_keys
+from schoenbat.ops.exact import exact_attention
 
 
 def dot_product_kernel_attention(
@@ -27,8 +26,10 @@ def dot_product_kernel_attention(
     *,
     kernel: str | Kernel = "exp",
     num_features: int | None = 256,
+    estimator: str = "sketch",
     seed: int = 0,
     features: Callable[[Tensor], Tensor] | None = None,
+    centre: bool = False,
     key_mask: Tensor | None = None,
     block: int | None = None,
 ) -> Tensor:
@@ -46,8 +47,12 @@ def dot_product_kernel_attention(
         kernel: f, by name or itself, estimated through `num_features` features drawn from `seed`; the same arguments
             give the same result in every process. Draws are kept for further calls. With `num_features` None, f is
             evaluated exactly, in quadratic time.
+        estimator: "sketch", or "maclaurin" as published, with 2 to 100 times the error; see
+            `schoenbat.features.estimators`.
         features: phi with <phi(x), phi(y)> close to f(<x, y>), instead of the above; applied to query and key times
             sqrt(scale) each. Inside torch.compile and torch.func, give this.
+        centre: whether `features` estimate exp, so that their error falls if the keys are centred first
+            (`schoenbat.ops.blockwise.centre_keys`). Not with `is_causal`.
         key_mask: [B, S] bool, True = attend; the shorter way to say it.
         block: see `schoenbat.ops.blockwise.attend`.
 
@@ -62,17 +67,21 @@ def dot_product_kernel_attention(
     query, key, value, has_heads = _with_heads(query, key, value)
     _check_shapes(query, key, value, is_causal, enable_gqa)
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
+    if centre and (features is None or is_causal):
+        raise UserError("centre goes with features of your own, in attention that is not causal")
     q, k = share_scale(query, key, scale)
     if features is None:
-        if isinstance(kernel, str):
-            kernel = kernel_named(kernel)
+        check_estimator(estimator)
+        kernel = kernel_named(kernel) if isinstance(kernel, str) else kernel
         _check_radius(kernel, q, k, key_mask)
-        if num_features is None:
-            out = exact_attention(q, k, value.to(q.dtype), kernel, key_mask, is_causal)
-        else:
-            phi = draw_features(kernel, query.shape[-1], num_features, seed, query.device)
-            out = attend(phi, q, k, value, key_mask, is_causal, block)
+        if num_features is not None:
+            features = draw_features(kernel, query.shape[-1], num_features, seed, query.device, estimator)
+            centre = centres_keys(estimator, kernel) and not is_causal
+    if features is None:
+        assert isinstance(kernel, Kernel)
+        out = exact_attention(q, k, value.to(q.dtype), kernel, key_mask, is_causal)
     else:
+        k = centre_keys(k, key_mask) if centre else k
         out = attend(features, q, k, value, key_mask, is_causal, block)
     out = out.to(query.dtype)
     return out if has_heads else out.squeeze(1)
@@ -82,6 +91,14 @@ def dot_product_kernel_attention(
 def kernel_named(name: str) -> Kernel:
     """One instance per name, so that draws made for it are found again."""
     return KERNELS.get(name)()
+
+
+def check_defined(kernel: Kernel, normalize: bool) -> None:
+    """Raise UserError for a kernel that is not defined everywhere, unless query and key are put on the unit sphere."""
+    if not math.isinf(kernel.radius) and not normalize:
+        raise UserError(
+            f"kernel {type(kernel).__name__} is defined for arguments below {kernel.radius:g} only; set normalize=True"
+        )
 
 
 def share_scale(query: Tensor, key: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -94,14 +111,24 @@ def share_scale(query: Tensor, key: Tensor, scale: float | None) -> tuple[Tensor
 
 @functools.lru_cache(maxsize=64)
 def draw_features(
-    kernel: Kernel, head_dim: int, num_features: int, seed: int, device: torch.device, max_degree: int = 20
+    kernel: Kernel,
+    head_dim: int,
+    num_features: int,
+    seed: int,
+    device: torch.device,
+    estimator: str = "sketch",
+    max_degree: int = 20,
 ) -> nn.Module:
     """The feature map that these arguments stand for, drawn on the CPU so that devices agree."""
     # A tensor made in inference mode could never take part in training.
     with torch.inference_mode(False), torch.device("cpu"):
-        generator = torch.Generator().manual_seed(seed)
-        features = RandomMaclaurin(
-            kernel, head_dim=head_dim, num_features=num_features, max_degree=max_degree, generator=generator
+        features = make_features(
+            estimator,
+            kernel,
+            head_dim=head_dim,
+            num_features=num_features,
+            max_degree=max_degree,
+            generator=torch.Generator().manual_seed(seed),
         )
         return features.to(device)
 
@@ -165,18 +192,6 @@ def _check_radius(kernel: Kernel, q: Tensor, k: Tensor, key_mask: Tensor | None)
             f"kernel {type(kernel).__name__} is defined for arguments below {kernel.radius:g}; scale |query| |key| "
             f"reaches {largest:.3g} here. Put query and key through schoenbat.norm.pre_sbn, or lower scale"
         )
-
-
-def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, key_mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """f itself, in quadratic time; heads may be shared as in `dot_product_kernel_attention`."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if kernel.is_exponential:
-        return softmax_attention(q, k, v, key_mask, is_causal, scale=1.0)
-    return kernel_attention(q, k, v, kernel, key_mask, is_causal)
 
 
 def _shape(x: Tensor) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schoenbat.data.arrays import Dataset, batches
-from schoenbat.errors import TrainingFailed, UserError
+from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.files import write_bytes
 
 CHECKPOINT_SECONDS = 30.0
@@ -130,6 +130,7 @@ def fit(
     fingerprint: str = "",
     on_step: Callable[[StepReport], None] | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> FitResult:
     """Train `model` in place and leave its best weights in it.
 
@@ -142,9 +143,11 @@ def fit(
         fingerprint: identifies the configuration; a checkpoint with another one is refused.
         on_evaluation: called for each new evaluation, before the checkpoint that contains it is written, so a killed
             process may report one twice but never loses one.
+        stop: asked after each step but the last; when it says True, the checkpoint is written and the run ends.
 
     Raises:
         TrainingFailed: the loss is not finite.
+        TrainingStopped: `stop` said so.
         UserError: `checkpoint` is unreadable or of another configuration.
     """
     model.to(device)
@@ -211,7 +214,8 @@ def fit(
         pending.append(torch.stack([loss.detach(), (logits.argmax(-1) == labels).float().mean()]))
 
         evaluated = state.step % config.eval_every == 0 or state.step == config.steps
-        due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
+        stopping = stop is not None and state.step < config.steps and stop()
+        due = stopping or time.perf_counter() - saved_at > CHECKPOINT_SECONDS
         if evaluated or due or len(pending) >= REPORT_EVERY:
             fetched = torch.stack(pending).tolist()
             for offset, (step_loss, step_accuracy) in enumerate(fetched):
@@ -257,6 +261,8 @@ def fit(
         if evaluated or due:
             save()
             saved_at = time.perf_counter()
+        if stopping:
+            raise TrainingStopped(state.step, config.steps)
 
     assert state.best_state is not None
     model.load_state_dict(state.best_state)

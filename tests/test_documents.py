@@ -22,3 +22,9 @@ def test_links_lead_to_files(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert all((document.parent / target).exists() for target in local), local
+
+
+def test_the_example_of_the_method_prints_an_allocation(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, "docs/method.md", "exec"), {})
+    assert "256 features, expected relative error" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from schoenbat.data.arrays import Dataset, write_dataset
-from schoenbat.errors import TrainingFailed, UserError
+from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
 from schoenbat.nn.multihead import FormerConfig
 from schoenbat.training import Evaluation, FitResult, TrainingConfig, evaluate, fit, load_model, save_model
@@ -87,6 +87,46 @@ def test_resumed_run_is_bit_for_bit_the_undisturbed_one(
     assert len(seen) < len(expected.evaluations)
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_run_asked_to_stop_ends_after_that_step_and_goes_on_to_the_same_bits(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """At a step of its own, at one with a report (10) and at one with an evaluation (49)."""
+    undisturbed, expected = train(dataset)
+    checkpoint = tmp_path / "last.pt"
+    done = 0
+    for step in (3, 10, 49):
+        asked: list[None] = []
+
+        def stop(asked: list[None] = asked, left: int = step - done) -> bool:
+            asked.append(None)
+            return len(asked) == left
+
+        with pytest.raises(TrainingStopped, match=f"stopped at step {step} of 60") as stopped:
+            train(dataset, checkpoint, stop=stop)
+        done = stopped.value.step
+        assert done == step
+    resumed, result = train(dataset, checkpoint, stop=lambda: False)
+    assert result.resumed == 3
+    assert result.evaluations == expected.evaluations
+    assert (result.best_step, result.final_train_loss) == (expected.best_step, expected.final_train_loss)
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_run_is_not_stopped_when_it_is_done_and_needs_no_checkpoint_to_stop(dataset: Dataset) -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) + 1)
+        return len(asked) >= CONFIG.steps
+
+    _, result = train(dataset, stop=stop)
+    assert result.steps_run == CONFIG.steps
+    assert asked == list(range(1, CONFIG.steps))
+    with pytest.raises(TrainingStopped, match="stopped at step 1 of 60"):
+        train(dataset, stop=lambda: True)
 
 
 def test_run_that_stopped_at_its_end_only_reports(dataset: Dataset, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 from pipeline.cells import Cell, expand, summary_file
 from pipeline.files import read_json
 from pipeline.params import Params
+from schoenbat.kernels import KERNELS
 from schoenbat.tasks import TASKS
 
 TEXT_KEYS = ("task", "attn", "dotf", "former", "direction", "quantity")
@@ -37,7 +38,12 @@ BENCH_SETTING = ("batch", "heads", "head_dim", "num_features", "threads", "devic
 
 @dataclass
 class Setting:
-    """How the results came about: what captions and the status of the report are made of."""
+    """How the results came about: what captions and the status of the report are made of.
+
+    Attributes:
+        kernels: those of the project and of the grid, as what else is installed is no input of a report.
+        sketch: the section attention.rmfa-sketch.
+    """
 
     profile: str
     note: str
@@ -46,6 +52,9 @@ class Setting:
     steps: dict[str, int]
     max_lengths: dict[str, int]
     num_cells: int
+    head_dims: list[int]
+    kernels: list[str]
+    sketch: dict[str, Any]
     labels: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -109,6 +118,7 @@ class Setting:
 def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Setting]:
     """All observations on the cells of the grid, and their setting."""
     cells = expand(params)
+    models = [params.task[task].model for task in params.grid.tasks]
     setting = Setting(
         profile=profile,
         note=params.note,
@@ -117,6 +127,9 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
         steps={task: params.task[task].training.steps for task in params.grid.tasks},
         max_lengths={task: params.task[task].data.max_length for task in params.grid.tasks},
         num_cells=len(cells),
+        head_dims=sorted({model.width // model.num_heads for model in models}),
+        kernels=[dotf for dotf in KERNELS.names() if dotf not in KERNELS.external() or dotf in params.grid.kernel.dotf],
+        sketch=params.attention.get("rmfa-sketch", {}),
     )
     rows: list[dict[str, Any]] = []
     fingerprints: dict[str, str] = {}

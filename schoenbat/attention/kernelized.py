@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from schoenbat.attention import KernelAttention, scale_and_widen
-from schoenbat.ops.reference import kernel_attention
-from schoenbat.ops.softmax import softmax_attention
+from schoenbat.ops.exact import exact_attention
 
 
 class Kernelized(KernelAttention):
@@ -19,6 +18,4 @@ class Kernelized(KernelAttention):
         is_causal: bool = False,
     ) -> Tensor:
         q, k, v = scale_and_widen(query, key, value)
-        if self.kernel.is_exponential:
-            return softmax_attention(q, k, v, key_mask, is_causal, scale=1.0).to(query.dtype)
-        return kernel_attention(q, k, v, self.kernel, key_mask, is_causal).to(query.dtype)
+        return exact_attention(q, k, v, self.kernel, key_mask, is_causal).to(query.dtype)

@@ -1,9 +1,9 @@
 """Dot-product-kernel attention for the models of Hugging Face transformers (extra `schoenbat[hf]`).
 
-Importing this module registers the attention implementation "schoenbat": kernel exp, 256 features, seed 0. Any model
-that goes through the attention interface of transformers then takes `attn_implementation="schoenbat"`. Its features
-are a function of head_dim and these settings alone, drawn when first needed and held outside the model; `install`
-instead draws them per layer, as buffers in the model's state_dict. `register` gives other settings a name.
+Importing this module registers the attention implementation "schoenbat": kernel exp, 256 features of the sketch, seed
+0. Any model that goes through the attention interface of transformers then takes `attn_implementation="schoenbat"`. Its
+features are a function of head_dim and these settings alone, drawn when first needed and held outside the model;
+`install` instead draws them per layer, as buffers in the model's state_dict. `register` gives other settings a name.
 
 What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
 attention sinks, dropout of weights, attention weights as an output, caches of fixed length.
@@ -11,7 +11,6 @@ attention sinks, dropout of weights, attention weights as an output, caches of f
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,11 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.utils.output_capturing import _active_collector
 
 from schoenbat.errors import UserError, unknown_name
-from schoenbat.features.maclaurin import RandomMaclaurin
-from schoenbat.functional import draw_features, exact_attention, kernel_named, share_scale
+from schoenbat.features.estimators import centres_keys, check_estimator, make_features
+from schoenbat.functional import check_defined, draw_features, kernel_named, share_scale
 from schoenbat.norm import pre_sbn
-from schoenbat.ops.blockwise import attend, extend, summarise_keys
+from schoenbat.ops.blockwise import attend, centre_keys, extend, summarise_keys
+from schoenbat.ops.exact import exact_attention
 
 _INSTALLED = "kernel_features"
 _HARMLESS = {
@@ -49,6 +49,7 @@ class Settings:
     Attributes:
         kernel: name of f.
         num_features: None evaluates f exactly, in quadratic time.
+        estimator: "sketch", or "maclaurin" as published; see `schoenbat.features.estimators`.
         seed: of the features.
         normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
         max_degree: highest degree of the features.
@@ -56,6 +57,7 @@ class Settings:
 
     kernel: str = "exp"
     num_features: int | None = 256
+    estimator: str = "sketch"
     seed: int = 0
     normalize: bool = False
     max_degree: int = 20
@@ -75,11 +77,8 @@ def register(name: str, settings: Settings) -> None:
         raise UserError(f"attn_implementation {name!r} means something else to transformers; choose another name")
     if _SETTINGS.get(name, settings) != settings:
         raise UserError(f"attn_implementation {name!r} is registered already, with {_SETTINGS[name]}")
-    kernel = kernel_named(settings.kernel)
-    if not math.isinf(kernel.radius) and not settings.normalize:
-        raise UserError(
-            f"kernel {settings.kernel!r} is defined for arguments below {kernel.radius:g} only; set normalize=True"
-        )
+    check_defined(kernel_named(settings.kernel), settings.normalize)
+    check_estimator(settings.estimator)
     _SETTINGS[name] = settings
     AttentionInterface.register(name, _implementation(settings))
     AttentionMaskInterface.register(name, _key_mask)
@@ -103,7 +102,8 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
             for layer in layers:
                 head_dim = _head_dim(layer)
                 assert head_dim is not None
-                features = RandomMaclaurin(
+                features = make_features(
+                    settings.estimator,
                     kernel_named(settings.kernel),
                     head_dim=head_dim,
                     num_features=settings.num_features,
@@ -226,8 +226,11 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
                     settings.num_features,
                     settings.seed,
                     query.device,
+                    settings.estimator,
                     settings.max_degree,
                 )
+            if not causal and centres_keys(settings.estimator, kernel_named(settings.kernel)):
+                key = centre_keys(key, attention_mask)
             out = _through(features, query, key, value, attention_mask, causal, kernel_state)
         return out.to(dtype).transpose(1, 2).contiguous(), None
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schoenbat.errors import UserError
-from schoenbat.features.maclaurin import RandomMaclaurin
-from schoenbat.functional import dot_product_kernel_attention
-from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.features.estimators import centres_keys, check_estimator, make_features
+from schoenbat.functional import check_defined, dot_product_kernel_attention, kernel_named
+from schoenbat.kernels import Kernel
 from schoenbat.norm import pre_sbn
 
 
@@ -25,6 +25,7 @@ class MultiheadKernelAttention(nn.Module):
         add_bias_kv, add_zero_attn: must be False.
         kernel: f, by name or itself.
         num_features: features per head; None evaluates f exactly, in quadratic time.
+        estimator: "sketch", or "maclaurin" as published; see `schoenbat.features.estimators`.
         seed: of the features.
         normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
         max_degree: highest degree of the features.
@@ -49,6 +50,7 @@ class MultiheadKernelAttention(nn.Module):
         *,
         kernel: str | Kernel = "exp",
         num_features: int | None = 256,
+        estimator: str = "sketch",
         seed: int = 0,
         normalize: bool = False,
         max_degree: int = 20,
@@ -60,12 +62,9 @@ class MultiheadKernelAttention(nn.Module):
             raise UserError("add_bias_kv and add_zero_attn are not supported; leave them False")
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise UserError(f"embed_dim must be a multiple of num_heads, not {embed_dim} of {num_heads}")
-        self.kernel = KERNELS.get(kernel)() if isinstance(kernel, str) else kernel
-        if not math.isinf(self.kernel.radius) and not normalize:
-            raise UserError(
-                f"kernel {type(self.kernel).__name__} is defined for arguments below {self.kernel.radius:g} only; "
-                "set normalize=True"
-            )
+        self.kernel = kernel_named(kernel) if isinstance(kernel, str) else kernel
+        check_defined(self.kernel, normalize)
+        check_estimator(estimator)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
@@ -86,9 +85,11 @@ class MultiheadKernelAttention(nn.Module):
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
+        self.centred = num_features is not None and centres_keys(estimator, self.kernel)
         self.features: nn.Module | None = None
         if num_features is not None:
-            self.features = RandomMaclaurin(
+            self.features = make_features(
+                estimator,
                 self.kernel,
                 head_dim=self.head_dim,
                 num_features=num_features,
@@ -158,6 +159,7 @@ class MultiheadKernelAttention(nn.Module):
             kernel=self.kernel,
             num_features=None,
             features=self.features,
+            centre=self.centred and not is_causal,
             key_mask=key_mask,
         )
         out = self.out_proj(out.transpose(1, 2).flatten(-2))

@@ -94,6 +94,20 @@ def extend(
         return out.to(query.dtype), state
 
 
+def centre_keys(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Keys [B, H, M, d] less their mean over the tokens that count.
+
+    exp(<q, k>) = exp(<q, c>) exp(<q, k - c>), and the first factor is the same for all keys: no softmax changes, but an
+    estimate of the second has less error, as keys that share a direction or a bias become shorter. Not for causal
+    attention, in which c would tell a token of later ones.
+    """
+    if key_mask is None:
+        return key - key.mean(-2, keepdim=True)
+    counts = key_mask[:, None, :, None]
+    total = key.masked_fill(~counts, 0.0).sum(-2, keepdim=True)
+    return key - total / counts.sum(-2, keepdim=True).clamp_min(1)
+
+
 def summarise_keys(
     features: Callable[[Tensor], Tensor], key: Tensor, value: Tensor, key_mask: Tensor | None = None
 ) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from schoenbat.errors import UserError
+from schoenbat.features.estimators import ESTIMATORS
 from schoenbat.nn.mha import MultiheadKernelAttention
 
 WIDTH, HEADS = 12, 3
@@ -14,11 +15,13 @@ PADDING = torch.arange(9) >= torch.tensor([9, 5])[:, None]
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(9)
 
 
-def pair(num_features: int | None = None, **options: Any) -> tuple[nn.MultiheadAttention, MultiheadKernelAttention]:
+def pair(
+    num_features: int | None = None, estimator: str = "sketch", **options: Any
+) -> tuple[nn.MultiheadAttention, MultiheadKernelAttention]:
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(WIDTH, HEADS, **options)
     nn.init.normal_(theirs.out_proj.weight)
-    ours = MultiheadKernelAttention(WIDTH, HEADS, **options, num_features=num_features)
+    ours = MultiheadKernelAttention(WIDTH, HEADS, **options, num_features=num_features, estimator=estimator)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -61,12 +64,13 @@ def test_cross_attention_of_other_widths_and_without_a_batch() -> None:
     torch.testing.assert_close(ours(*single, key_padding_mask=PADDING[1])[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_features_come_closer_as_they_grow() -> None:
-    """The error falls about fourfold from 64 to 1,024 features; a twofold fall is asked for, on a fixed seed."""
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_features_come_closer_as_they_grow(estimator: str) -> None:
+    """The error falls at least about fourfold from 64 to 1,024 features; twofold is asked for, on a fixed seed."""
     x = tokens()
     errors = []
     for num_features in (64, 1024):
-        theirs, ours = pair(num_features)
+        theirs, ours = pair(num_features, estimator)
         errors.append((ours(x, x, x)[0] - theirs(x, x, x)[0]).norm().item())
     assert errors[1] < 0.5 * errors[0]
 
@@ -80,16 +84,20 @@ def test_initialisation_is_that_of_torch() -> None:
         assert torch.equal(tensor, ours[name]), name
 
 
-def test_the_draw_travels_in_the_state_dict_and_stays_without_it() -> None:
-    first, second = (MultiheadKernelAttention(WIDTH, HEADS, num_features=32, seed=seed) for seed in (1, 2))
+@pytest.mark.parametrize(("estimator", "buffer"), [("sketch", "rotation"), ("maclaurin", "signs")])
+def test_the_draw_travels_in_the_state_dict_and_stays_without_it(estimator: str, buffer: str) -> None:
+    first, second = (
+        MultiheadKernelAttention(WIDTH, HEADS, num_features=32, estimator=estimator, seed=seed) for seed in (1, 2)
+    )
+    other_of = dict(zip(ESTIMATORS, reversed(ESTIMATORS), strict=True))
     x = tokens()
     second.load_state_dict(nn.MultiheadAttention(WIDTH, HEADS).state_dict())
-    assert not torch.equal(first.features.signs, second.features.signs)
+    assert not torch.equal(getattr(first.features, buffer), getattr(second.features, buffer))
     second.load_state_dict(first.state_dict())
     assert torch.equal(second(x, x, x)[0], first(x, x, x)[0])
-    broken = {name: tensor for name, tensor in first.state_dict().items() if name != "features.signs"}
-    with pytest.raises(RuntimeError, match=r"Missing key.*features\.signs"):
-        second.load_state_dict(broken)
+    other = MultiheadKernelAttention(WIDTH, HEADS, num_features=32, estimator=other_of[estimator])
+    with pytest.raises(RuntimeError, match=rf"Missing key.*features\.{buffer}"):
+        second.load_state_dict(other.state_dict())
 
 
 def test_torchs_encoder_does_not_go_around_it() -> None:
@@ -118,6 +126,7 @@ def test_training_reaches_every_parameter() -> None:
         ({"dropout": 0.1}, "dropout must be 0, not 0.1"),
         ({"add_bias_kv": True}, "add_bias_kv and add_zero_attn are not supported"),
         ({"kernel": "log"}, "kernel Log is defined for arguments below 1 only; set normalize=True"),
+        ({"estimator": "favor"}, "unknown estimator 'favor'; choose one of: sketch, maclaurin"),
         ({"kernel": "softmax"}, "unknown dotf 'softmax'"),
         ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, not 12 of 5"),
     ],

@@ -10,7 +10,8 @@ from torch.func import grad, vmap
 
 from schoenbat.features.maclaurin import RandomMaclaurin
 from schoenbat.kernels import KERNELS
-from schoenbat.ops.blockwise import attend
+from schoenbat.ops.blockwise import attend, centre_keys
+from schoenbat.ops.softmax import softmax_attention
 
 
 def feature_map(num_features: int = 24, head_dim: int = 8) -> RandomMaclaurin:
@@ -109,6 +110,25 @@ def test_masked_places_may_hold_anything() -> None:
     for is_causal in (False, True):
         clean = attend(features, query, key, value, mask, is_causal)
         torch.testing.assert_close(attend(features, query, *soiled, mask, is_causal), clean)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_centred_keys_have_no_mean_and_change_no_softmax(masked: bool) -> None:
+    query, key, value = inputs(20, heads=4)
+    mask = torch.arange(20) < torch.tensor([20, 11])[:, None] if masked else None
+    shifted = key + 3
+    if mask is not None:
+        shifted = shifted.masked_fill(~mask[:, None, :, None], torch.nan)
+    centred = centre_keys(shifted, mask)
+    means = centred.nansum(-2)
+    torch.testing.assert_close(means, torch.zeros_like(means))
+    expected = softmax_attention(query, key, value, mask)
+    torch.testing.assert_close(softmax_attention(query, centred.nan_to_num(), value, mask), expected)
+
+
+def test_keys_of_which_none_counts_stay_finite() -> None:
+    _, key, _ = inputs(5)
+    assert torch.isfinite(centre_keys(key, torch.zeros(2, 5, dtype=torch.bool))).all()
 
 
 def test_a_million_tokens_fit_into_little_memory() -> None:

@@ -144,13 +144,16 @@ def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: 
     assert set(first) == {
         "index.md",
         "cpu/index.md",
-        *(f"cpu/tables/{name}.{end}" for name in ("accuracy", "cells", "cost", "data", "published") for end in ENDS),
+        *(f"cpu/tables/{name}.{end}" for name in TABLES for end in ENDS),
         *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "png")),
     }
 
 
 ENDS = ("md", "csv", "tex")
+TABLES = ("accuracy", "allocation", "allocation-error", "cells", "cost", "data", "published")
 FIGURES = (
+    "allocation-32",
+    "allocation-error-32",
     "curves-lra-listops",
     "curves-lra-text",
     "bench-time",
@@ -159,6 +162,28 @@ FIGURES = (
     "tradeoff-lra-listops",
     "tradeoff-lra-text",
 )
+
+
+def test_features_by_degree_are_those_of_the_mechanism(tmp_path: Path, params: Params) -> None:
+    """At the sizes of the profile's models, the profile's own budget and the options that it sets."""
+    params = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"num_features": 100}})
+    reporting.build("cpu", params, tmp_path)
+    table = pd.read_csv(tmp_path / "reports/cpu/tables/allocation.csv")
+    assert set(table.budget) == {16, 32, 64, 100, 128, 256, 512, 1024}
+    assert set(table.kernel) == {"exp", "inverse", "log", "sqrt", "trigh"}
+    assert (
+        table.groupby(["kernel", "budget"]).num_features.sum() == table.groupby(["kernel", "budget"]).budget.first()
+    ).all()
+    own = table[(table.kernel == "exp") & (table.budget == 100)]
+    assert own[["degree", "num_features", "of"]].to_numpy().tolist() == [[0, 1, 1], [1, 32, 32], [2, 67, 496]]
+    shown = (tmp_path / "reports/cpu/tables/allocation.md").read_text()
+    assert "Features of each degree at 100 features" in shown
+    errors = pd.read_csv(tmp_path / "reports/cpu/tables/allocation-error.csv")
+    assert (errors.groupby("kernel").expected_error.diff().dropna() < 0).all(), "more features, less error"
+
+    narrow = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"max_degree": 1}})
+    reporting.build("cpu", narrow, tmp_path)
+    assert pd.read_csv(tmp_path / "reports/cpu/tables/allocation.csv").degree.max() == 1
 
 
 def test_accuracy_is_mean_and_sample_deviation_over_seeds(tmp_path: Path, params: Params) -> None:
