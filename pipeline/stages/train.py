@@ -3,9 +3,9 @@
 import dataclasses
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from pipeline.files import git_revision, remove_unfinished, write_csv, write_jso
 from pipeline.params import Params, task_section
 from pipeline.progress import Meter, ProgressFile
 from pipeline.stopping import Stopped, stop_request
-from schoenbat import training
 from schoenbat.data.arrays import Dataset
-from schoenbat.errors import OutOfMemory, UserError
+from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.nn.encoder import Classifier, build_model
 from schoenbat.training import CURVE_FIELDS, Evaluation, FitResult, StepReport, fit, save_model
 
@@ -59,11 +58,12 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         remove_unfinished(folder)
     described = description(cell, params, meta)
     identity = fingerprint(cell, params)
+    stop = Event()
     with (
-        _save_on_stop(cell, checkpoint) as saver,
+        stop_request(stop.set),
         tracking.cell_run(cell, identity, params.profile, flat(described)) as tracked,
     ):
-        result = _fit(cell, params, model, dataset, device, checkpoint, tracked, saver)
+        result = _fit(cell, params, model, dataset, device, checkpoint, tracked, stop.is_set)
         tracked.log_evaluations(result.evaluations)
         folder = cell.run_folder(params.profile)
         best = folder / "best.pt"
@@ -122,14 +122,12 @@ def _fit(
     device: torch.device,
     checkpoint: Path | None = None,
     tracked: tracking.CellRun | None = None,
-    saver: "_SaveOnStop | None" = None,
+    stop: Callable[[], bool] | None = None,
 ) -> FitResult:
     progress = None if checkpoint is None else ProgressFile(checkpoint.with_name("progress.json"), stage="train")
     with Meter(cell.id) as meter:
 
         def on_step(report: StepReport) -> None:
-            if saver is not None:
-                saver.check(report.step)
             if progress is not None and progress.is_due():
                 progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(device), **_gpu_use(device))
             meter.update(
@@ -159,7 +157,10 @@ def _fit(
                 fingerprint=fingerprint(cell, params),
                 on_step=on_step,
                 on_evaluation=on_evaluation,
+                stop=stop,
             )
+        except TrainingStopped as error:
+            raise Stopped(f"{cell.id}: stopped, and saved at step {error.step}") from None
         except MemoryError as error:
             raise OutOfMemory(f"{device} has too little memory") from error
         except RuntimeError as error:
@@ -171,40 +172,6 @@ def _fit(
             if checkpoint is None or not checkpoint.exists():
                 raise
             raise UserError(f"{error}, or pass --restart, which does so") from None
-
-
-class _SaveOnStop:
-    """Ends a training that was asked to stop, as soon as a checkpoint has been written after the request.
-
-    `fit` writes one at the next step once its interval has passed, so the interval is made to have passed.
-    """
-
-    def __init__(self, cell: Cell, checkpoint: Path) -> None:
-        self._cell, self._checkpoint = cell, checkpoint
-        self._before: int | None = None
-
-    def request(self) -> None:
-        self._before = self._modified()
-        training.CHECKPOINT_SECONDS = 0.0
-
-    def check(self, step: int) -> None:
-        """Called before the checkpoint of `step` is written; raises Stopped."""
-        if self._before is not None and self._modified() != self._before:
-            raise Stopped(f"{self._cell.id}: stopped, and saved at step {step - 1}")
-
-    def _modified(self) -> int:
-        return self._checkpoint.stat().st_mtime_ns if self._checkpoint.exists() else 0
-
-
-@contextmanager
-def _save_on_stop(cell: Cell, checkpoint: Path) -> Iterator[_SaveOnStop]:
-    interval = training.CHECKPOINT_SECONDS
-    saver = _SaveOnStop(cell, checkpoint)
-    try:
-        with stop_request(saver.request):
-            yield saver
-    finally:
-        training.CHECKPOINT_SECONDS = interval
 
 
 def _memory_mb(device: torch.device) -> float:

@@ -2,8 +2,8 @@
 
     python tests/pipeline/many_cells.py [--cells 10000] [--recorded]
 
-Cells are expanded, planned and sent through the engine by a backend that does nothing; then status and report are made of
-results that are made up. With --recorded DVC has a record of them all, and the command line is asked what is to be done.
+Cells are expanded, planned and sent through the engine by a backend that does nothing; then status and report are made
+of made-up results. With --recorded DVC has a record of them all, and the command line is asked what is to be done.
 """
 
 import argparse
