@@ -410,7 +410,7 @@ def _run_jobs(
     lease = Lease(Path("logs"))
     state = GridState(folder / status.STATE_FILE, lease.path)
     for job in jobs:
-        state.expect(job.name, expected=job.seconds if math.isfinite(job.seconds) else 0.0)
+        state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
     ended: dict[str, Event] = {}
     try:
         with session.StopSignals() as stops, _show_grid(params.profile, chosen, state) as show:

@@ -1,20 +1,26 @@
 """DVC inside this process; the only importer of dvc.
 
-Everything is DVC's own but for its lock file, which is read and written stage by stage; see `dvc_lock`.
+Everything is DVC's own but for its lock file, which is read and written stage by stage (see `dvc_lock`), and the
+project's own commands, which a worker runs without starting Python anew.
 """
 
 import json
-from collections.abc import Iterator
+import logging
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dvc.dvcfile
+import dvc.stage.run
 import psutil
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.stage import serialize
+from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import dumps_yaml
 
 from pipeline.dvc_lock import HEAD, Blocks, Entries
@@ -58,6 +64,8 @@ class _Lockfile(dvc.dvcfile.Lockfile):
 
 
 dvc.dvcfile.Lockfile = _Lockfile
+# It prints by itself; what MLflow's imports have made of the root logger would print it again.
+logging.getLogger("dvc").propagate = False
 assert dumps_yaml({"schema": "2.0", "stages": {"a": {"cmd": "b"}}}) == f"{HEAD}  a:\n    cmd: b\n"
 
 
@@ -93,6 +101,31 @@ def changed_stages() -> set[str]:
             raise UserError(f"dvc status failed: {str(error).splitlines()[0]}") from error
 
 
+def run_commands(program: str, run: Callable[[Sequence[str], Mapping[str, str], str], int]) -> None:
+    """Let `run` run the plain commands of `program` from now on, and a shell, as ever, all others.
+
+    Args:
+        run: given words, environment and folder, returns the exit status, negative for a signal.
+    """
+    plain = re.compile(rf"{re.escape(program)}( [\w@%+=:,./-]+)*")
+    by_shell = dvc.stage.run._run
+
+    def run_command(executable: str | None, command: str, **options: Any) -> None:
+        if not plain.fullmatch(command):
+            by_shell(executable, command, **options)
+            return
+        # As DVC does it: the command decides what an interrupt means.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            status = run(command.split(), options["env"], options["cwd"])
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if status != 0:
+            raise StageCmdFailedError(command, status)
+
+    dvc.stage.run._run = run_command
+
+
 def drop_damaged_rwlock(path: Path = RWLOCK_FILE) -> None:
     """Delete DVC's record of who reads and writes what, if a process was killed while it wrote it.
 
@@ -126,4 +159,4 @@ def _runs_dvc(number: int) -> bool:
         command = " ".join(psutil.Process(number).cmdline())
     except psutil.Error:
         return False
-    return "dvc" in command or "pipeline.launch.worker" in command
+    return "dvc" in command or "pipeline.launch" in command

@@ -17,9 +17,7 @@ at the start and at the end of a cell, where there is nothing better to do, it i
 import copy
 import dataclasses
 import errno
-import functools
 import importlib.metadata
-import logging
 import os
 import platform
 import time
@@ -27,13 +25,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
 from pipeline.cells import Cell
 from pipeline.files import git_revision
+from pipeline.quiet_mlflow import import_mlflow
 from pipeline.stopping import Stopped
 from schoenbat.errors import UserError
 
@@ -73,7 +71,7 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
     """
     root = (root or Path.cwd()).resolve()
     uri = os.environ.get(TRACKING_URI) or f"sqlite:///{root / 'mlflow.db'}"
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     folder = root / "logs"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "mlflow.lock"):
@@ -155,7 +153,7 @@ class CellRun:
         self._kept[evaluation.step] = evaluation
         try:
             self._send()
-        except _mlflow().exceptions.MlflowException as error:
+        except import_mlflow().exceptions.MlflowException as error:
             reason = str(error).splitlines()[0]
             print(f"MLflow cannot be reached, {len(self._kept)} evaluations are kept for later: {reason}", flush=True)
 
@@ -233,28 +231,11 @@ class CellRun:
         _patiently(log_once)
 
 
-@functools.cache
-def _mlflow() -> ModuleType:
-    """Import mlflow, which takes seconds, on first use, and keep it from reporting home and from chatting."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # A server that is away must not hold up a training; waiting for it is done here, and where it does no harm.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    import mlflow
-
-    # It logs an error with its traceback before it raises it; `_errors_as_one_line` says what matters.
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    return mlflow
-
-
 def _connect(profile: str) -> tuple["MlflowClient", str, str]:
     """A client, the experiment's id and the parent run's id, as handed down or else set up here."""
     handed_down = all(name in os.environ for name in (TRACKING_URI, EXPERIMENT_ID, PARENT_RUN_ID))
     grid = dict(os.environ) if handed_down else start_grid(profile)
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     mlflow.set_tracking_uri(grid[TRACKING_URI])
     return mlflow.MlflowClient(), grid[EXPERIMENT_ID], grid[PARENT_RUN_ID]
 
@@ -262,7 +243,7 @@ def _connect(profile: str) -> tuple["MlflowClient", str, str]:
 @contextmanager
 def _errors_as_one_line() -> Iterator[None]:
     """MLflow's errors, which can be pages long, as an OSError that says where and why."""
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     try:
         yield
     except mlflow.exceptions.MlflowException as error:
@@ -274,7 +255,7 @@ def _patiently(action: Callable[[], T]) -> T:
     """Do something with MLflow, and while it cannot be reached, again; the last error after PATIENCE_SECONDS."""
     import requests
 
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     give_up = time.monotonic() + PATIENCE_SECONDS
     told = False
     while True:
@@ -298,7 +279,7 @@ def _is_passing(error: Exception) -> bool:
 @contextmanager
 def _active(run_id: str) -> Iterator[None]:
     """Make a run MLflow's active one, and close it with the status that fits how the block ended."""
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     _patiently(lambda: mlflow.start_run(run_id=run_id))
     status = "FAILED"
     try:
@@ -363,5 +344,6 @@ def _checkout_id(folder: Path) -> str:
 
 
 def _installed_packages() -> str:
-    found = {f"{package.name}=={package.version}" for package in importlib.metadata.distributions()}
+    described = (package.metadata for package in importlib.metadata.distributions())
+    found = {f"{metadata['Name']}=={metadata['Version']}" for metadata in described}
     return "\n".join(sorted(found, key=str.lower)) + "\n"

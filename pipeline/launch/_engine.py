@@ -4,7 +4,6 @@ One thread, one loop. All that it knows is also in a file (`GridState`), from wh
 """
 
 import json
-import sys
 import time
 from bisect import insort
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -184,7 +183,7 @@ class _Engine:
         force = ["--force"] if job.force else []
         device = load.device.name
         attempt = Attempt(
-            command=(sys.executable, "-m", "pipeline.launch.worker", *force, *job.stages),
+            arguments=(*force, *job.stages),
             environment={
                 **self._options.environment,
                 "PYTHONUNBUFFERED": "1",

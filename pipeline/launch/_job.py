@@ -1,5 +1,6 @@
 """The interface between the engine and what starts its processes: a job, one attempt at it, and a backend."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +63,20 @@ class Attempt:
     """The process that does a job, ready to be started; it is the same wherever it runs.
 
     Attributes:
-        command: the argument vector of the worker.
+        arguments: of the worker.
         environment: variables to set, besides those of the engine's own process.
         folder: the current folder, absolute; it must be the same files wherever the worker runs.
         log: takes stdout and stderr; append to it.
     """
 
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]
     environment: Mapping[str, str]
     folder: Path
     log: Path
+
+    def command(self) -> list[str]:
+        """The argument vector of the worker as a process of its own."""
+        return [sys.executable, "-P", "-m", "pipeline.launch.worker", *self.arguments]
 
 
 @dataclass(frozen=True)

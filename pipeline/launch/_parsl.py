@@ -88,7 +88,7 @@ class Pool:
     def submit(self, attempt: Attempt, environment: Mapping[str, str], claim: Path) -> Any:
         """A future of what `run_attempt` returns; its exception says that the process which ran it was lost."""
         return self._run(
-            list(attempt.command),
+            attempt.command(),
             {**attempt.environment, **environment},
             str(attempt.folder),
             str(attempt.log.absolute()),

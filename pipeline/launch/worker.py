@@ -1,8 +1,8 @@
-"""The process that does one job: `python -m pipeline.launch.worker [--force] STAGE...`.
+"""The process that does one job: `python -m pipeline.launch.worker [--force] STAGE...`, or a fork of the nursery.
 
-It is `dvc --wait-for-lock repro --single-item STAGE...` with three differences: it stops when the grid's lease ends, it
-says in the outcome file why a stage failed, and it reads and writes DVC's lock file stage by stage. It leads a process
-group, so that whoever ends that group ends the stage with it.
+It is `dvc --wait-for-lock repro --single-item STAGE...` with four differences: it stops when the grid's lease ends, it
+says in the outcome file why a stage failed, it reads and writes DVC's lock file stage by stage, and the project's own
+commands are run by forks. It leads a process group, so that whoever ends that group ends the stage with it.
 """
 
 import json
@@ -10,26 +10,70 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
 from pipeline.launch import OUTCOME_VARIABLE
+from pipeline.launch._forks import fork, preload, set_environment
 from pipeline.lease import STOPPED, watch
 
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
+_COMMAND = "schoenbat-exp"
 
 
-def main(arguments: list[str]) -> int:
-    """Run the stages; 0 when all are done, STOPPED when asked to stop, 1 otherwise."""
+def main(arguments: Sequence[str]) -> int:
+    """Do a job in a process of its own; the status of `lead`."""
+    preload()
+    return lead(arguments)
+
+
+def lead(arguments: Sequence[str]) -> int:
+    """Do a job: one fork takes the stages through DVC, and others run their commands.
+
+    DVC has threads, so it cannot fork; this process has one.
+
+    Returns:
+        0 when all stages are done, STOPPED when asked to stop, 1 otherwise. If DVC is killed, this process dies alike.
+    """
     if os.getpgrp() != os.getpid():
         os.setpgrp()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt_group)
+    ours, theirs = Pipe()
+    dvc = fork("schoenbat-dvc", lambda: _take_stages(arguments, theirs), ours)
+    theirs.close()
+    while True:
+        try:
+            words, environment, folder = ours.recv()
+        except EOFError:
+            ended, status = os.waitpid(dvc, 0)
+            break
+        fork(_COMMAND, lambda: _run_command(words, environment, folder), ours)  # noqa: B023 - called at once
+        ended, status = os.waitpid(-1, 0)
+        if ended == dvc:
+            break
+        ours.send(os.waitstatus_to_exitcode(status))
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _take_stages(arguments: Sequence[str], leader: Connection) -> int:
     signal.signal(signal.SIGTERM, _interrupt_group)
     lease_ended = watch()
     from dvc.exceptions import DvcException
 
-    from pipeline.dvc_project import drop_damaged_rwlock, project
+    from pipeline.dvc_project import drop_damaged_rwlock, project, run_commands
 
+    def run_command(words: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
+        leader.send((words, environment, folder))
+        return leader.recv()
+
+    run_commands(_COMMAND, run_command)
     force = arguments[:1] == ["--force"]
     stage, killed_before = "", _kills_for_memory()
     try:
@@ -56,6 +100,15 @@ def main(arguments: list[str]) -> int:
             _tell("crash", "" if found else reason, stage)
         return 1
     return 0
+
+
+def _run_command(words: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
+    set_environment(environment)
+    os.chdir(folder)
+    sys.argv = list(words)
+    from pipeline.cli import main
+
+    main(sys.argv[1:])
 
 
 def _interrupt_group(number: int, frame: FrameType | None) -> None:
