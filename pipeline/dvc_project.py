@@ -9,7 +9,7 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import dvc.dvcfile
 import dvc.stage.run
 import psutil
 from dvc.exceptions import DvcException, NotDvcRepoError
-from dvc.lock import LockError
+from dvc.lock import LockError, make_lock
 from dvc.repo import Repo
+from dvc.rwlock import RWLOCK_LOCK
 from dvc.stage import serialize
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import dumps_yaml
@@ -131,14 +132,22 @@ def drop_damaged_rwlock(path: Path = RWLOCK_FILE) -> None:
 
     DVC itself forgets the entries of dead processes, but gives up on a file that is not whole.
     """
-    if _holders(path) is None:
-        path.unlink(missing_ok=True)
+    with _guard(path):
+        if _holders(path) is None:
+            path.unlink(missing_ok=True)
 
 
 def drop_stale_rwlock(path: Path = RWLOCK_FILE) -> None:
     """Delete that record as well if nobody in it is alive; a number may have gone to a process that is not DVC."""
-    if not any(_runs_dvc(number) for number in _holders(path) or ()):
-        path.unlink(missing_ok=True)
+    with _guard(path):
+        if not any(_runs_dvc(number) for number in _holders(path) or ()):
+            path.unlink(missing_ok=True)
+
+
+def _guard(path: Path) -> AbstractContextManager[Any]:
+    """DVC's lock around its writing of the record, which is damaged as long as it is being written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=str(path.parent), wait=True)
 
 
 def _holders(path: Path) -> set[int] | None:

@@ -76,3 +76,25 @@ def test_a_record_of_locks_is_dropped_when_it_is_damaged_or_nobody_in_it_runs_dv
             process.communicate(b"\n")
     drop_stale_rwlock(path)
     assert not path.exists()
+
+
+WRITES_SLOWLY = """
+import pathlib, sys, time
+from dvc.lock import make_lock
+path = pathlib.Path(sys.argv[1])
+with make_lock(f"{path}.lock", tmp_dir=str(path.parent)):
+    path.write_text("")
+    print("began", flush=True)
+    time.sleep(1)
+    path.write_text("{}")
+"""
+
+
+def test_a_record_that_is_being_written_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "rwlock"
+    command = [sys.executable, "-c", WRITES_SLOWLY, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        drop_damaged_rwlock(path)
+    assert path.read_text() == "{}"
