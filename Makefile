@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 run: setup
 	@code=0; $(WITH_PATH) $(BIN)/schoenbat-exp run --grid || code=$$?; test $$code -eq 0 || test $$code -eq 3 || exit $$code
 
+# A file of tests stays in one process, because its tests share what they set up.
 test: setup
-	$(WITH_PATH) $(BIN)/python -m pytest
+	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
