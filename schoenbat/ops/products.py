@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from schoenbat.ops.reference import divide
+from schoenbat.ops.reference import away_from_zero, divide, is_away_from_zero
 
 CHUNK_ROWS = {"cpu": 4096}
 """Rows (tokens times heads times batch) of a chunk. On a CPU, 128 features of a chunk are 2 MB in float32."""
 CHUNK_ROWS_ELSEWHERE = 2**18
+FEW_ROWS = 4096
+"""So many rows of queries and keys together are not cut into chunks."""
 
 
 class Run(NamedTuple):
@@ -66,15 +68,15 @@ def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
         own = grad[..., column : column + run.length]
         own = own if run.weight == 1 else own * run.weight
         for i, offset in enumerate(run.offsets):
-            term = own * _product(factors[:i] + factors[i + 1 :])
+            others = _product(factors[:i] + factors[i + 1 :])
             if out is None:
-                out = F.pad(term, (0, projected.shape[-1] - run.length))
+                out = F.pad(own * others, (0, projected.shape[-1] - run.length))
             else:
-                out[..., offset : offset + run.length] += term
+                out.narrow(-1, offset, run.length).add_(own * others)
         column += run.length
     if out is None:
         return F.pad(linear, (0, projected.shape[-1] - plan.num_linear))
-    out[..., : plan.num_linear] += linear
+    out.narrow(-1, 0, plan.num_linear).add_(linear)
     return out
 
 
@@ -93,14 +95,67 @@ def product_attention(
         projection: [d, P], without a gradient.
         key_weight: the diagonal of W, broadcastable to [B, H, M, 1], or None for ones; 0 leaves a key out.
     """
-    if key_weight is None:
-        extended = F.pad(value, (0, 1), value=1.0)
-    else:
-        extended = torch.cat([value * key_weight, key_weight.expand(*value.shape[:-1], 1)], -1)
     projection = projection.to(query.dtype)
-    summed = _Sum.apply(key, extended, projection, plan)
+    if key_weight is not None:
+        key_weight = key_weight.expand(*value.shape[:-1], 1)
+    if query.shape == key.shape and 2 * query.shape[:-1].numel() <= FEW_ROWS:
+        return _AtOnce.apply(query, key, value, key_weight, projection, plan)[0]
+    summed = _Sum.apply(key, _extended(value, key_weight), projection, plan)
     attended = _Apply.apply(query, summed, projection, plan)
     return divide(attended[..., :-1], attended[..., -1:])
+
+
+class _AtOnce(torch.autograd.Function):
+    """`product_attention` of as many queries as keys in few operations, which keeps the features of both.
+
+    Returns, after its result, what the backward pass needs of the forward pass. Projected rows and features have no
+    graph of their own, so a backward pass that is to be differentiated makes them anew.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, key_weight: Tensor | None, projection: Tensor, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        projected = torch.stack([query, key]) @ projection
+        features = expand(projected, plan)
+        summed = features[1].mT @ _extended(value, key_weight)
+        products = features[0] @ summed
+        denominator = away_from_zero(products[..., -1:])
+        return products[..., :-1] / denominator, denominator, summed, projected, features
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.plan = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(*output[3:])
+        # What set_materialize_grads does; torch.compile does not know it.
+        ctx.materialize_grads = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, key_weight, projection, *output, projected, features = ctx.saved_tensors
+        attended, denominator, summed = output
+        grad, grad_denominator, grad_summed = (
+            torch.zeros_like(x) if g is None else g for x, g in zip(output, grads[:3], strict=True)
+        )
+        if torch.is_grad_enabled():
+            projected = torch.stack([query, key]) @ projection
+            features = expand(projected, ctx.plan)
+        grad_denominator = grad_denominator - (grad * attended).sum(-1, keepdim=True) / denominator
+        grad_products = torch.cat([grad / denominator, grad_denominator * is_away_from_zero(denominator)], -1)
+        grad_summed = grad_summed + features[0].mT @ grad_products
+        by_rows = torch.stack([grad_products, _extended(value, key_weight)])
+        grad_features = by_rows @ torch.stack([summed, grad_summed]).mT
+        grad_query, grad_key = pull_back(projected, ctx.plan, grad_features) @ projection.T
+        grad_extended = features[1] @ grad_summed
+        grad_value, grad_weight = grad_extended[..., :-1], None
+        if ctx.needs_input_grad[3]:
+            grad_weight = (grad_value * value).sum(-1, keepdim=True) + grad_extended[..., -1:]
+        if key_weight is not None:
+            grad_value = grad_value * key_weight
+        return grad_query, grad_key, grad_value, grad_weight, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -156,6 +211,13 @@ class _Apply(torch.autograd.Function):
             grad_query.append(pull_back(projected, plan, g @ summed.transpose(-1, -2)) @ projection.T)
             grad_summed.append(expand(projected, plan).transpose(-1, -2) @ g)
         return _joined(grad_query), _total(grad_summed), None, None
+
+
+def _extended(value: Tensor, weight: Tensor | None) -> Tensor:
+    """W [V, 1]: numerators and denominators come out of the same products."""
+    if weight is None:
+        return F.pad(value, (0, 1), value=1.0)
+    return torch.cat([value * weight, weight], -1)
 
 
 def _factors(projected: Tensor, run: Run) -> list[Tensor]:
