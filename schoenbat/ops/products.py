@@ -9,7 +9,15 @@ so all of them together are a product of a few contiguous slices.
 
 `product_attention` goes through the tokens in chunks, once for the keys and once for the queries, and makes the
 features of a chunk anew in the backward pass: what is kept is the size of the inputs, and a chunk stays in the cache.
-Its gradients are themselves made of differentiable operations. Shapes as in `schoenbat.ops.reference`.
+Few tokens are handled at once. Gradients are themselves made of differentiable operations. Shapes as in
+`schoenbat.ops.reference`.
+
+What bounds few tokens, for 512 tokens, 2 heads of 32 dimensions and 128 features, forward and backward, in float32: six
+products of features with [V, 1] or a gradient are 52 MFLOP, four projections 9 MFLOP. Two Zen 4 cores multiply large
+matrices at about 190 GFLOP/s: 0.32 ms. Inputs, outputs and gradients are 1 MB; the 78 operations read and write 26 MB,
+all of it in the cache, where two cores copy at 140 GB/s: 0.19 ms. So 0.5 ms is the least that these operations could
+take, and exact attention, 235 MFLOP, is bounded by 1.2 ms. Measured are 1.6 ms to its 2.1 ms: two thirds go into calls
+and into waking the second thread, and fewer and larger operations are what helps.
 """
 
 from collections.abc import Iterator
@@ -26,7 +34,7 @@ CHUNK_ROWS = {"cpu": 4096}
 """Rows (tokens times heads times batch) of a chunk. On a CPU, 128 features of a chunk are 2 MB in float32."""
 CHUNK_ROWS_ELSEWHERE = 2**18
 FEW_ROWS = 4096
-"""So many rows of queries and keys together are not cut into chunks."""
+"""Up to so many rows of queries and keys together are handled at once."""
 
 
 class Run(NamedTuple):
@@ -106,10 +114,10 @@ def product_attention(
 
 
 class _AtOnce(torch.autograd.Function):
-    """`product_attention` of as many queries as keys in few operations, which keeps the features of both.
+    """`product_attention` of as many queries as keys, stacked, with the features of both kept for the backward pass.
 
-    Returns, after its result, what the backward pass needs of the forward pass. Projected rows and features have no
-    graph of their own, so a backward pass that is to be differentiated makes them anew.
+    Outputs after the first are what the backward pass needs. The last two, projected rows and features, carry no
+    gradient, so a backward pass that is itself differentiated makes them anew.
     """
 
     generate_vmap_rule = True
@@ -130,7 +138,7 @@ class _AtOnce(torch.autograd.Function):
         *tensors, ctx.plan = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(*output[3:])
-        # What set_materialize_grads does; torch.compile does not know it.
+        # As set_materialize_grads, which torch.compile does not know: no zeros the size of the features.
         ctx.materialize_grads = False
 
     @staticmethod
@@ -143,11 +151,11 @@ class _AtOnce(torch.autograd.Function):
         if torch.is_grad_enabled():
             projected = torch.stack([query, key]) @ projection
             features = expand(projected, ctx.plan)
-        grad_denominator = grad_denominator - (grad * attended).sum(-1, keepdim=True) / denominator
-        grad_products = torch.cat([grad / denominator, grad_denominator * is_away_from_zero(denominator)], -1)
+        below = grad_denominator - (grad * attended).sum(-1, keepdim=True) / denominator
+        grad_products = torch.cat([grad / denominator, below * is_away_from_zero(denominator)], -1)
         grad_summed = grad_summed + features[0].mT @ grad_products
-        by_rows = torch.stack([grad_products, _extended(value, key_weight)])
-        grad_features = by_rows @ torch.stack([summed, grad_summed]).mT
+        rows = torch.stack([grad_products, _extended(value, key_weight)])
+        grad_features = rows @ torch.stack([summed, grad_summed]).mT
         grad_query, grad_key = pull_back(projected, ctx.plan, grad_features) @ projection.T
         grad_extended = features[1] @ grad_summed
         grad_value, grad_weight = grad_extended[..., :-1], None

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from schoenbat.kernels import Kernel
 
-
 SMALLEST_DENOMINATOR = 1e-6
 
 
