@@ -1,4 +1,4 @@
-r"""Features that are products of projections, and linear attention through them that never holds all of them.
+r"""Features that are products of projections, and linear attention through them that never holds many of them.
 
 A plan says which products. A projected row is z_0, z_1, ..., and goes on cyclically, as far as any run reaches. Its
 first coordinates are the linear features. A run with the offsets (0, s, ...) and length n is the n features
@@ -9,8 +9,8 @@ so all of them together are a product of a few contiguous slices.
 
 `product_attention` goes through the tokens in chunks, once for the keys and once for the queries, and makes the
 features of a chunk anew in the backward pass: what is kept is the size of the inputs, and a chunk stays in the cache.
-Few tokens are handled at once. Gradients are themselves made of differentiable operations. Shapes as in
-`schoenbat.ops.reference`.
+Few tokens are handled at once, and keep their features. Gradients are themselves made of differentiable operations.
+Shapes as in `schoenbat.ops.reference`.
 
 What bounds few tokens, for 512 tokens, 2 heads of 32 dimensions and 128 features, forward and backward, in float32: six
 products of features with [V, 1] or a gradient are 52 MFLOP, four projections 9 MFLOP. Two Zen 4 cores multiply large
