@@ -1,6 +1,7 @@
 """Attention through the features of least expected error; `rmfa` is the published form."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,25 +54,60 @@ class RmfaSketch(KernelAttention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        q, k, v = scale_and_widen(query, key, value)
         if is_causal:
+            q, k, v = scale_and_widen(query, key, value)
             return causal_linear_attention(self.features(q), self.features(k), v, key_mask).to(query.dtype)
-        weight = None if key_mask is None else key_mask[:, None, :, None].to(v.dtype)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+        scale = query.shape[-1] ** -0.5
+        weight = None if key_mask is None else key_mask[:, None, :, None].to(dtype)
         if self.centred:
-            mean = _mean(q, weight)
-            k = k - _mean(k, weight)
-            q = q - mean
-            exponent = mean @ k.transpose(-1, -2)
-            if key_mask is not None:
-                exponent = exponent.masked_fill(~key_mask[:, None, None, :], torch.finfo(exponent.dtype).min)
-            # exp up to a factor common to all keys, which cancels.
-            factor = torch.softmax(exponent, -1).transpose(-1, -2)
-            weight = factor if weight is None else factor * weight
-        return product_attention(q, k, v, self.features.projection, self.features.plan, weight).to(query.dtype)
+            q, k, weight = _Centre.apply(q, k, weight, scale)
+        # Scaling the projection saves a pass over queries and keys.
+        projection = self.features.projection * scale**0.5
+        return product_attention(q, k, v, projection, self.features.plan, weight).to(query.dtype)
 
 
-def _mean(x: Tensor, weight: Tensor | None) -> Tensor:
+class _Centre(torch.autograd.Function):
+    """q - m, k - c, and the weights of the keys, exp(scale <m, k>) up to a factor common to all of them, which cancels.
+
+    `counts` [B, 1, N, 1] is 1 for the tokens that are there and 0 for others, which get no weight; None is all ones.
+    One operation to autograd instead of a dozen: for few tokens these would cost more than the arithmetic.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, counts: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean = _mean(q, counts)
+        exponent = (mean * scale) @ k.mT
+        if counts is not None:
+            exponent = exponent.masked_fill(counts.mT == 0, torch.finfo(k.dtype).min)
+        weight = torch.softmax(exponent, -1).mT
+        return q - mean, k - _mean(k, counts), weight if counts is None else weight * counts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, output[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, k, counts, weight = ctx.saved_tensors
+        weighted = weight * grad_weight
+        grad_exponent = (weighted - weight * weighted.sum(-2, keepdim=True)) * ctx.scale
+        grad_mean = grad_exponent.mT @ k - grad_q.sum(-2, keepdim=True)
+        grad_centre = -grad_k.sum(-2, keepdim=True)
+        share = 1 / q.shape[-2] if counts is None else counts / _number(counts)
+        return grad_q + grad_mean * share, grad_k + grad_centre * share + grad_exponent * _mean(q, counts), None, None
+
+
+def _mean(x: Tensor, counts: Tensor | None) -> Tensor:
     """The mean token [B, H, 1, d]; 0 where no token counts."""
-    if weight is None:
+    if counts is None:
         return x.mean(-2, keepdim=True)
-    return (x * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
+    return (x * counts).sum(-2, keepdim=True) / _number(counts)
+
+
+def _number(counts: Tensor) -> Tensor:
+    return counts.sum(-2, keepdim=True).clamp_min(1)

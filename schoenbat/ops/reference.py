@@ -9,15 +9,28 @@ from torch import Tensor
 
 from schoenbat.kernels import Kernel
 
+SMALLEST_DENOMINATOR = 1e-6
 
-def divide(numerator: Tensor, denominator: Tensor, eps: float = 1e-6) -> Tensor:
-    """numerator / denominator, where a denominator closer to 0 than `eps` is moved to `eps` with its sign.
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, where a denominator closer to 0 than 1e-6 is moved there with its sign.
 
     A row that attends to nothing has 0 / 0 and gives 0. For the kernels here a true denominator is at least
     f(-radius) > 0 per key, so the rule acts only on such rows and on estimates that are all noise.
     """
-    floor = torch.where(denominator < 0, -eps, eps).to(denominator.dtype)
-    return numerator / torch.where(denominator.abs() < eps, floor, denominator)
+    return numerator / away_from_zero(denominator)
+
+
+def away_from_zero(denominator: Tensor) -> Tensor:
+    """The denominator that `divide` divides by."""
+    return torch.where(
+        denominator < 0, denominator.clamp_max(-SMALLEST_DENOMINATOR), denominator.clamp_min(SMALLEST_DENOMINATOR)
+    )
+
+
+def is_away_from_zero(moved: Tensor) -> Tensor:
+    """Whether `away_from_zero` left it where it was."""
+    return moved.abs() > SMALLEST_DENOMINATOR
 
 
 def kernel_attention(

@@ -6,8 +6,16 @@ from torch import Tensor
 
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS
+from schoenbat.ops import products
 from schoenbat.ops.linear import linear_attention
 from schoenbat.ops.products import expand, product_attention, pull_back
+from schoenbat.ops.reference import divide
+
+
+@pytest.fixture(params=["at once", "in chunks"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways that tokens can go, however few they are."""
+    monkeypatch.setattr(products, "FEW_ROWS", 2**20 if request.param == "at once" else 0)
 
 
 def make(head_dim: int, num_features: int) -> Sketch:
@@ -40,8 +48,9 @@ def test_pull_back_is_the_gradient_of_expand(num_features: int) -> None:
     torch.testing.assert_close(pull_back(projected.detach(), features.plan, grad), expected)
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("length", [1, 63, 5000])
-def test_chunks_change_neither_outputs_nor_gradients(length: int) -> None:
+def test_neither_way_changes_outputs_or_gradients(length: int) -> None:
     features = make(6, 40)
     tensors = inputs(1, 2, length, 6)
     mask = torch.rand(1, length, generator=torch.Generator().manual_seed(2)) < 0.8
@@ -56,6 +65,25 @@ def test_chunks_change_neither_outputs_nor_gradients(length: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("size", [1.0, -1.0, 1e-9])
+def test_gradients_are_those_of_the_definition(size: float) -> None:
+    # With the smallest weights all denominators are moved away from 0, which ends their influence.
+    features = make(6, 40)
+    tensors = [*inputs(2, 1, 17, 6), size * torch.linspace(0, 1, 34, dtype=torch.float64).view(2, 1, 17, 1)]
+    tensors[3].requires_grad_()
+    query, key, value, key_weight = tensors
+    out = product_attention(query, key, value, features.projection, features.plan, key_weight)
+    products = features(query) @ (features(key).mT @ torch.cat([value * key_weight, key_weight], -1))
+    truth = divide(products[..., :-1], products[..., -1:])
+    torch.testing.assert_close(out, truth)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad(out, tensors, weight)
+    for a, b in zip(found, torch.autograd.grad(truth, tensors, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("_way")
 def test_it_can_be_differentiated_twice() -> None:
     features = make(3, 12)
     key_weight = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)[None, None, :, None]
@@ -66,6 +94,7 @@ def test_it_can_be_differentiated_twice() -> None:
     assert torch.autograd.gradgradcheck(attend, inputs(1, 1, 4, 3))
 
 
+@pytest.mark.usefixtures("_way")
 def test_function_transforms_give_the_same_as_loops() -> None:
     features = make(4, 20)
     query, key, value = (x.detach() for x in inputs(3, 1, 2, 9, 4))
@@ -86,6 +115,7 @@ def test_function_transforms_give_the_same_as_loops() -> None:
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(attend, query[0]))
 
 
+@pytest.mark.usefixtures("_way")
 def test_it_compiles_into_one_graph() -> None:
     features = make(4, 20)
     tensors = inputs(1, 2, 9, 4, dtype=torch.float32)
