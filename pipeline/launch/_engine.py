@@ -209,13 +209,15 @@ class _Engine:
             self._backend.kill(task.handle)
 
     def _poll(self, task: _Task) -> Ended | None:
+        if task.not_started is not None:
+            return task.not_started
         if self._backend.waits(task.handle):
             task.began = time.monotonic()
         limit = task.job.timeout_seconds
         if limit is not None and not task.timed_out and time.monotonic() - task.began > limit:
             task.timed_out = True
             self._kill(task)
-        return task.not_started or self._backend.poll(task.handle)
+        return self._backend.poll(task.handle)
 
     def _take_back(self, task: _Task, how: Ended) -> Generator[Event, None, None]:
         name, log = task.job.name, self._log(task.job.name)

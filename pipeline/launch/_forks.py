@@ -32,7 +32,7 @@ def fork(name: str, action: Callable[[], int], *unused: Connection) -> int:
     """Run `action` in a new process, which ends with the status that it returns; the id of the process.
 
     Args:
-        name: what `ps` and `top` call it, where the system can do it; at most 14 characters.
+        name: see `name_process`.
         unused: connections that the process must not hold open.
     """
     sys.stdout.flush()
@@ -44,8 +44,7 @@ def fork(name: str, action: Callable[[], int], *unused: Connection) -> int:
     try:
         for connection in unused:
             connection.close()
-        if sys.platform == "linux":
-            Path("/proc/self/comm").write_text(name)
+        name_process(name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         status = action()
@@ -57,6 +56,12 @@ def fork(name: str, action: Callable[[], int], *unused: Connection) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def name_process(name: str) -> None:
+    """What `ps` and `top` call this process, where the system can do it; at most 14 characters."""
+    if sys.platform == "linux":
+        Path("/proc/self/comm").write_text(name)
 
 
 def set_environment(environment: Mapping[str, str]) -> None:

@@ -31,6 +31,7 @@ _DRAIN_SECONDS = 15.0
 """So long before attempts are stopped, a Slurm job takes no further ones."""
 _COMMAND_SECONDS = 60
 _PARSL = "parsl.executors.high_throughput"
+_END_GROUP = "kill -KILL -- -$pool 2>/dev/null"
 
 
 class Pool:
@@ -128,12 +129,15 @@ class _Provider(SlurmProvider):  # type: ignore[misc, unused-ignore]
 
 
 def _launch_command(under_lease: Sequence[str]) -> str:
-    """Parsl's command for its worker pool, under the lease and with its folders quoted; Parsl formats it twice."""
+    """Parsl's command for its worker pool, under the lease and with its folders quoted; Parsl formats it twice.
+
+    A pool that is killed leaves processes of its own behind, which not every Slurm ends with the job, so the job does.
+    """
     command = DEFAULT_LAUNCH_CMD
     for folder in ("{cert_dir}", "{logdir}", "{logconf}"):
         command = command.replace(folder, f"'{folder}'")
     ours = shlex.join([*under_lease, f"{_PARSL}.process_worker_pool"]).replace("{", "{{{{").replace("}", "}}}}")
-    return command.replace("process_worker_pool.py", ours)
+    return f"{command.replace('process_worker_pool.py', ours)} & pool=$!; wait $pool; code=$?; {_END_GROUP}; exit $code"
 
 
 def _addresses() -> set[str]:

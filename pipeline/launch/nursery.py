@@ -26,7 +26,7 @@ def main(descriptor: int) -> None:
         while True:
             if engine.poll(_WAIT_SECONDS):
                 number, arguments, environment, log = engine.recv()
-                child = fork("schoenbat-work", lambda: _work(arguments, environment, log), engine)  # noqa: B023
+                child = fork("schoenbat-new", lambda: _work(arguments, environment, log), engine)  # noqa: B023
                 # Also done by the child; whoever ends its group must not come before both.
                 with suppress(ProcessLookupError, PermissionError):
                     os.setpgid(child, child)

@@ -1,8 +1,8 @@
 """The process that does one job: `python -m pipeline.launch.worker [--force] STAGE...`, or a fork of the nursery.
 
-It is `dvc --wait-for-lock repro --single-item STAGE...` with four differences: it stops when the grid's lease ends, it
-says in the outcome file why a stage failed, it reads and writes DVC's lock file stage by stage, and the project's own
-commands are run by forks. It leads a process group, so that whoever ends that group ends the stage with it.
+It is `dvc --wait-for-lock repro --single-item --no-run-cache STAGE...` with four differences: it stops when the grid's
+lease ends, it says in the outcome file why a stage failed, it reads and writes DVC's lock file stage by stage, and the
+project's own commands are run by forks. It leads a process group; whoever ends that group ends the stage with it.
 """
 
 import json
@@ -17,11 +17,12 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.launch import OUTCOME_VARIABLE
-from pipeline.launch._forks import fork, preload, set_environment
+from pipeline.launch._forks import fork, name_process, preload, set_environment
 from pipeline.lease import STOPPED, watch
 
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
 _COMMAND = "schoenbat-exp"
+_NAME = "schoenbat-work"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +39,7 @@ def lead(arguments: Sequence[str]) -> int:
     Returns:
         0 when all stages are done, STOPPED when asked to stop, 1 otherwise. If DVC is killed, this process dies alike.
     """
+    name_process(_NAME)
     if os.getpgrp() != os.getpid():
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,7 +82,8 @@ def _take_stages(arguments: Sequence[str], leader: Connection) -> int:
         drop_damaged_rwlock()
         with project() as repo:
             for stage in arguments[force:]:
-                repo.reproduce(stage, single_item=True, force=force)
+                # DVC could restore results that it has seen before, but not what the stage tells MLflow.
+                repo.reproduce(stage, single_item=True, force=force, run_cache=False)
     except KeyboardInterrupt:
         _tell("stopped", "stopped between two stages", stage)
         return STOPPED

@@ -33,9 +33,15 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[dict[str, str]]:
-    """A running Slurm of one node with two CPUs: the environment in which its commands find it."""
+def slurm_machine() -> Iterator[slurm_node.Node]:
+    """A running Slurm of one node with two CPUs."""
     if reason := slurm_node.missing():
         pytest.skip(f"no Slurm: {reason}")
-    with slurm_node.slurm_node() as environment:
-        yield environment
+    with slurm_node.slurm_node() as node:
+        yield node
+
+
+@pytest.fixture(scope="session")
+def slurm(slurm_machine: slurm_node.Node) -> dict[str, str]:
+    """The environment in which Slurm's commands find it."""
+    return slurm_machine.environment

@@ -65,30 +65,63 @@ def missing() -> str:
     return f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)" if absent else ""
 
 
+class Node:
+    """A running Slurm.
+
+    Attributes:
+        environment: in which its commands find it.
+        name: of its only node.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.name = _host()
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, daemon: str) -> None:
+        arguments = ["-D", "-f", self.environment["SLURM_CONF"]]
+        if daemon == "munged":
+            files = [f"--{option}={self._folder}/munge/{option.split('-')[0]}" for option in _MUNGE_FILES]
+            arguments = ["--foreground", "--force", *files]
+        self.daemons[daemon] = _start(self._folder, daemon, *arguments)
+
+    def kill(self, daemon: str) -> None:
+        self.daemons[daemon].kill()
+        self.daemons[daemon].wait()
+
+    def answer(self, *command: str) -> str:
+        """What one of Slurm's commands prints, whether it succeeds or not."""
+        found = subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    def state(self) -> str:
+        """Of the node, such as "idle"; "" while there is no answer."""
+        return self.answer("sinfo", "--noheader", "--format=%t")
+
+
 @contextlib.contextmanager
-def slurm_node(cpus: int = 2) -> Iterator[dict[str, str]]:
-    """A running Slurm; the environment in which its commands find it. Afterwards its jobs and daemons are gone.
+def slurm_node(cpus: int = 2) -> Iterator[Node]:
+    """A running Slurm. Afterwards its jobs and daemons are gone.
 
     Args:
         cpus: what the node says it has, whatever the machine has.
     """
     # Munge's socket has a short limit for its path, so the folder is not one of pytest's.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    environment = {"SLURM_CONF": str(folder / "slurm.conf")}
-    daemons: list[subprocess.Popen[bytes]] = []
+    node = Node(folder)
     try:
-        _configure(folder, cpus)
-        munge = [f"--{option}={folder}/munge/{option.split('-')[0]}" for option in _MUNGE_FILES]
-        daemons.append(_start(folder, "munged", "--foreground", "--force", *munge))
-        _wait_for(lambda: (folder / "munge/socket").exists(), folder, daemons)
-        daemons.append(_start(folder, "slurmctld", "-D", "-f", environment["SLURM_CONF"]))
-        daemons.append(_start(folder, "slurmd", "-D", "-f", environment["SLURM_CONF"]))
-        _wait_for(lambda: _answer(environment, "sinfo", "--noheader", "--format=%t") == "idle", folder, daemons)
-        yield environment
+        _configure(folder, node.name, cpus)
+        node.start("munged")
+        _wait_for(lambda: (folder / "munge/socket").exists(), folder, node)
+        node.start("slurmctld")
+        node.start("slurmd")
+        _wait_for(lambda: node.state() == "idle", folder, node)
+        yield node
     finally:
-        if len(daemons) == len(DAEMONS):
-            _end_jobs(environment)
-        for daemon in reversed(daemons):
+        if len(node.daemons) == len(DAEMONS):
+            _end_jobs(node)
+        for daemon in reversed(node.daemons.values()):
             daemon.send_signal(signal.SIGTERM)
             try:
                 daemon.wait(STOP_SECONDS)
@@ -101,7 +134,11 @@ def slurm_node(cpus: int = 2) -> Iterator[dict[str, str]]:
 _MUNGE_FILES = ("key-file", "log-file", "pid-file", "seed-file", "socket")
 
 
-def _configure(folder: Path, cpus: int) -> None:
+def _host() -> str:
+    return socket.gethostname().split(".")[0]
+
+
+def _configure(folder: Path, host: str, cpus: int) -> None:
     folder.chmod(0o755)
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
@@ -114,7 +151,7 @@ def _configure(folder: Path, cpus: int) -> None:
         ports = [one.getsockname()[1] for one in (first, second)]
     config = CONFIG.format(
         folder=folder,
-        host=socket.gethostname().split(".")[0],
+        host=host,
         controller_port=ports[0],
         node_port=ports[1],
         cpus=cpus,
@@ -141,26 +178,21 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait_for(condition: Callable[[], bool], folder: Path, daemons: "list[subprocess.Popen[bytes]]") -> None:
+def _wait_for(condition: Callable[[], bool], folder: Path, node: Node) -> None:
     end = time.monotonic() + START_SECONDS
     while not condition():
-        if time.monotonic() > end or any(daemon.poll() is not None for daemon in daemons):
+        if time.monotonic() > end or any(daemon.poll() is not None for daemon in node.daemons.values()):
             logs = [*sorted(folder.glob("*.out")), *sorted(folder.glob("*.log"))]
             said = "\n".join(f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in logs)
             raise RuntimeError(f"Slurm did not start:\n{said}")
         time.sleep(0.2)
 
 
-def _end_jobs(environment: dict[str, str]) -> None:
+def _end_jobs(node: Node) -> None:
     end = time.monotonic() + STOP_SECONDS
-    while (jobs := _answer(environment, "squeue", "--noheader", "--format=%A").split()) and time.monotonic() < end:
-        _answer(environment, "scancel", *jobs)
+    while (jobs := node.answer("squeue", "--noheader", "--format=%A").split()) and time.monotonic() < end:
+        node.answer("scancel", *jobs)
         time.sleep(0.5)
-
-
-def _answer(environment: dict[str, str], *command: str) -> str:
-    found = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def _which(program: str) -> str | None:
@@ -171,8 +203,8 @@ def main(command: list[str]) -> int:
     if reason := missing():
         print(reason, file=sys.stderr)
         return 1
-    with slurm_node() as environment:
-        return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    with slurm_node() as node:
+        return subprocess.run(command, env={**os.environ, **node.environment}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ def make_small(folder: Path) -> Project:
     return project
 
 
-def start_grid(folder: Path, *options: str) -> "subprocess.Popen[str]":
-    """`schoenbat-exp run` of the two cells as a process of its own that heeds signals."""
+def start_grid(folder: Path, *options: str, **variables: str) -> "subprocess.Popen[str]":
+    """`schoenbat-exp run` of the two cells as a process of its own that heeds signals, with variables set for it."""
     command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", *options]
     return subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,14 +53,14 @@ def numbers(folder: Path, cells: Iterable[str] = CELLS) -> dict[str, bytes]:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those that live under a lease of this folder's grids."""
-    found = []
+    """Those that live under a lease of this folder's grids, and all others that run in it."""
+    found, own = [], str(folder.resolve())
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(LEASE_VARIABLE, "").startswith(str(folder.resolve())):
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.cwd() == own or process.environ().get(LEASE_VARIABLE, "").startswith(own):
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
 
 

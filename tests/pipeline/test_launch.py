@@ -50,6 +50,10 @@ stages:
     cmd: test -e stops_itself.txt || { touch stops_itself.txt && exit 75; }
   never_ends:
     cmd: echo x >> never_ends.txt && exit 75
+  tells:
+    cmd: echo x >> tells.txt && cp given.txt made.txt
+    deps: [given.txt]
+    outs: [made.txt]
   memory:
     cmd: >-
       echo x >> memory.txt && printf '{"kind":"memory","message":"too little"}' > $SCHOENBAT_OUTCOME_FILE && exit 1
@@ -136,6 +140,14 @@ def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: 
     assert tried_again["loses_its_worker"] == "crash: the worker was ended by signal 9"
     assert tried_again["stops_itself"] == "stopped itself; goes on from its checkpoint"
     assert _processes_in(stages) == []
+
+
+def test_a_stage_whose_record_is_lost_runs_again_though_dvc_could_restore_its_results(stages: Path) -> None:
+    Path("given.txt").write_text("given")
+    for _ in range(2):
+        assert ends(run(Job("tells", ("tells",))))["tells"].state == "done"
+        Path("dvc.lock").unlink()
+    assert attempts("tells") == 2
 
 
 def test_a_job_that_hangs_is_ended_and_not_tried_again(stages: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +142,33 @@ def test_blocks_that_cannot_start_workers_are_a_failure_with_a_reason(stages: Pa
     (*_, last) = run(wrong, Job("good", ("good",)))
     assert last.state == "failed"
     assert "no such module" in last.text
+
+
+@needs_parsl
+def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -> None:
+    def kill_pool() -> None:
+        wait_until(Path("slow.txt").exists)
+        for process in processes_of(stages):
+            if "process_worker_pool" in " ".join(process.cmdline()):
+                process.kill()
+
+    killer = threading.Thread(target=kill_pool)
+    killer.start()
+    (*_, last) = run(RUN, Job("slow", ("slow",)))
+    killer.join()
+    assert last.state == "failed"
+    assert last.text.startswith("Slurm job")
+    wait_until(lambda: not processes_of(stages), seconds=60)
+
+
+@needs_parsl
+def test_an_attempt_that_cannot_even_be_handed_over_is_a_failure_with_a_reason(stages: Path) -> None:
+    Path("logs").mkdir()
+    # A file where a folder is needed.
+    Path("logs/slurm").write_text("")
+    (*_, last) = run(RUN, Job("good", ("good",)))
+    assert last.state == "failed"
+    assert last.text.startswith("could not be started")
 
 
 def test_what_slurm_refuses_is_an_error_of_one_line(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

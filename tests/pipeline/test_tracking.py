@@ -3,19 +3,19 @@
 import contextlib
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow_server
 import pytest
+from mlflow_server import Server
 
 from pipeline import tracking
 from pipeline.cells import Cell
@@ -248,47 +248,10 @@ def test_a_logged_model_predicts_the_same_in_a_new_process(project: Path, start:
     assert loaded.splitlines()[-1] == trained.splitlines()[-1]
 
 
-class Server:
-    """An MLflow server that can go away and come back at the same address with the same data."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self._port}"
-        self._folder = folder
-
-    def start(self) -> None:
-        command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
-        data = f"{self._folder}/server.db"
-        storage = ["--backend-store-uri", f"sqlite:///{data}", "--artifacts-destination", f"{self._folder}/stored"]
-        with (self._folder / "server.log").open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *command, *storage],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-            )
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.address}/health", timeout=1)
-                return
-            except OSError:
-                assert self._process.poll() is None, (self._folder / "server.log").read_text()
-                time.sleep(0.25)
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
 @pytest.fixture
 def running_server(project: Path) -> Iterator[Server]:
-    server = Server(project)
-    server.start()
-    yield server
-    server.kill()
+    with mlflow_server.running_server(project, project / "server.db", project / "stored") as server:
+        yield server
 
 
 @pytest.fixture
