@@ -13,11 +13,11 @@ Few tokens are handled at once, and keep their features. Gradients are themselve
 Shapes as in `schoenbat.ops.reference`.
 
 What bounds few tokens, for 512 tokens, 2 heads of 32 dimensions and 128 features, forward and backward, in float32: six
-products of features with [V, 1] or a gradient are 52 MFLOP, four projections 9 MFLOP. A Zen 4 core multiplies large
-matrices at 97 GFLOP/s, and these products run twice as fast on two: 0.32 ms. Inputs, outputs and gradients are 1 MB, at
-the 20 GB/s of memory 0.05 ms; the 78 operations read and write 26 MB, all in the cache, where two cores copy at
-140 GB/s: 0.19 ms. So these operations take at least 0.5 ms; exact attention, 235 MFLOP, at least 1.2 ms. Measured are
-1.7 ms to its 2.1 ms: two thirds go into calls and waking the second thread, so fewer and larger operations help most.
+products of features with [V, 1] or a gradient are 52 MFLOP, four projections 9 MFLOP. Two Zen 4 cores multiply large
+matrices at 199 GFLOP/s: 0.31 ms. Inputs, outputs and gradients are 1 MB, at the 36 GB/s of memory 0.03 ms; the 78
+operations read and write 26 MB, all in the cache, where two cores copy at 140 GB/s: 0.19 ms. So these operations take
+at least 0.5 ms; exact attention, 235 MFLOP, at least 1.2 ms. Measured are 1.6 ms to its 2.1 ms: two thirds go into
+calls and waking the second thread, so fewer and larger operations help most.
 """
 
 from collections.abc import Iterator
