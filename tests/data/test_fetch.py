@@ -191,7 +191,7 @@ def test_a_refusal_is_one_line_that_names_it(server: Server, tmp_path: Path, sta
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", [refused_url(), "http://host.invalid/file.bin"])
+@pytest.mark.parametrize("url", [refused_url(), "http://host.invalid/file.bin"], ids=["refused", "unknown host"])
 def test_no_network_is_one_line_and_leaves_nothing(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataUnavailable, match="cannot be downloaded") as caught:
         get(RemoteFile("f", (url,), len(CONTENT), SHA256), tmp_path / "f")
