@@ -69,6 +69,11 @@ def test_in_parallel_as_one_after_another_and_dvc_has_nothing_to_do(small: Proje
     assert one_after_another(small.folder, invoke) == found
 
 
+def state_of(cell: str, invoke: Invoke) -> str:
+    (row,) = [row for row in json.loads(invoke("status", "--json")[1])["cells"] if row["cell"] == cell]
+    return row["state"]
+
+
 def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Project, invoke: Invoke) -> None:
     small.set("task.lra-listops.training.steps", 12000)
     small.set("task.lra-listops.training.eval_every", 4000)
@@ -81,8 +86,10 @@ def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Proje
         while not (folder / "progress.json").exists():
             assert grid.poll() is None, grid.communicate()
             time.sleep(0.05)
-        (row,) = [row for row in json.loads(invoke("status", "--json")[1])["cells"] if row["cell"] == cell]
-        assert row["state"] == "running"
+        # The state of a grid is written once a second.
+        while (state := state_of(cell, invoke)) != "running":
+            assert state in ("to run", "queued", "interrupted")
+            assert grid.poll() is None, grid.communicate()
         grid.send_signal(number)
         out, _ = grid.communicate()
         if number == signal.SIGKILL:
