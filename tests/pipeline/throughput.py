@@ -2,8 +2,8 @@
 
     python tests/pipeline/throughput.py [--cells 40] [--steps 150] [--jobs 1 2]
 
-The cells are real ones of generated ListOps, each with one thread. All but the seconds of training that the cells
-report counts as cost: planning, workers, DVC, tests, MLflow and the report. With --steps 1 the cells are as good as empty.
+The cells are real ones of generated ListOps, each with one thread. All but the seconds of training that they report
+counts as cost: planning, workers, DVC, tests, MLflow and the report. With --steps 1 the cells are as good as empty.
 """
 
 import argparse
