@@ -80,7 +80,8 @@ def record(stages: list[str]) -> None:
     with project() as repo, repo.lock:
         for stage in stages:
             (made,) = repo.stage.collect(stage)
-            made.save(allow_missing=False)
+            made.save()
+            made.commit()
             made.dump(update_pipeline=False)
 
 
