@@ -1,0 +1,76 @@
+"""What causal attention costs: not a test, a measurement.
+
+    python tests/ops/causal_times.py [--tokens 16384] [--rounds 7]
+
+Forward and backward, causal and not, take turns; `step` is timed after 100 and after 100,000 tokens, in turns as well.
+Medians, with the middle half of the values in brackets. Shapes: batch 1, 2 heads, head_dim 32, 128 features, 2 threads.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from schoenbat.functional import dot_product_kernel_attention, draw_features, kernel_named
+from schoenbat.ops.blockwise import extend, summarise_keys
+
+HEADS, HEAD_DIM, NUM_FEATURES = 2, 32, 128
+
+
+def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, work in contestants.items():
+            began = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def show(seconds: dict[str, list[float]]) -> None:
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{name:42} {1e3 * middle:9.3f} ms [{1e3 * low:.3f}, {1e3 * high:.3f}]")
+    first, second = (statistics.median(values) for values in seconds.values())
+    print(f"{'ratio of the second to the first':42} {second / first:9.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    shape = (1, HEADS, options.tokens, HEAD_DIM)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+
+    def work(is_causal: bool) -> Callable[[], object]:
+        def forward_and_backward() -> None:
+            out = dot_product_kernel_attention(q, k, v, is_causal=is_causal, num_features=NUM_FEATURES)
+            torch.autograd.grad(out.sum(), (q, k, v))
+
+        return forward_and_backward
+
+    show(take_turns({f"{options.tokens} tokens": work(False), "the same, causal": work(True)}, options.rounds))
+
+    features = draw_features(kernel_named("exp"), HEAD_DIM, NUM_FEATURES, 0, torch.device("cpu"), "sketch")
+    with torch.no_grad():
+        token = torch.randn(1, HEADS, 1, HEAD_DIM)
+        states = {}
+        for count in (100, 100_000):
+            seen = torch.randn(1, HEADS, count, HEAD_DIM)
+            states[f"step after {count:,} tokens"] = summarise_keys(features, seen, seen)
+        steps = {
+            name: lambda state=state: [extend(features, state, token, token, token) for _ in range(100)]
+            for name, state in states.items()
+        }
+        show({name: [value / 100 for value in values] for name, values in take_turns(steps, 30).items()})
+
+
+if __name__ == "__main__":
+    main()
