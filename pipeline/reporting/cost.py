@@ -78,7 +78,7 @@ def _figure(
             axes.plot(rows.length, rows[quantity], label=label(mechanism), linewidth=1.5, **style(frame, mechanism))
         axes.set_xscale("log", base=2)
         set_log(axes, "y")
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="length", title=direction)
     panels[0].set_ylabel(axis)
