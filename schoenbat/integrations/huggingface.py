@@ -38,6 +38,7 @@ _HARMLESS = {
     "output_router_logits",
     "position_ids",
     "return_dict",
+    "shift_labels",
     "use_cache",
 }
 

@@ -1,9 +1,9 @@
 """Models of transformers keep their outputs under our attention, and refuse what it cannot honour.
 
 The models are tiny and random, with weights five times as large as transformers would draw them, so that attention is
-far from uniform. transformers' own tests of generation and of masks are in none of its packages; the properties that
-they check are stated here anew for the two causal families: with padding on the left, greedily, with beams, by
-sampling, with and without a cache, and in several goes.
+far from uniform. Of transformers' own tests, those of generation are in none of its packages (`test_transformers_own`
+runs them where a checkout is at hand); the properties that they check are stated here anew for the two causal families:
+with padding on the left, greedily, with beams, by sampling, with and without a cache, and in several goes.
 """
 
 from typing import Any
@@ -255,6 +255,14 @@ def test_masks_of_pairs_and_fixed_caches_are_refused() -> None:
     exact = model_of("llama", "schoenbat-test-exact", head=True)
     with pytest.raises(UserError, match="no state of fixed size"):
         exact(input_ids=ids, cache=KernelCache())
+
+
+def test_targets_of_a_loss_are_not_for_the_attention() -> None:
+    model, ids = model_of("llama", "schoenbat", head=True), prompt()["input_ids"]
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    with torch.no_grad():
+        shifted, plain = model(input_ids=ids, labels=ids, shift_labels=targets), model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(shifted.loss, plain.loss)
 
 
 def test_sliding_windows_and_dropout_of_weights_are_refused() -> None:

@@ -1,0 +1,136 @@
+"""The tests that transformers itself has for all its models, over three families whose attention is ours.
+
+They are not in the installed package. The source distribution of the same version holds those of models in general, a
+checkout also those of generation: SCHOENBAT_TRANSFORMERS_TESTS names the folder `tests` of either. A test that does not
+apply is listed below with the reason; each other one counts, also such as a later version adds.
+"""
+
+import importlib
+import os
+import sys
+import types
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
+pytest.importorskip("parameterized", reason="transformers' own tests need the package parameterized")
+
+from parameterized import parameterized
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from schoenbat.integrations.huggingface import Settings, register
+
+FOLDER = os.environ.get("SCHOENBAT_TRANSFORMERS_TESTS")
+if not FOLDER:
+    pytest.skip("SCHOENBAT_TRANSFORMERS_TESTS names no folder of transformers' tests", allow_module_level=True)
+
+
+def load(name: str, absent: str) -> Any:
+    """The class `absent` of a module of the folder, or an empty one where the module is not there."""
+    full = f"transformers_tests.{name}"
+    if not Path(FOLDER, *name.split(".")).with_suffix(".py").is_file():
+        package = types.ModuleType(full.rpartition(".")[0])
+        package.__path__ = []
+        sys.modules.setdefault(package.__name__, package)
+        sys.modules[full] = types.ModuleType(full)
+        setattr(sys.modules[full], absent, type(absent, (), {}))
+    return getattr(importlib.import_module(full), absent)
+
+
+root = types.ModuleType("transformers_tests")
+root.__path__ = [FOLDER]
+sys.modules["transformers_tests"] = root
+load("exporters.test_export", "ExportTesterMixin")
+GenerationTesterMixin = load("generation.test_utils", "GenerationTesterMixin")
+ModelTesterMixin = load("test_modeling_common", "ModelTesterMixin")
+common = sys.modules["transformers_tests.test_modeling_common"]
+
+register("schoenbat-own-exact", Settings(num_features=None))
+register("schoenbat-own-4096", Settings(num_features=4096))
+
+
+class Models:
+    """Small models and inputs, under the names that transformers' tests ask for."""
+
+    batch_size, seq_length, is_training, vocab_size = 4, 7, True, 99
+    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size = 32, 2, 4, 37
+
+    def __init__(self, config_class: type[PreTrainedConfig], **options: Any) -> None:
+        self._config_class, self._options = config_class, options
+
+    def get_config(self) -> PreTrainedConfig:
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        sizes = {name: getattr(self, name) for name in names}
+        return self._config_class(attn_implementation="schoenbat", pad_token_id=0, **sizes, **self._options)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+        ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
+
+
+class Common(ModelTesterMixin):
+    has_attentions = False
+
+    def test_capture_outputs_decorator(self):
+        self.skipTest("asks for attention weights, of which linear attention has none")
+
+    @parameterized.expand(common.TEST_EAGER_MATCHES_SDPA_INFERENCE_PARAMETERIZATION)
+    def test_eager_matches_sdpa_inference(self, name, dtype, side, masked, output_attentions, kernels):
+        """Their comparison under padding on either side, with ours in the place of sdpa.
+
+        They let one sequence in five differ, and only one of seven is padded: here all have to agree.
+        """
+        if output_attentions:
+            self.skipTest("asks for attention weights, of which linear attention has none")
+        from_pretrained = PreTrainedModel.from_pretrained.__func__
+        for implementation in ("schoenbat-own-exact", "schoenbat-own-4096"):
+
+            def load(cls, *args, attn_implementation=None, implementation=implementation, **options):
+                assert attn_implementation == "sdpa"
+                return from_pretrained(cls, *args, attn_implementation=implementation, **options)
+
+            with (
+                self.subTest(implementation),
+                mock.patch.object(type(self), "has_attentions", True),
+                mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(load)),
+                mock.patch.object(common, "np", types.SimpleNamespace(mean=min)),
+            ):
+                common._test_eager_matches_sdpa_inference(self, name, dtype, side, masked, False, kernels)
+
+
+class LlamaTest(Common, GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (LlamaModel, LlamaForCausalLM)
+
+    def setUp(self):
+        self.model_tester = Models(LlamaConfig, num_key_value_heads=2)
+
+
+class GPT2Test(Common, GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (GPT2Model, GPT2LMHeadModel)
+
+    def setUp(self):
+        self.model_tester = Models(GPT2Config, n_inner=37, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+
+
+class BertTest(Common, unittest.TestCase):
+    all_model_classes = (BertModel, BertForMaskedLM)
+
+    def setUp(self):
+        self.model_tester = Models(BertConfig, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
