@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from schoenbat.integrations.huggingface import Settings, register
+from schoenbat.integrations.huggingface import KernelCache, Settings, register
 
 FOLDER = os.environ.get("SCHOENBAT_TRANSFORMERS_TESTS")
 if not FOLDER:
@@ -102,13 +102,40 @@ DOES_NOT_APPLY = {
 }
 
 
-class Common(ModelTesterMixin):
+CROPS = "takes tokens out of the cache again, which KernelCache refuses"
+SHAPES = "looks at the shapes of the keys and values in the cache, of which KernelCache has none"
+DOES_NOT_APPLY_TO_KERNEL_CACHE = {
+    "test_assisted_decoding_matches_greedy_search_0_random": CROPS,
+    "test_assisted_decoding_matches_greedy_search_1_same": CROPS,
+    "test_assisted_decoding_sample": CROPS,
+    "test_beam_search_generate_dict_outputs_use_cache": SHAPES,
+    "test_greedy_generate_dict_outputs_use_cache": SHAPES,
+}
+
+
+def models_of(family: str) -> Models:
+    match family:
+        case "llama":
+            return Models(LlamaConfig, num_key_value_heads=2)
+        case "gpt2":
+            return Models(GPT2Config, n_inner=37, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        case "bert":
+            return Models(BertConfig, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    raise AssertionError(family)
+
+
+class Applying:
+    family: str
+
     def setUp(self):
         if reason := DOES_NOT_APPLY.get(self._testMethodName):
             self.skipTest(reason)
+        self.model_tester = models_of(self.family)
         # What their tests skip without attention weights is no more than that, but for this one.
         self.has_attentions = self._testMethodName == "test_left_padding_compatibility"
 
+
+class Common(Applying, ModelTesterMixin):
     @parameterized.expand(common.TEST_EAGER_MATCHES_SDPA_INFERENCE_PARAMETERIZATION)
     def test_eager_matches_sdpa_inference(self, name, dtype, side, masked, output_attentions, kernels):
         """Their comparison under padding on either side, with ours in the place of sdpa.
@@ -133,25 +160,33 @@ class Common(ModelTesterMixin):
                 common._test_eager_matches_sdpa_inference(self, name, dtype, side, masked, False, kernels)
 
 
-class LlamaTest(Common, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (LlamaModel, LlamaForCausalLM)
+class WithKernelCache(Applying, GenerationTesterMixin):
+    """Generation with a cache of fixed size wherever transformers would make its own."""
 
     def setUp(self):
         super().setUp()
-        self.model_tester = Models(LlamaConfig, num_key_value_heads=2)
+        if reason := DOES_NOT_APPLY_TO_KERNEL_CACHE.get(self._testMethodName):
+            self.skipTest(reason)
+        patch = mock.patch("transformers.generation.utils.DynamicCache", side_effect=lambda *_, **__: KernelCache())
+        patch.start()
+        self.addCleanup(patch.stop)
+
+
+class LlamaTest(Common, GenerationTesterMixin, unittest.TestCase):
+    family, all_model_classes = "llama", (LlamaModel, LlamaForCausalLM)
+
+
+class LlamaKernelCacheTest(WithKernelCache, unittest.TestCase):
+    family, all_generative_model_classes = "llama", (LlamaForCausalLM,)
 
 
 class GPT2Test(Common, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (GPT2Model, GPT2LMHeadModel)
+    family, all_model_classes = "gpt2", (GPT2Model, GPT2LMHeadModel)
 
-    def setUp(self):
-        super().setUp()
-        self.model_tester = Models(GPT2Config, n_inner=37, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+
+class GPT2KernelCacheTest(WithKernelCache, unittest.TestCase):
+    family, all_generative_model_classes = "gpt2", (GPT2LMHeadModel,)
 
 
 class BertTest(Common, unittest.TestCase):
-    all_model_classes = (BertModel, BertForMaskedLM)
-
-    def setUp(self):
-        super().setUp()
-        self.model_tester = Models(BertConfig, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    family, all_model_classes = "bert", (BertModel, BertForMaskedLM)
