@@ -206,31 +206,38 @@ def test_the_cells_of_a_block_are_spread_over_the_gpus_that_slurm_gave_it() -> N
     assert pinned(given[0], {}) == pinned({"PARSL_WORKER_RANK": "0"}, gpu) == {}
 
 
-@pytest.fixture
-def start_grid(cluster: Path) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
-    """Starts a grid of all cells as a process of its own; none is left when the test ends."""
-    started = []
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """All cells, run by a process of its own, and the file of what it says."""
 
-    def start() -> "subprocess.Popen[str]":
-        started.append(_start_grid(cluster))
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    def said(self) -> str:
+        return self.output.read_text(encoding="utf-8")
+
+    def runs(self) -> bool:
+        return self.process.poll() is None
+
+
+@pytest.fixture
+def start_grid(cluster: Path, tmp_path: Path) -> Iterator[Callable[[], Grid]]:
+    """Starts a grid; none is left when the test ends."""
+    started: list[Grid] = []
+
+    def start() -> Grid:
+        output = tmp_path / f"grid-{len(started)}.txt"
+        command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", "--backend", "slurm"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with output.open("wb") as file:
+            process = subprocess.Popen(command, cwd=cluster, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        started.append(Grid(process, output))
         return started[-1]
 
     yield start
     for grid in started:
-        grid.kill()
-        grid.wait()
-
-
-def _start_grid(folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", "--backend", "slurm"]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        grid.process.kill()
+        grid.process.wait()
 
 
 def training(folder: Path) -> list[Path]:
@@ -258,30 +265,30 @@ def numbers(folder: Path) -> dict[str, bytes]:
 
 @needs_parsl
 def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
-    cluster: Path, start_grid: Callable[[], "subprocess.Popen[str]"], invoke: Callable[..., tuple[int, str, str]]
+    cluster: Path, start_grid: Callable[[], Grid], invoke: Callable[..., tuple[int, str, str]]
 ) -> None:
     project = Project(cluster)
     project.set("grid.tasks", ["lra-listops"])
-    project.set("task.lra-listops.training.steps", 600)
+    project.set("task.lra-listops.training.steps", 1200)
     project.set("task.lra-listops.training.eval_every", 200)
     project.set("run.slurm", {"max_blocks": 2, "walltime_minutes": 60})
     project.add_dvc()
 
     grid = start_grid()
-    wait_until(lambda: training(cluster) or grid.poll() is not None)
+    wait_until(lambda: training(cluster) or not grid.runs())
     subprocess.run(["scancel", slurm_jobs("RUNNING")[0]], check=True)
-    wait_until(lambda: (len(finished(cluster)) >= 3 and training(cluster)) or grid.poll() is not None)
-    grid.send_signal(signal.SIGKILL)
-    out, _ = grid.communicate()
-    assert grid.returncode == -signal.SIGKILL, out
-    assert "CANCELLED" in out
+    # The engine hears of it when Parsl asks Slurm again.
+    wait_until(lambda: "CANCELLED" in grid.said() or not grid.runs())
+    wait_until(lambda: (len(finished(cluster)) >= 3 and training(cluster)) or not grid.runs())
+    grid.process.kill()
+    assert grid.process.wait() == -signal.SIGKILL, grid.said()
+    assert "CANCELLED" in grid.said()
     wait_until(lambda: not slurm_jobs() and not processes_of(cluster), seconds=60)
     assert len(finished(cluster)) < len(CELLS)
 
     grid = start_grid()
-    out, _ = grid.communicate()
-    assert grid.returncode == 0, out
-    assert f"all {len(CELLS)} cells of profile tiny are done" in out
+    assert grid.process.wait() == 0, grid.said()
+    assert f"all {len(CELLS)} cells of profile tiny are done" in grid.said()
     wait_until(lambda: not slurm_jobs(), seconds=60)
     assert sum(json.loads(path.with_name("resources.json").read_text())["resumed"] for path in finished(cluster)) >= 1
 
