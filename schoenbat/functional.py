@@ -64,6 +64,11 @@ def dot_product_kernel_attention(
     """
     if dropout_p != 0:
         raise UserError(f"dropout_p must be 0, not {dropout_p}: linear attention has no weights to drop")
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if not x.is_floating_point():
+            raise UserError(f"{name} must hold floating-point numbers, not {x.dtype}")
+    if block is not None and block < 1:
+        raise UserError(f"block must be at least 1 token, not {block}")
     query, key, value, has_heads = _with_heads(query, key, value)
     _check_shapes(query, key, value, is_causal, enable_gqa)
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
@@ -73,13 +78,17 @@ def dot_product_kernel_attention(
     if features is None:
         check_estimator(estimator)
         kernel = kernel_named(kernel) if isinstance(kernel, str) else kernel
+        if not isinstance(kernel, Kernel):
+            raise UserError(f"kernel must be a name or a Kernel, not {kernel!r}; see Kernel.from_callable")
         _check_radius(kernel, q, k, key_mask)
         if num_features is not None:
             features = draw_features(kernel, query.shape[-1], num_features, seed, query.device, estimator)
             centre = centres_keys(estimator, kernel) and not is_causal
     if features is None:
         assert isinstance(kernel, Kernel)
-        out = exact_attention(q, k, value.to(q.dtype), kernel, key_mask, is_causal)
+        # Autocast would round the scores after they were checked against the radius.
+        with torch.autocast(query.device.type, enabled=False):
+            out = exact_attention(q, k, value.to(q.dtype), kernel, key_mask, is_causal)
     else:
         k = centre_keys(k, key_mask) if centre else k
         out = attend(features, q, k, value, key_mask, is_causal, block)

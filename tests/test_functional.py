@@ -210,3 +210,21 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         dot_product_kernel_attention(query, key[..., :7], value)
     with pytest.raises(UserError, match="must all be"):
         dot_product_kernel_attention(query, key[0], value)
+
+
+def test_autocast_leaves_exact_attention_alone() -> None:
+    q = torch.nn.functional.normalize(torch.randn(1, 1, 64, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    exact = {"kernel": "inverse", "num_features": None, "scale": 0.999}
+    expected = dot_product_kernel_attention(q, q, q, **exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dot_product_kernel_attention(q, q, q, **exact), expected)
+
+
+def test_what_is_no_kernel_no_block_and_no_number_is_refused() -> None:
+    q = torch.ones(1, 1, 3, 4)
+    with pytest.raises(UserError, match=r"kernel must be a name or a Kernel.*Kernel\.from_callable"):
+        dot_product_kernel_attention(q, q, q, kernel=torch.exp)
+    with pytest.raises(UserError, match="block must be at least 1 token, not 0"):
+        dot_product_kernel_attention(q, q, q, block=0)
+    with pytest.raises(UserError, match=r"query must hold floating-point numbers, not torch\.int64"):
+        dot_product_kernel_attention(q.long(), q, q)

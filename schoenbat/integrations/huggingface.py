@@ -112,6 +112,7 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
                     generator=generator,
                 )
                 layer.add_module(_INSTALLED, features.to(next(layer.parameters()).device))
+                layer.kernel_settings = settings
     model.set_attn_implementation(name)
     return model
 
@@ -217,9 +218,15 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
         if settings.num_features is None:
             if kernel_state is not None:
                 raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
-            out = _exact(settings, query, key, value.to(query.dtype), attention_mask, causal)
+            with torch.autocast(query.device.type, enabled=False):
+                out = _exact(settings, query, key, value.to(query.dtype), attention_mask, causal)
         else:
             features = getattr(module, _INSTALLED, None)
+            if features is not None and module.kernel_settings != settings:
+                raise UserError(
+                    f"this layer has features of its own for {module.kernel_settings}, and its attn_implementation now "
+                    f"asks for {settings}; call install with the new name"
+                )
             if features is None:
                 features = draw_features(
                     kernel_named(settings.kernel),

@@ -149,6 +149,15 @@ def test_installed_features_travel_in_the_state_dict(family: str, estimator: str
     assert torch.equal(output_of(first, family), output_of(second, family))
 
 
+def test_installed_features_serve_no_other_settings() -> None:
+    model = install(model_of("bert", "eager"), "schoenbat-test-sketch-64")
+    model.set_attn_implementation("schoenbat-test-sketch-4096")
+    with pytest.raises(UserError, match="call install with the new name"):
+        output_of(model, "bert")
+    other = install(model_of("bert", "eager"), "schoenbat-test-sketch-4096")
+    assert torch.equal(output_of(install(model, "schoenbat-test-sketch-4096"), "bert"), output_of(other, "bert"))
+
+
 def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
     out = output_of(model_of("bert", "schoenbat-test-inverse"), "bert")
     assert torch.isfinite(out).all()
