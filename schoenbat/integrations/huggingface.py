@@ -212,6 +212,13 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
         _refuse(dropout, attention_mask, key, kwargs)
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if settings.normalize:
+            radius = kernel_named(settings.kernel).radius
+            largest = query.shape[-1] ** -0.5 if scaling is None else abs(scaling)
+            if largest >= radius:
+                raise UserError(
+                    f"kernel {settings.kernel} is defined for arguments below {radius:g} only, and the scaling of this "
+                    f"model lets them reach {largest:g}"
+                )
             query, key = pre_sbn(query), pre_sbn(key)
         dtype = query.dtype
         query, key = share_scale(query, key, scaling)

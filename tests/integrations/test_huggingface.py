@@ -20,6 +20,7 @@ from transformers import (
     BertConfig,
     DynamicCache,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -161,6 +162,10 @@ def test_installed_features_serve_no_other_settings() -> None:
 def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
     out = output_of(model_of("bert", "schoenbat-test-inverse"), "bert")
     assert torch.isfinite(out).all()
+    wide = GraniteConfig(attention_multiplier=2.0, num_key_value_heads=2, **TEXT)
+    model = AutoModel.from_config(wide, attn_implementation="schoenbat-test-inverse")
+    with pytest.raises(UserError, match=r"kernel inverse is defined for arguments below 1 only.*reach 2"):
+        model(input_ids=prompt()["input_ids"])
     with pytest.raises(UserError, match="kernel Log is defined for arguments below 1 only; set normalize=True"):
         register("schoenbat-test-log", Settings(kernel="log"))
     with pytest.raises(UserError, match="unknown estimator 'favor'; choose one of: sketch, maclaurin"):
