@@ -2,40 +2,29 @@
 
     python tests/ops/causal_times.py [--tokens 16384] [--rounds 7]
 
-Forward and backward, causal and not, take turns; `step` is timed after 100 and after 100,000 tokens, in turns as well.
+Forward and backward, causal and not, and `step` after 100 and after 100,000 tokens; in turns, as the benchmark does it.
 Medians, with the middle half of the values in brackets. Shapes: batch 1, 2 heads, head_dim 32, 128 features, 2 threads.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from pipeline.stages import bench
 from schoenbat.functional import dot_product_kernel_attention, draw_features, kernel_named
 from schoenbat.ops.blockwise import extend, summarise_keys
 
 HEADS, HEAD_DIM, NUM_FEATURES = 2, 32, 128
 
 
-def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, work in contestants.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def show(seconds: dict[str, list[float]]) -> None:
-    for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        print(f"{name:42} {1e3 * middle:9.3f} ms [{1e3 * low:.3f}, {1e3 * high:.3f}]")
-    first, second = (statistics.median(values) for values in seconds.values())
+def show(tasks: dict[str, Callable[[], object]], repeats: int) -> None:
+    samples = bench._interleaved(tasks, repeats, torch.device("cpu"))
+    for name, milliseconds in samples.items():
+        low, middle, high = statistics.quantiles(milliseconds, n=4)
+        print(f"{name:42} {middle:9.3f} ms [{low:.3f}, {high:.3f}]")
+    first, second = (statistics.median(milliseconds) for milliseconds in samples.values())
     print(f"{'ratio of the second to the first':42} {second / first:9.2f}")
 
 
@@ -56,7 +45,7 @@ def main() -> None:
 
         return forward_and_backward
 
-    show(take_turns({f"{options.tokens} tokens": work(False), "the same, causal": work(True)}, options.rounds))
+    show({f"{options.tokens} tokens": work(False), "the same, causal": work(True)}, options.rounds)
 
     features = draw_features(kernel_named("exp"), HEAD_DIM, NUM_FEATURES, 0, torch.device("cpu"), "sketch")
     with torch.no_grad():
@@ -65,11 +54,10 @@ def main() -> None:
         for count in (100, 100_000):
             seen = torch.randn(1, HEADS, count, HEAD_DIM)
             states[f"step after {count:,} tokens"] = summarise_keys(features, seen, seen)
-        steps = {
-            name: lambda state=state: [extend(features, state, token, token, token) for _ in range(100)]
-            for name, state in states.items()
-        }
-        show({name: [value / 100 for value in values] for name, values in take_turns(steps, 30).items()})
+        show(
+            {name: lambda state=state: extend(features, state, token, token, token) for name, state in states.items()},
+            repeats=30,
+        )
 
 
 if __name__ == "__main__":

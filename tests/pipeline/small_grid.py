@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import psutil
 from project_folder import ROOT, Project
@@ -34,14 +35,16 @@ def make_small(folder: Path) -> Project:
     return project
 
 
-def start_grid(folder: Path, *options: str, **variables: str) -> "subprocess.Popen[str]":
-    """`schoenbat-exp run` of the two cells as a process of its own that heeds signals, with variables set for it."""
+def start_grid(
+    folder: Path, *options: str, output: int | IO[str] = subprocess.PIPE, **variables: str
+) -> "subprocess.Popen[str]":
+    """`schoenbat-exp run` of all cells as a process of its own that heeds signals, with variables set for it."""
     command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", *options]
     return subprocess.Popen(
         command,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

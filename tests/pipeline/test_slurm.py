@@ -1,22 +1,19 @@
 """Grids on a real Slurm of one node: they end as they would on this machine, and leave no Slurm job behind."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from project_folder import ROOT, Project, init_dvc
+from project_folder import Project, init_dvc
+from small_grid import numbers, processes_of, start_grid
 
 from pipeline.cells import expand
 from pipeline.launch import Event, GridState, Job, Lease, Options, run_jobs
@@ -58,7 +55,6 @@ CELLS = [
     for mechanism in ("softmax-transformer", "mean-transformer", "rmfa-exp-maclauformer", "rmfa-inverse-maclauformer")
     for seed in (0, 1)
 ]
-NUMBERS = ("metrics.json", "curves.csv", "test.json")
 
 
 @pytest.fixture
@@ -210,7 +206,7 @@ def test_the_cells_of_a_block_are_spread_over_the_gpus_that_slurm_gave_it() -> N
 class Grid:
     """All cells, run by a process of its own, and the file of what it says."""
 
-    process: subprocess.Popen[bytes]
+    process: "subprocess.Popen[str]"
     output: Path
 
     def said(self) -> str:
@@ -221,17 +217,14 @@ class Grid:
 
 
 @pytest.fixture
-def start_grid(cluster: Path, tmp_path: Path) -> Iterator[Callable[[], Grid]]:
+def start(cluster: Path, tmp_path: Path) -> Iterator[Callable[[], Grid]]:
     """Starts a grid; none is left when the test ends."""
     started: list[Grid] = []
 
     def start() -> Grid:
         output = tmp_path / f"grid-{len(started)}.txt"
-        command = [sys.executable, "-m", "pipeline.cli", "run", "--task", "lra-listops", "--backend", "slurm"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with output.open("wb") as file:
-            process = subprocess.Popen(command, cwd=cluster, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        started.append(Grid(process, output))
+        with output.open("w", encoding="utf-8") as file:
+            started.append(Grid(start_grid(cluster, "--backend", "slurm", output=file), output))
         return started[-1]
 
     yield start
@@ -249,23 +242,9 @@ def finished(folder: Path) -> list[Path]:
     return list(folder.glob("runs/tiny/*/test.json"))
 
 
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those whose current folder it is."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.cwd() == str(folder.resolve()):
-                found.append(process)
-    return found
-
-
-def numbers(folder: Path) -> dict[str, bytes]:
-    return {f"{cell}/{name}": (folder / "runs/tiny" / cell / name).read_bytes() for cell in CELLS for name in NUMBERS}
-
-
 @needs_parsl
 def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
-    cluster: Path, start_grid: Callable[[], Grid], invoke: Callable[..., tuple[int, str, str]]
+    cluster: Path, start: Callable[[], Grid], invoke: Callable[..., tuple[int, str, str]]
 ) -> None:
     project = Project(cluster)
     project.set("grid.tasks", ["lra-listops"])
@@ -274,7 +253,7 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     project.set("run.slurm", {"max_blocks": 2, "walltime_minutes": 60})
     project.add_dvc()
 
-    grid = start_grid()
+    grid = start()
     wait_until(lambda: training(cluster) or not grid.runs())
     subprocess.run(["scancel", slurm_jobs("RUNNING")[0]], check=True)
     # The engine hears of it when Parsl asks Slurm again.
@@ -286,14 +265,14 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     wait_until(lambda: not slurm_jobs() and not processes_of(cluster), seconds=60)
     assert len(finished(cluster)) < len(CELLS)
 
-    grid = start_grid()
+    grid = start()
     assert grid.process.wait() == 0, grid.said()
     assert f"all {len(CELLS)} cells of profile tiny are done" in grid.said()
     wait_until(lambda: not slurm_jobs(), seconds=60)
     assert sum(json.loads(path.with_name("resources.json").read_text())["resumed"] for path in finished(cluster)) >= 1
 
-    found = numbers(cluster)
+    found = numbers(cluster, CELLS)
     for cell in expand(load_params()):
         for verb in ("train", "eval"):
             assert invoke(verb, *cell.arguments())[0] == 0
-    assert numbers(cluster) == found
+    assert numbers(cluster, CELLS) == found
