@@ -25,9 +25,9 @@ from pipeline.stopping import Stopped
 from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError
 
 if TYPE_CHECKING:
-    from pipeline.cells import Cell
+    from pipeline.grid.cells import Cell
+    from pipeline.grid.params import Params
     from pipeline.launch import Backend, Event, GridState, Job
-    from pipeline.params import Params
     from schoenbat.registry import Registry
 
 app = typer.Typer(
@@ -101,7 +101,7 @@ def run(
 
     Ctrl-C once lets running cells save their work, twice ends them; the same command goes on from there.
     """
-    from pipeline import cells as cells_module
+    from pipeline.grid import cells as cells_module
     from pipeline.launch import plan, session
 
     params = _load_params()
@@ -156,7 +156,7 @@ def train(
 ) -> None:
     """Train one cell; an interrupted run goes on from its checkpoint."""
     params = _load_params()
-    from pipeline.cells import make_cell
+    from pipeline.grid.cells import make_cell
     from pipeline.stages import train as stage
 
     cell = make_cell(params, task, attn, dotf, former, seed)
@@ -174,7 +174,7 @@ def evaluate(
 ) -> None:
     """Test the best weights of one trained cell."""
     params = _load_params()
-    from pipeline.cells import make_cell
+    from pipeline.grid.cells import make_cell
     from pipeline.stages import evaluate as stage
 
     stage.run(params, make_cell(params, task, attn, dotf, former, seed), device_name=device or params.run.device)
@@ -224,7 +224,7 @@ def errors(
 ) -> None:
     """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
     params = _load_params()
-    from pipeline.cells import expand, select
+    from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
     folder = Path("runs", params.profile)
@@ -241,8 +241,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say how far each cell is, also while a grid runs, and why the last attempt at one failed."""
-    from pipeline import view
-    from pipeline.status import take_snapshot
+    from pipeline.monitor import view
+    from pipeline.monitor.status import take_snapshot
 
     if watch:
         _watch()
@@ -257,7 +257,7 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is added, until Ctrl-C.")] = False,
 ) -> None:
     """Show the output of a cell's last run."""
-    from pipeline.status import read_grid
+    from pipeline.monitor.status import read_grid
 
     folder = Path("logs", read_grid()[0])
     path = folder / f"{cell}.log"
@@ -291,7 +291,8 @@ def use(
     force: Annotated[bool, typer.Option("--force", help="Even if params.yaml is not a copy of any profile.")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml."""
-    from pipeline.params import PARAMS_FILE, load_params
+    from pipeline.grid.params import load_params
+    from pipeline.grid.settings import PARAMS_FILE
     from schoenbat.files import write_bytes
 
     names = _names(Kind.PROFILES)
@@ -343,8 +344,8 @@ def _fail(kind: str, message: str, code: int) -> NoReturn:
 
 
 def _load_params() -> "Params":
-    from pipeline.components import link_components
-    from pipeline.params import load_params
+    from pipeline.grid.components import link_components
+    from pipeline.grid.params import load_params
 
     params = load_params()
     link_components()
@@ -399,10 +400,11 @@ def _run_jobs(
     params: "Params", chosen: list["Cell"], jobs: list["Job"], backend: "Backend", at_once: int, fail_fast: bool
 ) -> int:
     """Run the jobs, say how it went, and return the exit code."""
-    from pipeline import status, tracking
+    from pipeline import tracking
     from pipeline.files import remove_unfinished
     from pipeline.launch import GridState, Options, run_jobs, session
     from pipeline.lease import Lease
+    from pipeline.monitor import status
 
     folder = Path("logs", params.profile)
     Path("runs", params.profile).mkdir(parents=True, exist_ok=True)
@@ -442,7 +444,7 @@ def _show_grid(profile: str, cells: list["Cell"], state: "GridState") -> Iterato
     from rich.console import Console
     from rich.live import Live
 
-    from pipeline import status, view
+    from pipeline.monitor import status, view
 
     def snapshot() -> status.Snapshot:
         names = [cell.id for cell in cells if cell.id in state.jobs()]
@@ -484,8 +486,8 @@ def _watch() -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from pipeline import view
-    from pipeline.status import take_snapshot
+    from pipeline.monitor import view
+    from pipeline.monitor.status import take_snapshot
 
     console = Console()
     with contextlib.suppress(KeyboardInterrupt):

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
-from pipeline.cells import Cell
 from pipeline.files import git_revision
+from pipeline.grid.cells import Cell
 from pipeline.quiet_mlflow import import_mlflow
 from pipeline.stopping import Stopped
 from schoenbat.errors import UserError

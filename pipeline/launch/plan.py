@@ -9,13 +9,13 @@ from typing import Any
 
 import psutil
 
-from pipeline.cells import Cell, download_stage, preprocess_stage
 from pipeline.devices import get_device
-from pipeline.dvc_lock import read_blocks
 from pipeline.files import read_json
+from pipeline.grid.cells import Cell, download_stage, preprocess_stage
+from pipeline.grid.params import Params
 from pipeline.launch._job import Device, Job
 from pipeline.launch._placement import number_of_jobs
-from pipeline.params import Params
+from pipeline.record.dvc_lock import read_blocks
 from schoenbat.errors import UserError
 
 _USABLE_SHARE = 0.9
@@ -45,7 +45,7 @@ def changed_stages(stages: Sequence[str]) -> set[str]:
     known = {stage for stage in stages if stage in recorded}
     if not known:
         return set(stages)
-    from pipeline.dvc_project import changed_stages, drop_stale_rwlock
+    from pipeline.record.dvc_project import changed_stages, drop_stale_rwlock
 
     drop_stale_rwlock()
     return (set(stages) - known) | (known & changed_stages())

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.grid.params import RunParams
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch.local import LocalBackend
 from pipeline.lease import LEASE_VARIABLE
-from pipeline.params import RunParams
 from schoenbat.errors import UserError
 
 _COMMENT = "schoenbat "

@@ -69,7 +69,7 @@ def _take_stages(arguments: Sequence[str], leader: Connection) -> int:
     lease_ended = watch()
     from dvc.exceptions import DvcException
 
-    from pipeline.dvc_project import drop_damaged_rwlock, project, run_commands
+    from pipeline.record.dvc_project import drop_damaged_rwlock, project, run_commands
 
     def run_command(words: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
         leader.send((words, environment, folder))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import matplotlib.style
 import pandas as pd
 
-from pipeline.params import Params
+from pipeline.grid.params import Params
 from pipeline.reporting._collect import Setting, collect
 from pipeline.reporting._output import STYLE, Figure, Table, write_figure, write_table
 from schoenbat.registry import Registry

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.cells import Cell, expand, summary_file
 from pipeline.files import read_json
-from pipeline.params import Params
+from pipeline.grid.cells import Cell, expand, summary_file
+from pipeline.grid.params import Params
 from schoenbat.kernels import KERNELS
 from schoenbat.tasks import TASKS
 

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, write_csv
-from pipeline.params import Params
+from pipeline.grid.params import Params
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import TrainingFailed

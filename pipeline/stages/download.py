@@ -1,9 +1,9 @@
 """Stage `download`: the verified raw files of one task."""
 
-from pipeline.cells import raw_folder
 from pipeline.files import write_json
-from pipeline.params import Params, task_section
-from pipeline.progress import Meter
+from pipeline.grid.cells import raw_folder
+from pipeline.grid.params import Params, task_section
+from pipeline.monitor.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
 from schoenbat.tasks import TASKS
 

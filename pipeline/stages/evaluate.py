@@ -3,11 +3,11 @@
 from typing import Any
 
 from pipeline import tracking
-from pipeline.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.devices import get_device, prepare_host
 from pipeline.files import write_json
-from pipeline.params import Params, task_section
-from pipeline.progress import Meter, ProgressFile
+from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
+from pipeline.grid.params import Params, task_section
+from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.stages.train import description, flat, model_of
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError

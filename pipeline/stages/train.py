@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from pipeline import tracking
-from pipeline.cells import Cell, data_folder, data_meta, fingerprint, settings
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, remove_unfinished, write_csv, write_json
-from pipeline.params import Params, task_section
-from pipeline.progress import Meter, ProgressFile
+from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint, settings
+from pipeline.grid.params import Params, task_section
+from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.stopping import Stopped, stop_request
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 from project_folder import ROOT, Project
 
 from pipeline import reporting
-from pipeline.cells import Cell, expand, report_stage, stage_graph, summary_file
 from pipeline.files import read_json, write_csv, write_json
+from pipeline.grid.cells import Cell, expand, report_stage, stage_graph, summary_file
+from pipeline.grid.params import load_params
 from pipeline.launch import Attempt, Device, Ended, GridState, Job, Lease, Options, plan, run_jobs
-from pipeline.params import load_params
+from pipeline.monitor.status import take_snapshot
 from pipeline.stages import download, preprocess
-from pipeline.status import take_snapshot
 from schoenbat.training import CURVE_FIELDS
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def make_up(cell: Cell, folder: Path, steps: int, data: str) -> None:
 
 def record(stages: list[str]) -> None:
     """Let DVC believe that these stages have run."""
-    from pipeline.dvc_project import project
+    from pipeline.record.dvc_project import project
 
     with project() as repo, repo.lock:
         for stage in stages:

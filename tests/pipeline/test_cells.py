@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.cells import Cell, check_models, expand, fingerprint, make_cell, select, stage_graph
-from pipeline.params import load_params
+from pipeline.grid.cells import Cell, check_models, expand, fingerprint, make_cell, select, stage_graph
+from pipeline.grid.params import load_params
 from schoenbat.errors import UserError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.components import link_components
-from pipeline.grid import Cell, sources
+from pipeline.grid.axes import Cell, sources
+from pipeline.grid.components import link_components
 from schoenbat import registry
 from schoenbat.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.cells import (
+from pipeline.grid.cells import (
     bench_stage,
     data_folder,
     download_stage,
@@ -20,7 +20,7 @@ from pipeline.cells import (
     stage_graph,
     trained_cells,
 )
-from pipeline.params import load_params
+from pipeline.grid.params import load_params
 
 
 def dvc(*arguments: str) -> str:

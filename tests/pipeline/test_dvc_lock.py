@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
-from pipeline.dvc_lock import Blocks, Entries, read_blocks
-from pipeline.dvc_project import drop_damaged_rwlock, drop_stale_rwlock
+from pipeline.record.dvc_lock import Blocks, Entries, read_blocks
+from pipeline.record.dvc_project import drop_damaged_rwlock, drop_stale_rwlock
 from schoenbat.errors import UserError
 
 STAGES = {

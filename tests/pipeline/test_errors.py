@@ -10,9 +10,9 @@ import torch
 from project_folder import Project
 
 from pipeline import reporting
-from pipeline.cells import data_meta, trained_cells
 from pipeline.files import write_csv
-from pipeline.params import ErrorsParams, load_params
+from pipeline.grid.cells import data_meta, trained_cells
+from pipeline.grid.params import ErrorsParams, load_params
 from pipeline.stages import errors
 from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from project_folder import ROOT, Project
 
-from pipeline.params import load_params
+from pipeline.grid.params import load_params
 from schoenbat.errors import UserError
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from pipeline import reporting
-from pipeline.cells import Cell, expand
-from pipeline.params import Params, load_params
+from pipeline.grid.cells import Cell, expand
+from pipeline.grid.params import Params, load_params
 from pipeline.reporting._output import escape_latex
 from schoenbat.training import CURVE_FIELDS
 

@@ -15,11 +15,11 @@ import pytest
 from project_folder import Project, init_dvc
 from small_grid import numbers, processes_of, start_grid
 
-from pipeline.cells import expand
+from pipeline.grid.cells import expand
+from pipeline.grid.params import RunParams, SlurmParams, load_params
 from pipeline.launch import Event, GridState, Job, Lease, Options, run_jobs
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from pipeline.launch.slurm_block import pinned
-from pipeline.params import RunParams, SlurmParams, load_params
 from schoenbat.errors import UserError
 from schoenbat.registry import build_config
 

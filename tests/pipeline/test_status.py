@@ -11,9 +11,9 @@ import pytest
 from project_folder import ROOT, Project
 from rich.console import Console
 
-from pipeline import view
 from pipeline.launch import GridState, Lease
-from pipeline.status import take_snapshot
+from pipeline.monitor import view
+from pipeline.monitor.status import take_snapshot
 
 MEAN = [f"lra-listops-mean-transformer-{seed}" for seed in (0, 1)]
 SOFTMAX = [f"lra-listops-softmax-transformer-{seed}" for seed in (0, 1)]
@@ -84,8 +84,7 @@ def test_of_a_grid_that_has_died_the_files_of_its_cells_tell(lease: Lease) -> No
 
 
 def test_asking_imports_nothing_that_takes_long() -> None:
-    code = (
-        "import sys, pipeline.cli, pipeline.status, pipeline.view; print({'torch', 'mlflow', 'dvc'} & set(sys.modules))"
-    )
+    modules = "pipeline.cli, pipeline.monitor.status, pipeline.monitor.view"
+    code = f"import sys, {modules}; print({{'torch', 'mlflow', 'dvc'}} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout == "set()\n"

@@ -18,7 +18,7 @@ import pytest
 from mlflow_server import Server
 
 from pipeline import tracking
-from pipeline.cells import Cell
+from pipeline.grid.cells import Cell
 from schoenbat.training import Evaluation
 
 CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
@@ -26,7 +26,7 @@ PRELUDE = """
 import os, sys, time
 from pathlib import Path
 from pipeline import tracking
-from pipeline.cells import Cell
+from pipeline.grid.cells import Cell
 from schoenbat.training import Evaluation
 
 CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)

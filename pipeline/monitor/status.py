@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.freshness import finished_cells
-from pipeline.grid import PARAMS_FILE, Cell, GridParams, expand_grid, read_yaml
+from pipeline.grid.axes import Cell, GridParams, expand_grid
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.lease import EXPIRY_SECONDS
+from pipeline.record.freshness import finished_cells
 from schoenbat.errors import UserError
 from schoenbat.registry import build_config
 

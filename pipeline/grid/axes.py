@@ -1,23 +1,14 @@
 """The grid as params.yaml states it: axes, cells and their names, without anything that takes long to import.
 
-`pipeline.params` checks the rest of the file, and `pipeline.cells` knows what a cell is made of.
+`pipeline.grid.params` checks the rest of the file, and `pipeline.grid.cells` knows what a cell is made of.
 
 The id of a cell joins its axes in the order in which dvc.yaml lists them, so that a stage can be named without asking
 DVC; a test compares these names with `dvc stage list`.
 """
 
 import dataclasses
-import re
-from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
-
-from schoenbat.errors import UserError
-
-PARAMS_FILE = Path("params.yaml")
 
 SHARED_SOURCES = (
     Path("schoenbat/training.py"),
@@ -115,7 +106,7 @@ def preprocess_stage(profile: str, task: str) -> str:
 def sources(cell: Cell) -> list[Path]:
     """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same.
 
-    Those of other distributions are there as links (see `pipeline.components`).
+    Those of other distributions are there as links (see `pipeline.grid.components`).
     """
     kernel = [] if cell.dotf is None else ["__init__.py", "_series.py", f"{cell.dotf}.py"]
     return [
@@ -123,35 +114,3 @@ def sources(cell: Cell) -> list[Path]:
         Path(f"schoenbat/attention/{cell.attn}.py"),
         *(Path("schoenbat/kernels", file) for file in kernel),
     ]
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, as in YAML 1.2 and so in DVC, and a key written twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        folder = path.absolute().parent
-        raise UserError(f"no {path.name} in {folder}; run this in the root folder of the project") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

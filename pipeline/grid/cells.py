@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
-from pipeline.grid import Cell, download_stage, expand_grid, preprocess_stage, sources
-from pipeline.params import Params, attention_section, former_section, task_section
+from pipeline.grid.axes import Cell, download_stage, expand_grid, preprocess_stage, sources
+from pipeline.grid.params import Params, attention_section, former_section, task_section
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError
 from schoenbat.nn.encoder import build_model

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.grid import PARAMS_FILE, GridParams, read_yaml
+from pipeline.grid.axes import GridParams
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.dvc_lock import Loader, read_blocks
-from pipeline.grid import Cell, preprocess_stage, sources
+from pipeline.grid.axes import Cell, preprocess_stage, sources
+from pipeline.record.dvc_lock import Loader, read_blocks
 
 _HASHED = re.compile(r"^    - path: (.+)\n      hash: md5\n      md5: (\S+)$", re.MULTILINE)
 _PARAMS = re.compile(r"^    params:\n      params\.yaml:\n((?: {8}.*\n)+)", re.MULTILINE)

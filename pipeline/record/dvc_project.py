@@ -24,7 +24,7 @@ from dvc.stage import serialize
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import dumps_yaml
 
-from pipeline.dvc_lock import HEAD, Blocks, Entries
+from pipeline.record.dvc_lock import HEAD, Blocks, Entries
 from schoenbat.errors import UserError
 
 RWLOCK_FILE = Path(".dvc/tmp/rwlock")

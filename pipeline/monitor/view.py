@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.status import Row, Snapshot
+from pipeline.monitor.status import Row, Snapshot
 
 _STYLE = {"running": "cyan", "failed": "red", "unavailable": "yellow", "skipped": "yellow", "interrupted": "yellow"}
 _SHOWN_FIRST = ("running", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
