@@ -22,7 +22,7 @@ import typer
 
 from pipeline.lease import STOPPED, watch
 from pipeline.stopping import Stopped
-from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError
+from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError, unknown_name
 
 if TYPE_CHECKING:
     from pipeline.grid.cells import Cell
@@ -110,7 +110,6 @@ def run(
     if not grid and not filtered:
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     chosen = cells_module.select(cells_module.expand(params), **filters)
-    cells_module.check_models(params, chosen)
     backend, at_once, kind = _backend(params, where, devices, jobs)
     graph = cells_module.stage_graph(params, chosen)
     if not filtered:
@@ -291,15 +290,15 @@ def use(
     force: Annotated[bool, typer.Option("--force", help="Even if params.yaml is not a copy of any profile.")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml."""
-    from pipeline.grid.params import load_params
+    from pipeline.grid.checked import load_checked
     from pipeline.grid.settings import PARAMS_FILE
     from schoenbat.files import write_bytes
 
     names = _names(Kind.PROFILES)
     if profile not in names:
-        raise UserError(f"unknown profile {profile!r}; choose one of: {', '.join(names)}")
+        raise unknown_name("profile", profile, names)
     source = Path("profiles", f"{profile}.yaml")
-    params = load_params(source)
+    params = load_checked(source)
     if params.profile != profile:
         raise UserError(f"{source} calls itself profile {params.profile!r}; the name of the file must be the same")
     if PARAMS_FILE.exists() and not force:
@@ -344,10 +343,10 @@ def _fail(kind: str, message: str, code: int) -> NoReturn:
 
 
 def _load_params() -> "Params":
+    from pipeline.grid.checked import load_checked
     from pipeline.grid.components import link_components
-    from pipeline.grid.params import load_params
 
-    params = load_params()
+    params = load_checked()
     link_components()
     return params
 

@@ -1,6 +1,7 @@
 """What a user can get wrong, as exceptions whose text is one line fit to be shown as it is."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 MOST_CHOICES = 20
@@ -31,9 +32,24 @@ class OutOfMemory(TrainingFailed):
     """The device or the machine has too little memory for what runs on it now."""
 
 
+class _Short(reprlib.Repr):
+    """Any value in one line of bounded length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Of an integer of thousands of digits Python makes no text.
+        return repr(x) if x.bit_length() <= 256 else f"{hex(x)[:20]}..."
+
+
+shorten = _Short().repr
+
+
 def unknown_name(kind: str, name: object, choices: Iterable[object]) -> UserError:
     """The error for a name that is not in a closed set."""
-    return UserError(f"unknown {kind} {name!r}; choose one of: {list_choices(name, choices)}")
+    return UserError(f"unknown {kind} {shorten(name)}; choose one of: {list_choices(name, choices)}")
 
 
 def list_choices(name: object, choices: Iterable[object]) -> str:

@@ -11,7 +11,6 @@ import importlib
 import inspect
 import math
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from schoenbat.errors import UserError, list_choices, unknown_name
+from schoenbat.errors import UserError, list_choices, shorten, unknown_name
 
 T = TypeVar("T")
 
@@ -137,7 +136,7 @@ def build_config(config_class: type[T], values: Mapping[str, Any] | None, where:
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UserError(f"{where}: unknown key {_shown(key)}; known keys: {list_choices(key, fields)}")
+            raise UserError(f"{where}: unknown key {shorten(key)}; known keys: {list_choices(key, fields)}")
     arguments = {}
     for name, field in fields.items():
         if name in values:
@@ -179,7 +178,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_config(hint, value, where)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f"{where} must fit into 64 bits, which {_shown(value)} does not")
+        raise UserError(f"{where} must fit into 64 bits, which {shorten(value)} does not")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -187,7 +186,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value}")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise UserError(f"{where} has half a character in it, which cannot be written: {_shown(value)}")
+        raise UserError(f"{where} has half a character in it, which cannot be written: {shorten(value)}")
     return value
 
 
@@ -206,26 +205,11 @@ def check_bounds(config: Any, **bounds: tuple[int, int]) -> None:
 
 
 def _describe(value: Any) -> str:
-    return f"{_shown(value)} ({type(value).__name__})"
-
-
-class _Short(reprlib.Repr):
-    """Any value in one line of bounded length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        # Of an integer of thousands of digits Python makes no text.
-        return repr(x) if x.bit_length() <= 256 else f"{hex(x)[:20]}..."
-
-
-_shown = _Short().repr
+    return f"{shorten(value)} ({type(value).__name__})"
 
 
 def _place(where: str, key: str) -> str:
-    return f"{where}.{key}" if _NAME.fullmatch(key) else f"{where}[{_shown(key)}]"
+    return f"{where}.{key}" if _NAME.fullmatch(key) else f"{where}[{shorten(key)}]"
 
 
 def _article(noun: str) -> str:

@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from schoenbat.errors import UserError
+
 SHARED_SOURCES = (
     Path("schoenbat/training.py"),
     Path("schoenbat/norm.py"),
@@ -80,8 +82,12 @@ class Cell:
 
 
 def expand_grid(grid: GridParams) -> list[Cell]:
-    """All cells of the grid, task by task; an empty axis gives none of its half."""
-    return [
+    """All cells of the grid, task by task; an empty axis gives none of its half.
+
+    Raises:
+        UserError: two cells have the same id: their results would overwrite each other.
+    """
+    cells = [
         Cell(task, attn, dotf, former, seed)
         for task in grid.tasks
         for attns, dotfs, formers in (
@@ -93,6 +99,19 @@ def expand_grid(grid: GridParams) -> list[Cell]:
         for former in formers
         for seed in grid.seeds
     ]
+    by_id: dict[str, Cell] = {}
+    for cell in cells:
+        check_id(cell, by_id.setdefault(cell.id, cell))
+    return cells
+
+
+def check_id(cell: Cell, other: Cell) -> None:
+    """Raise UserError if two different cells have the same id, as hyphens in names allow."""
+    if cell.id == other.id and cell != other:
+        raise UserError(
+            f"two cells have the id {cell.id}: {' '.join(other.arguments())} and {' '.join(cell.arguments())}; "
+            f"leave one of them out of the grid"
+        )
 
 
 def download_stage(task: str) -> str:

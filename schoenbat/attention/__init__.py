@@ -15,6 +15,9 @@ from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.registry import Registry
 
+MAX_FEATURES, MAX_DEGREE = 2**16, 100
+"""Of what an experiment may ask for; a random feature of a degree above 100 is drawn once in 2^100."""
+
 
 @dataclass(frozen=True)
 class NoConfig:

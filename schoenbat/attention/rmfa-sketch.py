@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schoenbat.attention import KernelAttention, scale_and_widen
+from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention, scale_and_widen
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import causal_linear_attention
 from schoenbat.ops.products import product_attention
+from schoenbat.registry import check_bounds
 
 
 class RmfaSketch(KernelAttention):
@@ -32,6 +33,9 @@ class RmfaSketch(KernelAttention):
         num_features: int = 128
         max_degree: int = 20
         centre: bool = True
+
+        def __post_init__(self) -> None:
+            check_bounds(self, num_features=(1, MAX_FEATURES), max_degree=(1, MAX_DEGREE))
 
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)

@@ -14,10 +14,12 @@ from schoenbat.attention import ATTENTIONS, check_kernel
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
-from schoenbat.registry import build_config
+from schoenbat.registry import build_config, check_bounds
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
+
+MAX_LAYERS, MAX_WIDTH = 1000, 2**16
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class ModelConfig:
     head_width: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "width", "ffn_width", "num_heads", "head_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        wide = (1, MAX_WIDTH)
+        check_bounds(self, num_layers=(1, MAX_LAYERS), width=wide, ffn_width=wide, num_heads=wide, head_width=wide)
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} cannot be split over {self.num_heads} heads")
         if not 0 <= self.dropout < 1:
@@ -144,7 +145,7 @@ def build_model(
         torch.manual_seed(seed)
         blocks = []
         for layer in range(model.num_layers):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
             try:
                 mechanism = attention_class(config, head_dim=head_dim, kernel=kernel, generator=generator)
             except ValueError as error:

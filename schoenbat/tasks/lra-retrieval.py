@@ -22,7 +22,8 @@ from schoenbat.data.arrays import SPLITS, write_dataset
 from schoenbat.data.fetch import RemoteFile, fetch
 from schoenbat.data.subset import balanced_rows, check_size
 from schoenbat.errors import UserError
-from schoenbat.tasks import Progress, Task
+from schoenbat.registry import check_bounds
+from schoenbat.tasks import MAX_LENGTH, Progress, Task
 
 ARCHIVE = RemoteFile(
     mirror_path="lra/lra_release.gz",
@@ -107,8 +108,7 @@ class Retrieval(Task):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            if self.max_length < 1:
-                raise ValueError(f"max_length must be at least 1, not {self.max_length}")
+            check_bounds(self, max_length=(1, MAX_LENGTH))
             for split in SPLITS:
                 check_size(f"{split}_size", getattr(self, f"{split}_size"))
             if self.seed < 0:
