@@ -8,6 +8,7 @@ take long to import are imported by the commands that need them.
 import contextlib
 import dataclasses
 import enum
+import importlib.metadata
 import json
 import math
 import os
@@ -20,15 +21,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from pipeline.grid.settings import enter_project
 from pipeline.lease import STOPPED, watch
+from pipeline.names import Kind, described, names
 from pipeline.stopping import Stopped
+from pipeline.text import counted
 from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError, unknown_name
 
 if TYPE_CHECKING:
     from pipeline.grid.cells import Cell
     from pipeline.grid.params import Params
     from pipeline.launch import Backend, Event, GridState, Job
-    from schoenbat.registry import Registry
 
 app = typer.Typer(
     help="Train, evaluate and compare attention mechanisms on Long Range Arena tasks; params.yaml says which.",
@@ -36,12 +39,16 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 TaskOption = Annotated[str, typer.Option("--task", help="Name of the task.")]
 AttnOption = Annotated[str, typer.Option("--attn", help="Name of the attention mechanism.")]
 DotfOption = Annotated[str | None, typer.Option("--dotf", help="Name of the kernel, if the mechanism needs one.")]
 FormerOption = Annotated[str, typer.Option("--former", help="maclauformer (with ppSBN) or transformer (without).")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="Of which params.yaml must be. Default: whichever it is of.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Default: the first seed of the grid.")]
 DeviceOption = Annotated[
     str | None,
@@ -53,14 +60,10 @@ _WATCH_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class Kind(enum.StrEnum):
-    """What `list` can list."""
-
-    TASKS = "tasks"
-    ATTN = "attn"
-    DOTF = "dotf"
-    FORMER = "former"
-    PROFILES = "profiles"
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"schoenbat-exp {importlib.metadata.version('schoenbat')}")
+        raise typer.Exit
 
 
 class Where(enum.StrEnum):
@@ -68,6 +71,15 @@ class Where(enum.StrEnum):
 
     LOCAL = "local"
     SLURM = "slurm"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 @app.command()
@@ -96,6 +108,7 @@ def run(
         bool, typer.Option("--fail-fast/--keep-going", help="Whether the first failure stops the grid.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: for programs.")] = False,
 ) -> None:
     """Run what is out of date: all of the grid (--grid), or the cells that the filters leave; then build the report.
 
@@ -109,7 +122,10 @@ def run(
     filtered = any(filters.values())
     if not grid and not filtered:
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
+    if as_json and not dry_run:
+        raise UserError("--json goes with --dry-run")
     chosen = cells_module.select(cells_module.expand(params), **filters)
+    cells = counted(len(chosen), "cell")
     backend, at_once, kind = _backend(params, where, devices, jobs)
     graph = cells_module.stage_graph(params, chosen)
     if not filtered:
@@ -126,10 +142,17 @@ def run(
             changed |= {chosen_cell.stage(verb, params.profile) for chosen_cell in chosen for verb in _VERBS}
         due = plan.due_stages(graph, changed)
         if not due and report not in changed:
-            print(f"nothing to do: all {len(chosen)} cells of profile {params.profile} and the report are up to date")
+            if as_json:
+                print("[]")
+            else:
+                print(f"nothing to do: all {cells} of profile {params.profile} and the report are up to date")
             return
-        print(f"profile {params.profile}: {len(chosen)} cells, {len(due)} of {len(graph)} stages to run, then {report}")
         to_do = plan.plan_jobs(params, chosen, due, device=kind, force=force)
+        if as_json:
+            jobs_to_do = [*to_do, plan.report_job(report)]
+            print(json.dumps([{"job": job.name, "stages": job.stages, "needs": job.needs} for job in jobs_to_do]))
+            return
+        print(f"profile {params.profile}: {cells}, {len(due)} of {counted(len(graph), 'stage')} to run, then {report}")
         if dry_run:
             for job in to_do:
                 print(f"  {' '.join(job.stages)}")
@@ -150,11 +173,12 @@ def train(
     dotf: DotfOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="--no-save writes and logs nothing.")] = True,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Train one cell; an interrupted run goes on from its checkpoint."""
-    params = _load_params()
+    params = _load_params(profile)
     from pipeline.grid.cells import make_cell
     from pipeline.stages import train as stage
 
@@ -170,9 +194,10 @@ def evaluate(
     dotf: DotfOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Test the best weights of one trained cell."""
-    params = _load_params()
+    params = _load_params(profile)
     from pipeline.grid.cells import make_cell
     from pipeline.stages import evaluate as stage
 
@@ -189,27 +214,27 @@ def download(task: TaskOption) -> None:
 
 
 @app.command()
-def preprocess(task: TaskOption) -> None:
+def preprocess(task: TaskOption, profile: ProfileOption = None) -> None:
     """Turn the raw data of one task into the arrays that training reads."""
-    params = _load_params()
+    params = _load_params(profile)
     from pipeline.stages import preprocess as stage
 
     stage.run(params, task)
 
 
 @app.command()
-def report() -> None:
+def report(profile: ProfileOption = None) -> None:
     """Build tables and figures from what is finished."""
-    params = _load_params()
+    params = _load_params(profile)
     from pipeline.stages import report as stage
 
     stage.run(params)
 
 
 @app.command()
-def bench() -> None:
+def bench(profile: ProfileOption = None) -> None:
     """Time all mechanisms side by side in one process."""
-    params = _load_params()
+    params = _load_params(profile)
     from pipeline.stages import bench as stage
 
     stage.run(params, Path("runs", params.profile, "bench.csv"))
@@ -220,9 +245,10 @@ def errors(
     cell: Annotated[
         str | None, typer.Option(help="On the vectors of this trained cell. Default: made-up ones.")
     ] = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
-    params = _load_params()
+    params = _load_params(profile)
     from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
@@ -272,16 +298,22 @@ def logs(
 
 
 @app.command("list")
-def list_names(kind: Annotated[Kind | None, typer.Argument(help="Default: all kinds.")] = None) -> None:
-    """List the names that can be used, and where those come from that are not part of this project."""
-    if kind is not None:
-        origins = _origins(kind)
-        print("\n".join(f"{name}  {origins[name]}" if name in origins else name for name in _names(kind)))
-        return
-    for each in Kind:
-        print(f"{each}: {' '.join(_names(each))}")
-        for name, origin in _origins(each).items():
-            print(f"  {name}: {origin}")
+def list_names(
+    kind: Annotated[Kind | None, typer.Argument(help="Default: all kinds.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the names that can be used, what they stand for, and what comes from other distributions."""
+    from pipeline.grid.checked import ensure_checked
+    from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE
+
+    found = {each: names(each) for each in ([kind] if kind else Kind)}
+    if as_json:
+        print(json.dumps({each: [dataclasses.asdict(name) for name in listed] for each, listed in found.items()}))
+    else:
+        for each, listed in found.items():
+            print(*([f"{each}:"] if kind is None else []), *described(listed), sep="\n")
+    if PARAMS_FILE.exists() or PROJECT_FILE.exists():
+        ensure_checked()
 
 
 @app.command()
@@ -294,16 +326,16 @@ def use(
     from pipeline.grid.settings import PARAMS_FILE
     from schoenbat.files import write_bytes
 
-    names = _names(Kind.PROFILES)
-    if profile not in names:
-        raise unknown_name("profile", profile, names)
+    known = [each.name for each in names(Kind.PROFILES)]
+    if profile not in known:
+        raise unknown_name("profile", profile, known)
     source = Path("profiles", f"{profile}.yaml")
     params = load_checked(source)
     if params.profile != profile:
         raise UserError(f"{source} calls itself profile {params.profile!r}; the name of the file must be the same")
     if PARAMS_FILE.exists() and not force:
         current = PARAMS_FILE.read_bytes()
-        if all(Path("profiles", f"{name}.yaml").read_bytes() != current for name in names):
+        if all(Path("profiles", f"{name}.yaml").read_bytes() != current for name in known):
             raise UserError(
                 "params.yaml differs from every profile; keep it as profiles/NAME.yaml first, or pass --force"
             )
@@ -315,6 +347,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: what a user can get wrong, and what can go wrong, ends in one line and an exit code."""
     watch()
     try:
+        enter_project()
         app(arguments)
     except DataUnavailable as error:
         _fail("unavailable", str(error), 3)
@@ -342,41 +375,15 @@ def _fail(kind: str, message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _load_params() -> "Params":
+def _load_params(profile: str | None = None) -> "Params":
     from pipeline.grid.checked import load_checked
     from pipeline.grid.components import link_components
 
     params = load_checked()
+    if profile is not None and profile != params.profile:
+        raise UserError(f"params.yaml is of profile {params.profile!r}, not {profile!r}")
     link_components()
     return params
-
-
-def _names(kind: Kind) -> list[str]:
-    if kind is Kind.PROFILES:
-        return sorted(path.stem for path in Path("profiles").glob("*.yaml"))
-    if kind is Kind.FORMER:
-        from schoenbat.nn.multihead import FORMERS
-
-        return list(FORMERS)
-    return _registry(kind).names()
-
-
-def _origins(kind: Kind) -> dict[str, str]:
-    """Where the components of other distributions come from, by name."""
-    if kind in (Kind.PROFILES, Kind.FORMER):
-        return {}
-    from schoenbat.registry import describe_entry
-
-    return {name: describe_entry(entry) for name, entry in _registry(kind).external().items()}
-
-
-def _registry(kind: Kind) -> "Registry[Any]":
-    from schoenbat.attention import ATTENTIONS
-    from schoenbat.kernels import KERNELS
-    from schoenbat.tasks import TASKS
-
-    registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
-    return registries[kind]
 
 
 def _backend(params: "Params", where: Where, devices: str | None, jobs: int | None) -> tuple["Backend", int, str]:
@@ -513,7 +520,7 @@ def _summarise(params: "Params", chosen: list["Cell"], ended: dict[str, "Event"]
         if broken is not None and broken.state == "skipped":
             print(f"not run: {cell.id}, because {broken.cause} {causes[str(broken.cause)].state}")
     if not ended:
-        print(f"all {len(chosen)} cells of profile {params.profile} are done")
+        print(f"all {counted(len(chosen), 'cell')} of profile {params.profile} are done")
     if any(event.state != "unavailable" for event in causes.values()):
         return 1
     return 3 if causes else 0

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.grid.settings import PARAMS_FILE
 from schoenbat.errors import UserError
 
 SHARED_SOURCES = (
@@ -109,8 +110,8 @@ def check_id(cell: Cell, other: Cell) -> None:
     """Raise UserError if two different cells have the same id, as hyphens in names allow."""
     if cell.id == other.id and cell != other:
         raise UserError(
-            f"two cells have the id {cell.id}: {' '.join(other.arguments())} and {' '.join(cell.arguments())}; "
-            f"leave one of them out of the grid"
+            f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
+            f"{' '.join(cell.arguments())}; leave one of them out"
         )
 
 

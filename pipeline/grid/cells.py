@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.files import read_json
 from pipeline.grid.axes import Cell, check_id, download_stage, expand_grid, preprocess_stage, sources
 from pipeline.grid.params import MAX_SEED, Params, attention_section, former_section, task_section
+from pipeline.grid.settings import PARAMS_FILE
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
 from schoenbat.nn.encoder import ModelConfig, build_model
@@ -89,19 +90,23 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
     for task, attn, dotf, former in dict.fromkeys((cell.task, cell.attn, cell.dotf, cell.former) for cell in cells):
         model = task_section(params, task).model
         head_dim = model.width // model.num_heads
-        build_model(
-            vocab_size=2,
-            num_classes=2,
-            num_texts=1,
-            max_length=1,
-            model=ModelConfig(num_layers=1, width=head_dim, ffn_width=1, num_heads=1, head_width=1),
-            attn=attn,
-            attention=attention_section(params, attn),
-            dotf=dotf,
-            former=former,
-            former_config=former_section(params, former),
-            seed=0,
-        )
+        try:
+            build_model(
+                vocab_size=2,
+                num_classes=2,
+                num_texts=1,
+                max_length=1,
+                model=ModelConfig(num_layers=1, width=head_dim, ffn_width=1, num_heads=1, head_width=1),
+                attn=attn,
+                attention=attention_section(params, attn),
+                dotf=dotf,
+                former=former,
+                former_config=former_section(params, former),
+                seed=0,
+            )
+        except UserError as error:
+            where = f"{PARAMS_FILE}: task {task} with {' '.join(filter(None, (attn, dotf, former)))}"
+            raise UserError(f"{where}: {error}") from None
 
 
 def stage_graph(params: Params, cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -127,7 +132,9 @@ def trained_cells(params: Params) -> list[Cell]:
     grid = {cell.id: cell for cell in expand(params)}
     for name in params.errors.trained:
         if name not in grid:
-            raise UserError(f"errors.trained: the grid has no cell {name!r}; choose from: {list_choices(name, grid)}")
+            raise UserError(
+                f"{PARAMS_FILE}: errors.trained: the grid has no cell {name!r}; choose from: {list_choices(name, grid)}"
+            )
     return [grid[name] for name in params.errors.trained]
 
 

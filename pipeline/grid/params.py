@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.grid.axes import GridParams
-from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS, MAX_FEATURES
 from schoenbat.errors import UserError, list_choices, shorten
 from schoenbat.kernels import KERNELS
@@ -23,7 +23,6 @@ from schoenbat.registry import build_config, check_bounds
 from schoenbat.tasks import MAX_LENGTH, TASKS
 from schoenbat.training import TrainingConfig
 
-MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
 MAX_SEED = 2**63 - 1
 """The largest that torch's generators take on every device."""
 MAX_THREADS = 1024

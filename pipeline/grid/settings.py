@@ -1,5 +1,6 @@
 """params.yaml as plain values, read as DVC reads it: YAML 1.2, by the same library."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,20 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from schoenbat.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
+PROJECT_FILE = Path("dvc.yaml")
+"""What the root folder of a project is known by."""
+MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
+
+
+def enter_project() -> None:
+    """Make the root of the project around the current folder the current folder; where there is none, stay."""
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / PROJECT_FILE).is_file()), here)
+    if root != here and not PARAMS_FILE.exists():
+        # What was typed here is meant from here.
+        if mirror := os.environ.get(MIRROR_VARIABLE):
+            os.environ[MIRROR_VARIABLE] = str(here / mirror)
+        os.chdir(root)
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,7 +1,6 @@
 """The table of errors: what is in it, and that it measures what it says."""
 
 import csv
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_estimator_is_measured_wherever_it_exists(project: Project, invoke: Invoke) -> None:
-    project.set("errors", {"num_features": [15, 40], "tokens": 20, "draws": 2})
+    project.set("errors", {"num_features": [15, 40], "tokens": 20, "draws": 2, "trained": []})
     code, _, err = invoke("errors")
     assert code == 0, err
     rows = read(Path("runs/tiny/errors.csv"))
