@@ -2,8 +2,7 @@
 
 `pipeline.grid.params` checks the rest of the file, and `pipeline.grid.cells` knows what a cell is made of.
 
-The id of a cell joins its axes in the order in which dvc.yaml lists them, so that a stage can be named without asking
-DVC; a test compares these names with `dvc stage list`.
+The id of a cell joins its axes, in the order in which dvc.yaml lists them in the names of its stages.
 """
 
 import dataclasses
@@ -12,17 +11,6 @@ from pathlib import Path
 
 from pipeline.grid.settings import PARAMS_FILE
 from schoenbat.errors import UserError
-
-SHARED_SOURCES = (
-    Path("schoenbat/training.py"),
-    Path("schoenbat/norm.py"),
-    Path("schoenbat/nn"),
-    Path("schoenbat/features"),
-    Path("schoenbat/ops"),
-    Path("schoenbat/data/arrays.py"),
-    Path("schoenbat/attention/__init__.py"),
-)
-"""The numerics that every cell goes through."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +53,6 @@ class Cell:
     @property
     def id(self) -> str:
         return "-".join(str(value) for value in dataclasses.astuple(self) if value is not None)
-
-    def stage(self, verb: str, profile: str) -> str:
-        """The DVC stage of this cell that does `verb`: "train" or "evaluate"."""
-        return f"{verb}{'' if self.dotf is None else '_kernel'}@{profile}-{self.id}"
 
     def run_folder(self, profile: str) -> Path:
         return Path("runs", profile, self.id)
@@ -113,24 +97,3 @@ def check_id(cell: Cell, other: Cell) -> None:
             f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
             f"{' '.join(cell.arguments())}; leave one of them out"
         )
-
-
-def download_stage(task: str) -> str:
-    return f"download@{task}"
-
-
-def preprocess_stage(profile: str, task: str) -> str:
-    return f"preprocess@{profile}-{task}"
-
-
-def sources(cell: Cell) -> list[Path]:
-    """Files and folders of code that decide the cell's numbers; dvc.yaml lists the same.
-
-    Those of other distributions are there as links (see `pipeline.grid.components`).
-    """
-    kernel = [] if cell.dotf is None else ["__init__.py", "_series.py", f"{cell.dotf}.py"]
-    return [
-        *SHARED_SOURCES,
-        Path(f"schoenbat/attention/{cell.attn}.py"),
-        *(Path("schoenbat/kernels", file) for file in kernel),
-    ]

@@ -1,19 +1,24 @@
-"""Cells: one training run each, with its folders, its settings, and the order of the stages that make it."""
+"""Cells: one training run each, with its folders, its settings, and what its numbers are made from."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
-from pipeline.grid.axes import Cell, check_id, download_stage, expand_grid, preprocess_stage, sources
+from pipeline.grid.axes import Cell, check_id, expand_grid
+from pipeline.grid.graph import cell_sources
 from pipeline.grid.params import MAX_SEED, Params, attention_section, former_section, task_section
 from pipeline.grid.settings import PARAMS_FILE
+from pipeline.hashes import hash_of
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
 from schoenbat.nn.encoder import ModelConfig, build_model
+
+_MADE = ("data/", "runs/")
 
 
 def raw_folder(task: str) -> Path:
@@ -109,44 +114,6 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
             raise UserError(f"{where}: {error}") from None
 
 
-def stage_graph(params: Params, cells: Sequence[Cell]) -> dict[str, list[str]]:
-    """The DVC stages that `cells` need and, for each, the stages before it, in an order in which they can run."""
-    profile = params.profile
-    graph: dict[str, list[str]] = {}
-    for task in dict.fromkeys(cell.task for cell in cells):
-        graph[download_stage(task)] = []
-        graph[preprocess_stage(profile, task)] = [download_stage(task)]
-    for cell in cells:
-        train, evaluate = cell.stage("train", profile), cell.stage("evaluate", profile)
-        graph[train] = [preprocess_stage(profile, cell.task)]
-        graph[evaluate] = [train]
-    return graph
-
-
-def bench_stage(profile: str) -> str:
-    return f"bench@{profile}"
-
-
-def trained_cells(params: Params) -> list[Cell]:
-    """The cells of `errors.trained`; raises UserError for one that the grid does not have."""
-    grid = {cell.id: cell for cell in expand(params)}
-    for name in params.errors.trained:
-        if name not in grid:
-            raise UserError(
-                f"{PARAMS_FILE}: errors.trained: the grid has no cell {name!r}; choose from: {list_choices(name, grid)}"
-            )
-    return [grid[name] for name in params.errors.trained]
-
-
-def errors_stage(profile: str, cell: Cell | None = None) -> str:
-    """The stage that measures estimators on made-up vectors, or on those of a trained cell."""
-    return f"errors@{profile}" if cell is None else f"errors_trained@{profile}-{cell.id}"
-
-
-def report_stage(profile: str) -> str:
-    return f"report@{profile}"
-
-
 def settings(cell: Cell, params: Params) -> dict[str, Any]:
     """The parts of params.yaml that decide the cell's numbers, as plain values."""
     task = task_section(params, cell.task)
@@ -169,17 +136,34 @@ def data_meta(cell: Cell, params: Params) -> dict[str, Any]:
     return read_json(path)
 
 
-def fingerprint(cell: Cell, params: Params) -> str:
-    """What an interrupted run must share with the one that goes on from its checkpoint, as a hex digest.
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cell's numbers are made from, as hex digests; neither the device nor the threads are part of it.
 
-    It covers the code of `sources`, the cell, its settings and its data, but neither the device nor the threads.
+    Attributes:
+        code: the files and folders of code that dvc.yaml lists for its training.
+        settings: the cell, and its sections of params.yaml with their defaults.
+        data: its prepared data.
     """
-    digest = hashlib.sha256()
-    for source in sources(cell):
-        files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
-        for file in files:
-            content = file.read_bytes()
-            digest.update(f"{file.as_posix()} {len(content)}\n".encode() + content)
-    described = [dataclasses.asdict(cell), settings(cell, params), data_meta(cell, params)["fingerprint"]]
-    digest.update(json.dumps(described, sort_keys=True).encode())
-    return digest.hexdigest()
+
+    code: str
+    settings: str
+    data: str
+
+    def __str__(self) -> str:
+        return f"{self.code}-{self.settings}-{self.data}"
+
+
+def fingerprint(cell: Cell, params: Params) -> Fingerprint:
+    """What a result of the cell would be made from now, which an interrupted run must share with its checkpoint."""
+    sources = cell_sources(cell, "train", params.profile)
+    code = {dep: hash_of(dep) for dep in sources if not dep.startswith(_MADE)}
+    return Fingerprint(_digest(code), settings_fingerprint(cell, params), data_meta(cell, params)["fingerprint"])
+
+
+def settings_fingerprint(cell: Cell, params: Params) -> str:
+    return _digest([dataclasses.asdict(cell), settings(cell, params)])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from schoenbat.errors import UserError, list_choices
 from schoenbat.files import write_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +24,19 @@ _PACKAGES = ("schoenbat", "pipeline")
 
 def load_checked(path: Path = PARAMS_FILE) -> "Params":
     """All of a params file; raises UserError in one line that names the key."""
-    from pipeline.grid.cells import check_models, expand, trained_cells
+    from pipeline.grid.cells import check_models, expand
     from pipeline.grid.params import load_params
 
     digest = _digest(path)
     params = load_params(path)
     if not _is_recorded(digest):
-        trained_cells(params)
-        check_models(params, expand(params))
+        cells = expand(params)
+        ids = [cell.id for cell in cells]
+        for name in params.errors.trained:
+            if name not in ids:
+                choices = list_choices(name, ids)
+                raise UserError(f"{path}: errors.trained: the grid has no cell {name!r}; choose from: {choices}")
+        check_models(params, cells)
         if path == PARAMS_FILE:
             write_bytes(_RECORD, digest.encode())
     return params

@@ -1,89 +1,93 @@
-"""Which cells are finished and up to date, told in milliseconds from dvc.lock, params.yaml and the code.
+"""What has to run, told in a fraction of a second from files alone: code, settings, results, and what is on record.
 
-`dvc status` is the exact answer, but it takes seconds and waits for stages that run. Here prepared data and results
-count as what dvc.lock says of them as long as they are there: only who edits those by hand sees a difference.
+A stage is on record when dvc.lock holds it as it is now. It is made when its receipt does: who runs a stage leaves one
+beside the checkpoints, with the hashes of what it was made from and of what it made. What is made but not on record, as
+after a grid that was killed, only has to be told to DVC.
 """
 
-import functools
-import hashlib
+import configparser
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
+from pipeline.files import write_json
+from pipeline.grid.graph import Graph, Stage, lookup
+from pipeline.hashes import Hashes
+from pipeline.record.lock_file import Entry, parse_block, read_blocks
 
-from pipeline.grid.axes import Cell, preprocess_stage, sources
-from pipeline.record.dvc_lock import Loader, read_blocks
-
-_HASHED = re.compile(r"^    - path: (.+)\n      hash: md5\n      md5: (\S+)$", re.MULTILINE)
-_PARAMS = re.compile(r"^    params:\n      params\.yaml:\n((?: {8}.*\n)+)", re.MULTILINE)
-_IGNORED = re.compile(r"__pycache__|\.pyc$|\.tmp$")
+State = Literal["recorded", "made", "due"]
+_RECEIPTS = Path("checkpoints/made")
 
 
-def finished_cells(cells: Sequence[Cell], profile: str, settings: dict[str, Any]) -> set[Cell]:
-    """Those of `cells` that need not be run.
+def stage_states(
+    graph: Graph, settings: Mapping[str, Any], hashes: Hashes, names: Iterable[str] | None = None
+) -> dict[str, State]:
+    """How each stage stands.
 
     Args:
+        graph: all stages.
         settings: the content of params.yaml.
+        hashes: of the files now.
+        names: the stages in question; all by default. What one of them needs must be among them.
+
+    Raises:
+        UserError: dvc.lock is damaged.
     """
     blocks = read_blocks()
-    md5_of = functools.cache(_md5)
-
-    def is_fresh(stage: str, inputs: dict[str, str]) -> bool:
-        block = blocks.get(stage)
-        if block is None:
-            return False
-        needs, _, makes = block.partition("    outs:\n")
-        known = dict(_HASHED.findall(needs))
-        found = _PARAMS.search(needs)
-        params = {} if found is None else _parsed(found[1])
-        return (
-            all(known.get(path) == md5 for path, md5 in inputs.items())
-            and all(md5 == md5_of(Path(path)) for path, md5 in known.items() if path.startswith("schoenbat/"))
-            and all(_value(settings, key) == value for key, value in params.items())
-            and all(Path(path).exists() for path, _ in _HASHED.findall(makes))
-        )
-
-    def made(stage: str) -> dict[str, str]:
-        return dict(_HASHED.findall(blocks.get(stage, "").partition("    outs:\n")[2]))
-
-    data: dict[str, dict[str, str] | None] = {}
-    for task in {cell.task for cell in cells}:
-        stage = preprocess_stage(profile, task)
-        outs = {path: md5 for path, md5 in made(stage).items() if path.startswith("data/")}
-        data[task] = outs if is_fresh(stage, {}) else None
-    finished = set()
-    for cell in cells:
-        arrays, train = data[cell.task], cell.stage("train", profile)
-        if arrays is None or not is_fresh(train, arrays | {path.as_posix(): md5_of(path) for path in sources(cell)}):
+    cache = _cache_folder()
+    wanted = None if names is None else set(names)
+    states: dict[str, State] = {}
+    for name, stage in graph.stages.items():
+        if wanted is not None and name not in wanted:
             continue
-        best = (cell.run_folder(profile) / "best.pt").as_posix()
-        if is_fresh(cell.stage("evaluate", profile), arrays | {best: made(train).get(best, "")}):
-            finished.add(cell)
-    return finished
+        if any(states[need] == "due" for need in graph.needs[name]):
+            states[name] = "due"
+        elif name in blocks and is_current(stage, found := parse_block(blocks[name]), settings, hashes):
+            lost = any(not _is_cached(cache, found.outs[out]) for out in stage.cached)
+            states[name] = "made" if lost else "recorded"
+        else:
+            receipt = read_receipt(name)
+            made = receipt is not None and is_current(stage, receipt, settings, hashes)
+            states[name] = "made" if made else "due"
+    hashes.save()
+    return states
 
 
-@functools.cache
-def _parsed(block: str) -> dict[str, Any]:
-    return yaml.load(block, Loader)
+def is_current(stage: Stage, entry: Entry, settings: Mapping[str, Any], hashes: Hashes) -> bool:
+    """Whether `entry` says of the stage what is there now."""
+    return (
+        entry.command == " ".join(stage.command.split())
+        and entry.deps.keys() == set(stage.deps)
+        and entry.outs.keys() == set(stage.outs)
+        and entry.params == {key: lookup(settings, key) for key in stage.params}
+        and all(md5 != "" and md5 == hashes.of(path) for path, md5 in {**entry.deps, **entry.outs}.items())
+    )
 
 
-def _value(settings: Any, key: str) -> Any:
-    for part in key.split("."):
-        settings = settings.get(part) if isinstance(settings, dict) else None
-    return settings
+def write_receipt(name: str, entry: Entry) -> None:
+    write_json(receipt_file(name), asdict(entry))
 
 
-def _md5(path: Path) -> str:
-    """The hash that DVC gives a file or a folder; "" if there is none."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _IGNORED.search(str(file)))
-        entries = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
-        entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
-        return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+def receipt_file(name: str) -> Path:
+    return _RECEIPTS / f"{name}.json"
+
+
+def read_receipt(name: str) -> Entry | None:
+    """What the last run of a stage says that it made; None if there is none, or only a part of one."""
     try:
-        return hashlib.md5(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return ""
+        return Entry(**json.loads(receipt_file(name).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _cache_folder() -> Path | None:
+    """Where DVC keeps copies of outs; None where the project's configuration says another place."""
+    config = configparser.ConfigParser()
+    config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
+    return None if config.has_option("cache", "dir") else Path(".dvc/cache/files/md5")
+
+
+def _is_cached(cache: Path | None, md5: str) -> bool:
+    return cache is None or (cache / md5[:2] / md5[2:]).exists()
