@@ -48,10 +48,10 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Train one cell; an interrupted run goes on from its checkpoint."""
-    params = load()
     from pipeline.grid.cells import make_cell
     from pipeline.stages import train as stage
 
+    params = load()
     cell = make_cell(params, task, attn, dotf, former, seed)
     stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart)
 
@@ -66,46 +66,46 @@ def evaluate(
     device: DeviceOption = None,
 ) -> None:
     """Test the best weights of one trained cell."""
-    params = load()
     from pipeline.grid.cells import make_cell
     from pipeline.stages import evaluate as stage
 
+    params = load()
     stage.run(params, make_cell(params, task, attn, dotf, former, seed), device_name=device or params.run.device)
 
 
 @app.command()
 def download(task: TaskOption) -> None:
     """Fetch and verify the raw data of one task."""
-    params = load()
     from pipeline.stages import download as stage
 
+    params = load()
     stage.run(params, task)
 
 
 @app.command()
 def preprocess(task: TaskOption) -> None:
     """Turn the raw data of one task into the arrays that training reads."""
-    params = load()
     from pipeline.stages import preprocess as stage
 
+    params = load()
     stage.run(params, task)
 
 
 @app.command()
 def report() -> None:
     """Build tables and figures from what is finished."""
-    params = load()
     from pipeline.stages import report as stage
 
+    params = load()
     stage.run(params)
 
 
 @app.command()
 def bench() -> None:
     """Time all mechanisms side by side in one process."""
-    params = load()
     from pipeline.stages import bench as stage
 
+    params = load()
     stage.run(params, Path("runs", params.profile, "bench.csv"))
 
 
@@ -116,10 +116,10 @@ def errors(
     ] = None,
 ) -> None:
     """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
-    params = load()
     from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
+    params = load()
     folder = Path("runs", params.profile)
     if cell is None:
         stage.run(params, folder / "errors.csv")
@@ -130,12 +130,14 @@ def errors(
 
 def load() -> "Params":
     """The settings: params.yaml, or under a grid those of its start."""
+    from pipeline.grid.code import check_code
     from pipeline.grid.components import link_components
     from pipeline.grid.params import load_params
     from pipeline.grid.settings import PARAMS_FILE
 
     params = load_params(Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE)))
     link_components()
+    check_code()
     return params
 
 
