@@ -57,10 +57,10 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Train one cell; an interrupted run goes on from its checkpoint."""
-    params = load(profile)
     from pipeline.grid.cells import make_cell
     from pipeline.stages import train as stage
 
+    params = load(profile)
     cell = make_cell(params, task, attn, dotf, former, seed)
     stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart)
 
@@ -76,46 +76,46 @@ def evaluate(
     profile: ProfileOption = None,
 ) -> None:
     """Test the best weights of one trained cell."""
-    params = load(profile)
     from pipeline.grid.cells import make_cell
     from pipeline.stages import evaluate as stage
 
+    params = load(profile)
     stage.run(params, make_cell(params, task, attn, dotf, former, seed), device_name=device or params.run.device)
 
 
 @app.command()
 def download(task: TaskOption) -> None:
     """Fetch and verify the raw data of one task."""
-    params = load()
     from pipeline.stages import download as stage
 
+    params = load()
     stage.run(params, task)
 
 
 @app.command()
 def preprocess(task: TaskOption, profile: ProfileOption = None) -> None:
     """Turn the raw data of one task into the arrays that training reads."""
-    params = load(profile)
     from pipeline.stages import preprocess as stage
 
+    params = load(profile)
     stage.run(params, task)
 
 
 @app.command()
 def report(profile: ProfileOption = None) -> None:
     """Build tables and figures from what is finished."""
-    params = load(profile)
     from pipeline.stages import report as stage
 
+    params = load(profile)
     stage.run(params)
 
 
 @app.command()
 def bench(profile: ProfileOption = None) -> None:
     """Time all mechanisms side by side in one process."""
-    params = load(profile)
     from pipeline.stages import bench as stage
 
+    params = load(profile)
     stage.run(params, Path("runs", params.profile, "bench.csv"))
 
 
@@ -127,10 +127,10 @@ def errors(
     profile: ProfileOption = None,
 ) -> None:
     """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
-    params = load(profile)
     from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
+    params = load(profile)
     folder = Path("runs", params.profile)
     if cell is None:
         stage.run(params, folder / "errors.csv")
@@ -142,6 +142,7 @@ def errors(
 def load(profile: str | None = None) -> "Params":
     """The settings: params.yaml, or under a grid those of its start; UserError if they are of another profile."""
     from pipeline.grid.checked import load_checked
+    from pipeline.grid.code import check_code
     from pipeline.grid.components import link_components
     from pipeline.grid.settings import PARAMS_FILE
 
@@ -150,6 +151,7 @@ def load(profile: str | None = None) -> "Params":
     if profile is not None and profile != params.profile:
         raise UserError(f"{path} is of profile {params.profile!r}, not {profile!r}")
     link_components()
+    check_code()
     return params
 
 

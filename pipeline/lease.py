@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 LEASE_VARIABLE = "SCHOENBAT_LEASE"
+STAGE_VARIABLE = "DVC_STAGE"
+"""Tells a command which stage it is; DVC sets it too."""
 OUTCOME_VARIABLE = "SCHOENBAT_OUTCOME_FILE"
 """Names a file into which a failing command writes {"kind": ..., "message": ...}."""
 TOUCH_SECONDS = 2.0

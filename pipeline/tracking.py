@@ -104,7 +104,7 @@ def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Sc
         client, experiment, parent = _patiently(lambda: _connect(profile))
         identity = _identity(cell, fingerprint, parent)
         axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
-        tags = {"git_sha": git_revision(), "dvc_stage": cell.stage("train", profile)}
+        tags = {"git_sha": git_revision(), "dvc_stage": os.environ.get("DVC_STAGE", "")}
 
         def open_run() -> CellRun:
             run = _newest_run(client, experiment, identity)

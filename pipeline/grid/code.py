@@ -31,7 +31,7 @@ def check_code() -> None:
                 _compare(Path(file), name)
     for path, digest in _fixed.items():
         if hash_of(path) != digest:
-            raise UserError(f"{path} has changed since the grid started; run again to use it as it is now")
+            raise UserError(f"{path} has changed since the grid started; run again to use it as it is")
 
 
 def _compare(file: Path, name: str) -> None:

@@ -72,6 +72,9 @@ class Graph:
     gathers: Mapping[str, tuple[str, ...]]
     given: Mapping[str, tuple[str, ...]]
 
+    def cell_stages(self) -> list[str]:
+        return [name for name, stage in self.stages.items() if stage.cell is not None]
+
     def upstream(self, names: Iterable[str]) -> set[str]:
         """`names` and all stages that they need."""
         found: set[str] = set()

@@ -163,7 +163,7 @@ class _Run:
         for job in self._jobs:
             state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
         cells = [cell.id for cell in self._chosen]
-        options = Options(folder, environment, at_once, params.run.retries, self._wishes.fail_fast)
+        options = Options(folder, environment, at_once, params.run.retries, self._wishes.fail_fast, self._holds)
         try:
             with session.StopSignals() as stops, show_grid(params.profile, cells, state) as show:
                 try:
@@ -191,6 +191,10 @@ class _Run:
         if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
             self._ended[event.job] = event
         self._recorded(self._recorder.poll())
+
+    def _holds(self, job: Job) -> bool:
+        """What gathers results reads files that DVC touches when it records them."""
+        return not self._recorder.is_idle() and any(self._graph.gathers[stage.name] for stage in job.stages)
 
     def _recorded(self, names: Sequence[str]) -> None:
         _drop_checkpoints(self._params, self._graph, list(names))

@@ -20,13 +20,11 @@ from pathlib import Path
 from pipeline.files import read_json
 from pipeline.hashes import Hashes, hash_of
 from pipeline.launch import OUTCOME_VARIABLE, Work
-from pipeline.lease import STOPPED, watch
+from pipeline.lease import STAGE_VARIABLE, STOPPED, watch
 from pipeline.record.freshness import receipt_file, write_receipt
 from pipeline.record.lock_file import Entry
 
 _PROGRAM = "schoenbat-exp"
-STAGE_VARIABLE = "DVC_STAGE"
-"""DVC, too, tells a command in this variable which stage it is."""
 
 
 def work(file: Path, environment: Mapping[str, str], log: Path) -> None:
@@ -83,9 +81,7 @@ def do_job(file: Path) -> int:
         return 1
     except Exception as error:  # noqa: BLE001 - whatever a stage raises that is no outcome is told, and ends the job
         traceback.print_exc()
-        _tell(
-            "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}", name
-        )
+        _tell("failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", name)
         return 1
     return 0
 
@@ -99,9 +95,7 @@ def _run(stage: Work) -> int:
     deps = {path: hashes.of(path) for path in stage.deps}
     for path, fixed in stage.deps.items():
         if not deps[path] or (fixed is not None and deps[path] != fixed):
-            what = (
-                "has changed since the grid started; run again to use it as it is now" if deps[path] else "is missing"
-            )
+            what = "has changed since the grid started; run again to use it as it is" if deps[path] else "is missing"
             print(f"error: {stage.name}: {path} {what}", file=sys.stderr)
             _tell("usage", f"{path} {what}", stage.name)
             return 2

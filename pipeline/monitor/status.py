@@ -13,9 +13,11 @@ from typing import Any
 
 from pipeline.grid.axes import Cell, GridParams, expand_grid
 from pipeline.grid.checked import ensure_checked
+from pipeline.grid.graph import read_graph
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.hashes import Hashes
 from pipeline.lease import EXPIRY_SECONDS
-from pipeline.record.freshness import finished_cells
+from pipeline.record.freshness import stage_states
 from schoenbat.registry import build_config
 
 STATE_FILE = "grid.json"
@@ -80,16 +82,24 @@ def take_snapshot() -> Snapshot:
     state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "lease": ""}
     running = _is_touched(Path(state["lease"])) if state["lease"] else False
     jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
-    finished = finished_cells(cells, profile, settings)
+    finished = _finished(settings)
     rows = []
     for cell in cells:
         if running and cell.id in jobs:
             rows.append(job_row(profile, cell.id, jobs[cell.id]))
-        elif cell in finished:
+        elif cell.id in finished:
             rows.append(Row(cell.id, "done"))
         else:
             rows.append(_idle_row(profile, cell))
     return assemble(profile, running, rows, jobs if running else {})
+
+
+def _finished(settings: Mapping[str, Any]) -> set[str]:
+    """The ids of the cells of which no stage has to run."""
+    graph = read_graph(settings)
+    states = stage_states(graph, settings, Hashes(), graph.upstream(graph.cell_stages()))
+    due = {graph.stages[name].cell for name, state in states.items() if state == "due"}
+    return {cell for name in states if (cell := graph.stages[name].cell) is not None and cell not in due}
 
 
 def assemble(profile: str, running: bool, rows: list[Row], jobs: Mapping[str, Mapping[str, Any]]) -> Snapshot:

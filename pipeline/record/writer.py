@@ -18,6 +18,7 @@ from schoenbat.files import write_bytes
 
 _BEFORE = Path(".dvc/tmp/dvc.lock.before")
 _RWLOCK = Path(".dvc/tmp/rwlock")
+_PROGRAMS = ("dvc", "schoenbat-exp", "pipeline.cli", "pytest")
 _PAUSE_FACTOR = 4.0
 """Between two batches passes so many times what the last one took, so that cells have the machine."""
 _LEAST_PAUSE_SECONDS = 2.0
@@ -50,6 +51,11 @@ class Recorder:
             self._batch = self._executor.submit(_timed, names)
         return done
 
+    def is_idle(self) -> bool:
+        """Whether nothing is left to record; if something is, it is begun at the next `poll`."""
+        self._next = 0.0
+        return self._batch is None and not self._waiting
+
     def finish(self) -> list[str]:
         """Record everything that is left; the stages that have got on record. `failed` has the others, with why."""
         end, done = time.monotonic() + _LOCKED_SECONDS, []
@@ -57,10 +63,7 @@ class Recorder:
             self._next = 0.0
             done += self.poll()
             if self._batch is not None:
-                with contextlib.suppress(Exception):
-                    self._batch.result()
                 done += self._take_back()
-        self._executor.shutdown()
         return done
 
     def _retry(self) -> bool:
@@ -109,12 +112,13 @@ def record(names: Sequence[str]) -> dict[str, str]:
                 try:
                     results[name] = _prepare(repo, name, ready)
                 except (DvcException, OSError) as error:
+                    # Such as a stage that dvc.yaml does not have any more.
                     results[name] = _reason(error)
             if ready:
                 ready[0].dvcfile.dump_stages(ready, update_pipeline=False)
     except LockError:
         return dict.fromkeys(names, _LOCKED)
-    except (DvcException, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - DVC lets through what its databases raise
         return dict.fromkeys(names, _reason(error))
     return results
 
@@ -205,10 +209,8 @@ def drop_stale_rwlock(path: Path = _RWLOCK) -> None:
     """
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        holders = [
-            *listed.get("write", {}).values(),
-            *(each for read in listed.get("read", {}).values() for each in read),
-        ]
+        readers = [reader for each in listed.get("read", {}).values() for reader in each]
+        holders = [*listed.get("write", {}).values(), *readers]
         if any(_runs(holder["pid"]) for holder in holders):
             return
     except FileNotFoundError:
@@ -221,8 +223,7 @@ def drop_stale_rwlock(path: Path = _RWLOCK) -> None:
 def _runs(number: int) -> bool:
     try:
         process = psutil.Process(number)
-        return process.status() != psutil.STATUS_ZOMBIE and any(
-            "dvc" in word or "schoenbat" in word or "pipeline" in word for word in process.cmdline()
-        )
+        command = " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and any(name in command for name in _PROGRAMS)
     except psutil.Error:
         return False

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.files import read_json
-from pipeline.grid.cells import Cell, expand, summary_file
+from pipeline.grid.cells import Cell, expand, settings_fingerprint, summary_file
 from pipeline.grid.params import Params
 from schoenbat.kernels import KERNELS
 from schoenbat.tasks import TASKS
@@ -144,7 +144,8 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
         else:
             setting.unavailable[task] = TASKS.get(task).how_to_get
     for cell in cells:
-        rows += _cell_rows(cell, root / cell.run_folder(profile), fingerprints.get(cell.task), setting)
+        wanted = (settings_fingerprint(cell, params), fingerprints.get(cell.task))
+        rows += _cell_rows(cell, root / cell.run_folder(profile), wanted, setting)
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
     rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
@@ -166,7 +167,7 @@ def _data_rows(task: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> list[dict[str, Any]]:
+def _cell_rows(cell: Cell, folder: Path, wanted: tuple[str, str | None], setting: Setting) -> list[dict[str, Any]]:
     """Observations on one cell; notes in `setting` where it stands."""
     key = dataclasses.asdict(cell) | {"dotf": cell.dotf or ""}
     values = dict.fromkeys(
@@ -175,9 +176,7 @@ def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> 
     rows = []
     metrics = _read(folder / "metrics.json")
     test = _read(folder / "test.json")
-    current = (
-        metrics is not None and metrics["steps"] == setting.steps[cell.task] and metrics["data_fingerprint"] == data
-    )
+    current = metrics is not None and (metrics["fingerprint"]["settings"], metrics["fingerprint"]["data"]) == wanted
     if metrics is not None and current:
         values |= {
             "dev_accuracy": metrics["best_dev_accuracy"],
@@ -190,7 +189,7 @@ def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> 
         threads = resources["threads"]
         setting.devices.add(f"{resources['device']}, {threads} thread{'s' if threads > 1 else ''}")
         setting.revisions.add(resources["git_revision"])
-    if metrics is not None and current and test is not None and test["best_step"] == metrics["best_step"]:
+    if metrics is not None and current and test is not None and test["fingerprint"] == metrics["fingerprint"]:
         values |= {"test_accuracy": test["accuracy"], "test_loss": test["loss"]}
     elif metrics is not None and not current:
         setting.outdated.append(cell.id)

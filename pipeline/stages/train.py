@@ -1,6 +1,7 @@
 """Stage `train`: one cell, from prepared data to its best weights, its learning curve and its figures."""
 
 import dataclasses
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -13,8 +14,18 @@ import torch
 from pipeline import tracking
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, remove_unfinished, write_csv, write_json
-from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint, settings
-from pipeline.grid.params import Params, task_section
+from pipeline.grid.cells import (
+    Cell,
+    Fingerprint,
+    data_folder,
+    data_meta,
+    fingerprint,
+    settings,
+    settings_fingerprint,
+)
+from pipeline.grid.code import check_code
+from pipeline.grid.params import Params, load_params, task_section
+from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.stopping import Stopped, stop_request
 from schoenbat.data.arrays import Dataset
@@ -29,7 +40,8 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
     Writes best.pt, curves.csv, resources.json and, last, metrics.json into the cell's run folder, each complete or not
-    at all, and then drops the checkpoint. With `save` false nothing is written or logged.
+    at all. Then the checkpoint goes, unless a grid or DVC is about to put the results on record: it stays until that
+    is done. With `save` false nothing is written or logged.
 
     Args:
         restart: discard a checkpoint of an interrupted run.
@@ -57,11 +69,12 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     for folder in (checkpoint.parent, cell.run_folder(params.profile)):
         remove_unfinished(folder)
     described = description(cell, params, meta)
+    check_code()
     identity = fingerprint(cell, params)
     stop = Event()
     with (
         stop_request(stop.set),
-        tracking.cell_run(cell, identity, params.profile, flat(described)) as tracked,
+        tracking.cell_run(cell, str(identity), params.profile, flat(described)) as tracked,
     ):
         result = _fit(cell, params, model, dataset, device, checkpoint, tracked, stop.is_set)
         tracked.log_evaluations(result.evaluations)
@@ -75,11 +88,20 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         )
         resources = _resources(result, device, tracked.run_id)
         write_json(folder / "resources.json", resources)
-        write_json(folder / "metrics.json", _metrics(cell, params, meta, model, result))
+        write_json(folder / "metrics.json", _metrics(cell, params, meta, model, result, identity))
         tracked.log_model(model, best)
         tracked.log_resources(resources)
-    checkpoint.unlink(missing_ok=True)
+    if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
+        checkpoint.unlink(missing_ok=True)
+    elif LEASE_VARIABLE not in os.environ:
+        _check_unchanged(cell, params, identity)
     _print_result(cell, result)
+
+
+def _check_unchanged(cell: Cell, params: Params, identity: Fingerprint) -> None:
+    """DVC would put on record what is there now as what the results were made from."""
+    if fingerprint(cell, params) != identity or settings_fingerprint(cell, load_params()) != identity.settings:
+        raise UserError(f"code, settings or data of {cell.id} have changed while it was trained; run again")
 
 
 def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
@@ -154,7 +176,7 @@ def _fit(
                 seed=cell.seed,
                 device=device,
                 checkpoint=checkpoint,
-                fingerprint=fingerprint(cell, params),
+                fingerprint=str(fingerprint(cell, params)),
                 on_step=on_step,
                 on_evaluation=on_evaluation,
                 stop=stop,
@@ -194,7 +216,9 @@ def _gpu_use(device: torch.device) -> dict[str, int]:
         return {}
 
 
-def _metrics(cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult) -> dict[str, Any]:
+def _metrics(
+    cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult, identity: Fingerprint
+) -> dict[str, Any]:
     """The figures of a training that do not depend on how fast it ran."""
     return {
         "cell": cell.id,
@@ -209,7 +233,7 @@ def _metrics(cell: Cell, params: Params, meta: dict[str, Any], model: Classifier
         "train_examples": meta["splits"]["train"],
         "dev_examples": meta["splits"]["dev"],
         "data": meta["label"],
-        "data_fingerprint": meta["fingerprint"],
+        "fingerprint": dataclasses.asdict(identity),
         "attention": params.attention[cell.attn],
     }
 

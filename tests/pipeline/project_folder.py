@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.grid.graph import read_graph
+from pipeline.launch import Job, Work
+
 ROOT = Path(__file__).parents[2]
 
 SETTINGS: dict[str, Any] = {
@@ -80,6 +83,13 @@ class Project:
     def add_dvc(self) -> None:
         self.add_code()
         init_dvc(self.folder)
+
+
+def job(name: str, stages: tuple[str, ...], **options: Any) -> Job:
+    """A job of stages of the dvc.yaml in the current folder."""
+    graph = read_graph({})
+    work = (Work(stage.name, stage.command, outs=stage.outs) for stage in map(graph.stages.__getitem__, stages))
+    return Job(name, tuple(work), **options)
 
 
 def init_dvc(folder: Path) -> None:
