@@ -70,7 +70,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
         due |= {name for name in wanted if any(other in due for other in graph.gathers[name])}
         made = [name for name in wanted if states[name] == "made" and name not in due]
         cells_in_words, stages = counted(len(chosen), "cell"), counted(len(wanted), "stage")
-        title = f"profile {params.profile}: {cells_in_words}, {len(due)} of {stages} to run"
+        title = f"profile {params.profile}: {cells_in_words}, {len(due):,} of {stages} to run"
         if not due and not made:
             _drop_checkpoints(params, graph, wanted)
             nothing = f"nothing to do: all {cells_in_words} of profile {params.profile} and the report are up to date"
