@@ -84,11 +84,11 @@ def evaluate(
 
 
 @app.command()
-def download(task: TaskOption) -> None:
+def download(task: TaskOption, profile: ProfileOption = None) -> None:
     """Fetch and verify the raw data of one task."""
     from pipeline.stages import download as stage
 
-    params = load()
+    params = load(profile)
     stage.run(params, task)
 
 

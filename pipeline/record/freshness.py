@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pipeline.files import write_json
 from pipeline.grid.graph import Graph, Stage, lookup
+from pipeline.grid.sources import is_outdated
 from pipeline.hashes import Hashes
 from pipeline.record.lock_file import Entry, parse_block, read_blocks
 
@@ -42,7 +43,9 @@ def stage_states(
     for name, stage in graph.stages.items():
         if wanted is not None and name not in wanted:
             continue
-        if any(states[need] == "due" for need in graph.needs[name]):
+        if any(states[need] == "due" for need in graph.needs[name]) or any(
+            is_outdated(Path(out), hashes) for out in stage.persistent
+        ):
             states[name] = "due"
         elif name in blocks and is_current(stage, found := parse_block(blocks[name]), settings, hashes):
             lost = any(not _is_cached(cache, found.outs[out]) for out in stage.cached)

@@ -71,7 +71,8 @@ def fetch(
     """Put `file` at `destination`, from the mirror folder if it lies there, else from the first URL that works.
 
     A destination that is already there is verified and kept; one without a published checksum is replaced where the
-    mirror has another file now. Concurrent calls wait for each other.
+    mirror has another file now, or where it came from a URL that is not among those of `file`. Concurrent calls wait
+    for each other.
 
     Args:
         mirror: a folder, only ever read; None for none.
@@ -89,7 +90,7 @@ def fetch(
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _locked(_part(destination)) as target:
         origin = mirror / file.mirror_path if mirror else None
-        if destination.exists() and not (file.checksum is None and _differs(origin, destination)):
+        if destination.exists() and not (file.checksum is None and _is_other(file, origin, destination)):
             with open(destination, "rb") as present:
                 problem = _problem(present, file, file.size if file.size_is_exact else None, is_new=False)
             if problem:
@@ -102,6 +103,7 @@ def fetch(
             if problem:
                 target.truncate(0)
                 raise CorruptFile(f"{origin} is corrupt: {problem}")
+            _url_record(destination).unlink(missing_ok=True)
             _put_in_place(target, destination)
             return "mirror"
         if not file.urls:
@@ -116,6 +118,8 @@ def fetch(
                 continue
             problem = _problem(target, file, size)
             if not problem:
+                if file.checksum is None:
+                    _url_record(destination).write_text(url, encoding="utf-8")
                 _put_in_place(target, destination)
                 return url
             target.truncate(0)
@@ -125,9 +129,17 @@ def fetch(
         raise kind(f"{destination.name} cannot be downloaded: {'; '.join(failures)}")
 
 
-def _differs(origin: Path | None, destination: Path) -> bool:
-    """Whether the mirror has a file of this name with another content."""
-    return origin is not None and origin.is_file() and not filecmp.cmp(origin, destination, shallow=False)
+def _is_other(file: RemoteFile, origin: Path | None, destination: Path) -> bool:
+    """Whether what is there is not the file of the mirror, or came from a URL that is not asked any more."""
+    if origin is not None and origin.is_file():
+        return not filecmp.cmp(origin, destination, shallow=False)
+    record = _url_record(destination)
+    return record.is_file() and record.read_text(encoding="utf-8") not in file.urls
+
+
+def _url_record(destination: Path) -> Path:
+    """Where a file without a published checksum came from."""
+    return destination.with_name(destination.name + ".url")
 
 
 def _part(destination: Path) -> Path:
