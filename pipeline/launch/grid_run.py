@@ -52,6 +52,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
     chosen = select(cells, **wishes.filters)
     check_models(params, chosen)
     check_code()
+    session.outlive_readers()
     backend, at_once, kind = _backend(params, wishes, slurm)
     with session.only_grid(_LOGS, lambda text: print(text, flush=True)):
         settings = read_yaml(PARAMS_FILE)
@@ -138,7 +139,7 @@ class _Run:
         """Run the jobs, say how it went, and return the exit code."""
         params, folder = self._params, _LOGS / self._params.profile
         Path("runs", params.profile).mkdir(parents=True, exist_ok=True)
-        for written in (Path(), _LOGS, folder, Path("checkpoints/made")):
+        for written in (Path(), _LOGS, folder, Path("checkpoints/made"), Path(".dvc/tmp")):
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
@@ -158,7 +159,7 @@ class _Run:
                             self._note(event)
                 finally:
                     lease.end()
-                    self._recorded(self._recorder.finish())
+                    self._recorded(self._recorder.finish(patient=stops() < 2))
         finally:
             lease.end()
             self._close(backend)

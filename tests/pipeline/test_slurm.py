@@ -161,7 +161,7 @@ def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -
 def test_an_attempt_that_cannot_even_be_handed_over_is_a_failure_with_a_reason(stages: Path) -> None:
     Path("logs").mkdir()
     # A file where a folder is needed.
-    Path("logs/slurm").write_text("")
+    Path("logs/.slurm").write_text("")
     (*_, last) = run(RUN, job("good", ("good",)))
     assert last.state == "failed"
     assert last.text.startswith("could not be started")
