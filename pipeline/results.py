@@ -1,10 +1,8 @@
-"""What a cell writes into its run folder, as types; read and written here alone.
+"""What a cell writes, as types; read and written here alone.
 
-best.pt         the weights after the best step, and what they belong to (`schoenbat.training.save_model`)
-metrics.json    `Metrics`, written last: a folder that has it has all of the training
-curves.csv      one `Evaluation` per row
-resources.json  `Resources`: what the training took, which differs from run to run and is no output of DVC
-test.json       `TestScore`
+In its run folder, and kept by DVC: best.pt, the weights after the best step and what they belong to; metrics.json,
+`Metrics`, written last, so that a folder that has it has all of the training; curves.csv, one `Evaluation` per row;
+test.json, `TestScore`. Beside its checkpoint: resources.json, `Resources`, which differs from run to run.
 """
 
 import csv
@@ -52,6 +50,7 @@ class Metrics:
         best_step: of the dev accuracy.
         data: the label of the data.
         attention: the section of the mechanism.
+        device: such as "cpu (AMD EPYC 9R14)".
     """
 
     cell: str
@@ -71,6 +70,10 @@ class Metrics:
     dev_examples: int
     data: str
     attention: dict[str, Any]
+    device: str
+    threads: int
+    torch: str
+    git_revision: str
     fingerprint: Fingerprint
 
 
@@ -90,31 +93,34 @@ class TestScore:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a training took, over all its processes, and where it ran.
+    """What a training took, over all its processes.
 
     Attributes:
-        device: such as "cpu (AMD EPYC 9R14)".
+        device: as in `Metrics`.
         resumed: how often it went on from a checkpoint.
         run_id: of MLflow.
     """
 
     device: str
-    threads: int
     seconds: float
     steps_per_second: float
     tokens_per_second: float
     peak_memory_mb: float
-    git_revision: str
-    torch: str
     resumed: int
     run_id: str
 
 
 @dataclass(frozen=True)
 class CellResults:
-    """The run folder of a cell. What is absent is None; what is damaged is a UserError."""
+    """What a cell of a profile has left. What is absent is None; what is damaged is a UserError."""
 
-    folder: Path
+    profile: str
+    cell: str
+    root: Path = Path()
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / self.profile / self.cell
 
     @property
     def best(self) -> Path:
@@ -127,7 +133,11 @@ class CellResults:
         return _read(TestScore, self.folder / "test.json")
 
     def resources(self) -> Resources | None:
-        return _read(Resources, self.folder / "resources.json")
+        return _read(Resources, self._timings)
+
+    @property
+    def _timings(self) -> Path:
+        return self.root / "checkpoints" / self.profile / self.cell / "resources.json"
 
     def curve(self) -> list[dict[str, float]]:
         """The evaluations, in order; none if there is no file."""
@@ -137,7 +147,7 @@ class CellResults:
     def write_training(self, evaluations: "Iterable[Evaluation]", resources: Resources, metrics: Metrics) -> None:
         rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
         write_csv(self.folder / "curves.csv", list(rows[0]), [list(row.values()) for row in rows])
-        write_json(self.folder / "resources.json", dataclasses.asdict(resources))
+        write_json(self._timings, dataclasses.asdict(resources))
         write_json(self.folder / "metrics.json", dataclasses.asdict(metrics))
 
     def write_test(self, score: TestScore) -> None:

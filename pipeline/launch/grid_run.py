@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
             if made:
                 print(f"  and {len(made)} stages that are computed are put on record")
             return 0
-        _drop_checkpoints(params, graph, {name for name in wanted if states[name] == "recorded"})
+        _drop_checkpoints(params, graph, [name for name in wanted if states[name] == "recorded"])
         for cell in chosen if wishes.restart else ():
             (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
         print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
@@ -98,7 +98,7 @@ def _wanted(graph: Graph, chosen: Sequence[Cell], *, everything: bool) -> list[s
     return [name for name in graph.stages if name in found]
 
 
-def _drop_checkpoints(params: Params, graph: Graph, recorded: "set[str] | list[str]") -> None:
+def _drop_checkpoints(params: Params, graph: Graph, recorded: Iterable[str]) -> None:
     """A checkpoint goes when the record of what came of it stands."""
     for name in recorded:
         cell = graph.stages[name].cell
@@ -183,7 +183,7 @@ class _Run:
         return not self._recorder.is_idle() and any(self._graph.gathers[stage.name] for stage in job.stages)
 
     def _recorded(self, names: Sequence[str]) -> None:
-        _drop_checkpoints(self._params, self._graph, list(names))
+        _drop_checkpoints(self._params, self._graph, names)
 
     def _close(self, backend: Backend) -> None:
         try:

@@ -167,7 +167,7 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 def _taken(cell: Cell, profile: str) -> Resources | None:
     try:
-        return CellResults(cell.run_folder(profile)).resources()
+        return CellResults(profile, cell.id).resources()
     except UserError:
         # It decides nothing but the order.
         return None

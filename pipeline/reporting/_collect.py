@@ -145,7 +145,7 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
             setting.unavailable[task] = TASKS.get(task).how_to_get
     for cell in cells:
         wanted = (settings_fingerprint(cell, params), fingerprints.get(cell.task))
-        rows += _cell_rows(cell, root / cell.run_folder(profile), wanted, setting)
+        rows += _cell_rows(cell, CellResults(profile, cell.id, root), wanted, setting)
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
     rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
@@ -167,15 +167,16 @@ def _data_rows(task: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _cell_rows(cell: Cell, folder: Path, wanted: tuple[str, str | None], setting: Setting) -> list[dict[str, Any]]:
+def _cell_rows(
+    cell: Cell, results: CellResults, wanted: tuple[str, str | None], setting: Setting
+) -> list[dict[str, Any]]:
     """Observations on one cell; notes in `setting` where it stands."""
     key = dataclasses.asdict(cell) | {"dotf": cell.dotf or ""}
     values = dict.fromkeys(
         ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters"), float("nan")
     )
     rows = []
-    results = CellResults(folder)
-    metrics, test, resources = results.metrics(), results.test(), results.resources()
+    metrics, test = results.metrics(), results.test()
     current = metrics is not None and (metrics.fingerprint.settings, metrics.fingerprint.data) == wanted
     if metrics is not None and current:
         values |= {
@@ -190,9 +191,8 @@ def _cell_rows(cell: Cell, folder: Path, wanted: tuple[str, str | None], setting
             for name, value in row.items()
             if name != "step"
         ]
-        if resources is not None:
-            setting.devices.add(f"{resources.device}, {resources.threads} thread{'s' if resources.threads > 1 else ''}")
-            setting.revisions.add(resources.git_revision)
+        setting.devices.add(f"{metrics.device}, {metrics.threads} thread{'s' if metrics.threads > 1 else ''}")
+        setting.revisions.add(metrics.git_revision)
     if metrics is not None and current and test is not None and test.fingerprint == metrics.fingerprint:
         values |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
     elif metrics is not None and not current:

@@ -23,7 +23,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     Raises:
         UserError: the cell has not been trained, or best.pt belongs to other settings or other data than today's.
     """
-    results = CellResults(cell.run_folder(params.profile))
+    results = CellResults(params.profile, cell.id)
     best = results.best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")

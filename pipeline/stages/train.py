@@ -41,9 +41,9 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
 
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
-    Writes best.pt, curves.csv, resources.json and, last, metrics.json into the cell's run folder, each complete or not
-    at all. Then the checkpoint goes, unless a grid or DVC is about to put the results on record: it stays until that
-    is done. With `save` false nothing is written or logged.
+    Writes best.pt, curves.csv and, last, metrics.json into the cell's run folder, each complete or not at all. Then the
+    checkpoint goes, unless a grid or DVC is about to put the results on record: it stays until that is done. With
+    `save` false nothing is written or logged.
 
     Args:
         restart: discard a checkpoint of an interrupted run.
@@ -81,10 +81,11 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     ):
         result = _fit(cell, params, model, dataset, device, checkpoint, tracked, stop.is_set)
         tracked.log_evaluations(result.evaluations)
-        results = CellResults(cell.run_folder(params.profile))
+        results = CellResults(params.profile, cell.id)
         save_model(results.best, model, described | {"best_step": result.best_step})
         resources = _resources(result, device, tracked.run_id)
-        results.write_training(result.evaluations, resources, _metrics(cell, params, meta, model, result, identity))
+        metrics = _metrics(cell, params, meta, model, result, identity, device)
+        results.write_training(result.evaluations, resources, metrics)
         tracked.log_model(model, results.best)
         tracked.log_resources(dataclasses.asdict(resources))
     if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
@@ -228,7 +229,13 @@ def _gpu_use(device: torch.device) -> dict[str, int]:
 
 
 def _metrics(
-    cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult, identity: Fingerprint
+    cell: Cell,
+    params: Params,
+    meta: dict[str, Any],
+    model: Classifier,
+    result: FitResult,
+    identity: Fingerprint,
+    device: torch.device,
 ) -> Metrics:
     return Metrics(
         cell=cell.id,
@@ -244,6 +251,10 @@ def _metrics(
         dev_examples=meta["splits"]["dev"],
         data=meta["label"],
         attention=params.attention[cell.attn],
+        device=describe_device(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        git_revision=git_revision(),
         fingerprint=identity,
     )
 
@@ -251,13 +262,10 @@ def _metrics(
 def _resources(result: FitResult, device: torch.device, run_id: str) -> Resources:
     return Resources(
         device=describe_device(device),
-        threads=torch.get_num_threads(),
         seconds=result.seconds,
         steps_per_second=result.steps_run / result.seconds,
         tokens_per_second=result.tokens / result.seconds,
         peak_memory_mb=result.peak_memory_mb,
-        git_revision=git_revision(),
-        torch=torch.__version__,
         resumed=result.resumed,
         run_id=run_id,
     )

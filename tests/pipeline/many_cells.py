@@ -30,7 +30,7 @@ from pipeline.monitor.status import take_snapshot
 from pipeline.record.freshness import stage_states, write_receipt
 from pipeline.record.lock_file import Entry
 from pipeline.record.writer import record
-from pipeline.results import Fingerprint
+from pipeline.results import CellResults, Fingerprint
 from pipeline.stages import download, preprocess
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ def measure(settings: dict[str, Any], recorded: bool) -> None:
     data = read_json(summary_file("tiny", "lra-listops"))["fingerprint"]
     for cell in cells:
         made_from = Fingerprint("code", settings_fingerprint(cell, params), data)
-        write_results(cell.run_folder("tiny"), cell, made_from, 0.5 + (cell.seed % 97) / 1000)
+        write_results(CellResults("tiny", cell.id), cell, made_from, 0.5 + (cell.seed % 97) / 1000)
         (cell.run_folder("tiny") / "best.pt").write_bytes(b"weights")
     timed("status", take_snapshot)
     timed("report", lambda: reporting.build("tiny", params, Path()))

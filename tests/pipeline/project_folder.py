@@ -89,18 +89,20 @@ class Project:
         init_dvc(self.folder)
 
 
-def write_results(folder: Path, cell: Cell, made_from: Fingerprint, accuracy: float, test_code: str = "code") -> None:
+def write_results(
+    results: CellResults, cell: Cell, made_from: Fingerprint, accuracy: float, test_code: str = "code"
+) -> None:
     """What a cell leaves that was trained for 100 steps and tested."""
-    results = CellResults(folder)
     evaluations = [
         Evaluation(step, 0, 1e-3, 0.7, 0.5, 0.69, 0.5 + (accuracy - 0.49) * step / 100) for step in (25, 50, 75, 100)
     ]
-    resources = Resources("cpu (made up)", 2, 10.0, 10.0, 100.0, 300.0, "abc123", "2.13.0", 0, "none")
-    axes = {"cell": cell.id, "profile": "cpu", **dataclasses.asdict(cell)}
+    resources = Resources("cpu (made up)", 10.0, 10.0, 100.0, 300.0, 0, "none")
+    axes = {"cell": cell.id, "profile": results.profile, **dataclasses.asdict(cell)}
     figures = {"steps": 100, "best_step": 100, "best_dev_accuracy": accuracy + 0.01, "best_dev_loss": 0.6}
+    where = {"device": "cpu (made up)", "threads": 2, "torch": "2.13.0", "git_revision": "abc123"}
     counts = {"num_parameters": 12345, "train_examples": 2000, "dev_examples": 200}
     metrics = Metrics(
-        **axes, **figures, **counts, final_train_loss=0.6, data="made up", attention={}, fingerprint=made_from
+        **axes, **figures, **counts, **where, final_train_loss=0.6, data="made up", attention={}, fingerprint=made_from
     )
     results.write_training(evaluations, resources, metrics)
     tested = dataclasses.replace(made_from, code=test_code)

@@ -34,8 +34,8 @@ def finish(folder: Path, *options: str) -> tuple[int, str]:
 
 def run_and_change(project: Project, change: Callable[[], None], *options: str) -> tuple[int, str]:
     """Run a grid, and change something as soon as a cell trains."""
-    project.set("task.lra-listops.training.steps", 4000)
-    project.set("task.lra-listops.training.eval_every", 2000)
+    project.set("task.lra-listops.training.steps", 1600)
+    project.set("task.lra-listops.training.eval_every", 800)
     grid = start_grid(project.folder, *options)
     while not list(project.folder.glob("checkpoints/tiny/*/progress.json")):
         assert grid.poll() is None, grid.communicate()
@@ -88,12 +88,12 @@ def test_settings_that_change_while_a_grid_runs_are_not_mixed_into_it(small: Pro
     assert code == 1
     assert "params.yaml has changed since it ran" in out
     for cell in CELLS:
-        assert json.loads(Path("runs/tiny", cell, "metrics.json").read_bytes())["steps"] == 4000
+        assert json.loads(Path("runs/tiny", cell, "metrics.json").read_bytes())["steps"] == 1600
         assert state_of(cell, invoke) == "to run"
     assert {name for name in read_blocks() if name.startswith(("train", "evaluate"))} == set()
 
     # Another profile, and then back: what was computed gets on record.
-    small.set("task.lra-listops.training.steps", 4000)
+    small.set("task.lra-listops.training.steps", 1600)
     trained = modified("metrics.json")
     code, out = finish(small.folder)
     assert code == 0, out

@@ -13,7 +13,7 @@ from pipeline import reporting
 from pipeline.grid.cells import Cell, expand, settings_fingerprint
 from pipeline.grid.params import Params, load_params
 from pipeline.reporting._output import escape_latex
-from pipeline.results import Fingerprint
+from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
 PARAMS = """
@@ -68,10 +68,9 @@ def made_up_accuracy(cell: Cell) -> float:
 
 
 def write_cell(root: Path, cell: Cell, params: Params, *, test_code: str = "code") -> None:
-    folder = root / cell.run_folder("cpu")
     accuracy = made_up_accuracy(cell)
     made_from = Fingerprint("code", settings_fingerprint(cell, params), f"data of {cell.task}")
-    write_results(folder, cell, made_from, accuracy, test_code=test_code)
+    write_results(CellResults("cpu", cell.id, root), cell, made_from, accuracy, test_code=test_code)
 
 
 def write_bench(root: Path) -> None:
@@ -252,7 +251,7 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
     assert f"Not finished: `{second.id}`." in index
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "test.json", "resources.json", "curves.csv", "bench.csv"])
+@pytest.mark.parametrize("name", ["metrics.json", "test.json", "curves.csv", "bench.csv"])
 @pytest.mark.parametrize("damage", ["", "{", "[1, 2]", '{"a": 1}', "attn,length\nx", "step,loss\n1,x\n"])
 def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Params, name: str, damage: str) -> None:
     write_everything(tmp_path, params)

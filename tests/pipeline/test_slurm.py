@@ -269,7 +269,9 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     assert grid.process.wait() == 0, grid.said()
     assert f"all {len(CELLS)} cells of profile tiny are done" in grid.said()
     wait_until(lambda: not slurm_jobs(), seconds=60)
-    assert sum(json.loads(path.with_name("resources.json").read_text())["resumed"] for path in finished(cluster)) >= 1
+    assert (
+        sum(json.loads(path.read_text())["resumed"] for path in cluster.glob("checkpoints/tiny/*/resources.json")) >= 1
+    )
 
     found = numbers(cluster, CELLS)
     for cell in expand(load_params()):
