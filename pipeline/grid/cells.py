@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pipeline.grid.graph import cell_sources
 from pipeline.grid.params import MAX_SEED, Params, attention_section, former_section, task_section
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.hashes import hash_of
+from pipeline.results import Fingerprint
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
 from schoenbat.nn.encoder import ModelConfig, build_model
@@ -134,24 +134,6 @@ def data_meta(cell: Cell, params: Params) -> dict[str, Any]:
             f" && schoenbat-exp preprocess --task {cell.task}"
         )
     return read_json(path)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a cell's numbers are made from, as hex digests; neither the device nor the threads are part of it.
-
-    Attributes:
-        code: the files and folders of code that dvc.yaml lists for its training.
-        settings: the cell, and its sections of params.yaml with their defaults.
-        data: its prepared data.
-    """
-
-    code: str
-    settings: str
-    data: str
-
-    def __str__(self) -> str:
-        return f"{self.code}-{self.settings}-{self.data}"
 
 
 def fingerprint(cell: Cell, params: Params) -> Fingerprint:

@@ -216,7 +216,10 @@ class _Engine:
     def _poll(self, task: _Task) -> Ended | None:
         if task.not_started is not None:
             return task.not_started
-        if self._backend.waits(task.handle):
+        waits = self._backend.waits(task.handle)
+        if waits != (self._state.jobs()[task.job.name]["state"] == "waiting"):
+            self._state.set(task.job.name, "waiting" if waits else "running")
+        if waits:
             task.began = time.monotonic()
         limit = task.job.timeout_seconds
         if limit is not None and not task.timed_out and time.monotonic() - task.began > limit:
@@ -255,6 +258,8 @@ class _Engine:
             yield Event(name, "retried", f"{kind}: {reason}", log)
             return
         self._unfinished -= 1
+        # For who asks after the grid has ended.
+        self._outcome(name).write_text(json.dumps({"kind": kind, "message": reason, "stage": stage}), encoding="utf-8")
         outcome: State = "unavailable" if kind == "unavailable" else "failed"
         self._state.set(name, outcome, reason=reason, kind=kind, seconds=seconds)
         yield Event(name, outcome, reason, log, stage)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
     chosen = select(cells, **wishes.filters)
     check_models(params, chosen)
     check_code()
+    session.outlive_readers()
     backend, at_once, kind = _backend(params, wishes, slurm)
     with session.only_grid(_LOGS, lambda text: print(text, flush=True)):
         settings = read_yaml(PARAMS_FILE)
@@ -81,7 +82,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
             _show_plan(sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)), made, title, wishes.as_json)
             return 0
         print(title)
-        _drop_checkpoints(params, graph, {name for name in wanted if states[name] == "recorded"})
+        _drop_checkpoints(params, graph, [name for name in wanted if states[name] == "recorded"])
         for cell in chosen if wishes.restart else ():
             (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
         print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
@@ -112,7 +113,7 @@ def _wanted(graph: Graph, chosen: Sequence[Cell], *, everything: bool) -> list[s
     return [name for name in graph.stages if name in found]
 
 
-def _drop_checkpoints(params: Params, graph: Graph, recorded: "set[str] | list[str]") -> None:
+def _drop_checkpoints(params: Params, graph: Graph, recorded: Iterable[str]) -> None:
     """A checkpoint goes when the record of what came of it stands."""
     for name in recorded:
         cell = graph.stages[name].cell
@@ -153,7 +154,7 @@ class _Run:
         """Run the jobs, say how it went, and return the exit code."""
         params, folder = self._params, _LOGS / self._params.profile
         Path("runs", params.profile).mkdir(parents=True, exist_ok=True)
-        for written in (Path(), _LOGS, folder, Path("checkpoints/made")):
+        for written in (Path(), _LOGS, folder, Path("checkpoints/made"), Path(".dvc/tmp")):
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
@@ -173,7 +174,7 @@ class _Run:
                             self._note(event)
                 finally:
                     lease.end()
-                    self._recorded(self._recorder.finish())
+                    self._recorded(self._recorder.finish(patient=stops() < 2))
         finally:
             lease.end()
             self._close(backend)
@@ -197,7 +198,7 @@ class _Run:
         return not self._recorder.is_idle() and any(self._graph.gathers[stage.name] for stage in job.stages)
 
     def _recorded(self, names: Sequence[str]) -> None:
-        _drop_checkpoints(self._params, self._graph, list(names))
+        _drop_checkpoints(self._params, self._graph, names)
 
     def _close(self, backend: Backend) -> None:
         try:

@@ -35,6 +35,7 @@ class _Worker:
         asked: when it was asked for.
         kills: of processes for lack of memory, up to then.
         doomed: since when it is to be killed.
+        gone: since when its process is not there any more, though nobody has told how it ended.
     """
 
     process: BaseProcess
@@ -42,6 +43,7 @@ class _Worker:
     asked: float
     kills: int
     doomed: float | None = None
+    gone: float | None = None
     ended: Ended | None = None
 
 
@@ -120,12 +122,24 @@ class LocalBackend:
         finally:
             self._looking.release()
         if code is None:
-            return None
+            return self._look_for_itself(handle, pid)
         # A worker that was killed cannot take its stage along; of one whose fork server is gone nothing is known.
         _kill_group(pid)
         if code == 255:
             return Ended(None, "the process that starts workers has ended")
         return Ended(code, memory=code == -signal.SIGKILL and kills_for_memory() > handle.kills)
+
+    def _look_for_itself(self, handle: _Worker, pid: int) -> Ended | None:
+        """How a worker has ended of whose end its fork server has not told in time."""
+        if _is_running(pid):
+            handle.gone = None
+            return None
+        handle.gone = handle.gone or time.monotonic()
+        if time.monotonic() - handle.gone < _STUCK_SECONDS:
+            return None
+        _kill_servers()
+        _kill_group(pid)
+        return Ended(None, "the process that starts workers does not answer")
 
     def kill(self, handle: _Worker) -> None:
         if handle.doomed is None:

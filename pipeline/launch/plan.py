@@ -4,19 +4,19 @@ import os
 import statistics
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
 
 from pipeline.devices import get_device
-from pipeline.files import read_json
 from pipeline.grid.cells import Cell
 from pipeline.grid.graph import Graph, Stage, lookup
 from pipeline.grid.params import Params
 from pipeline.hashes import Hashes
 from pipeline.launch._job import Device, Job, Work
 from pipeline.launch._placement import number_of_jobs
+from pipeline.results import CellResults, Resources
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 
@@ -25,21 +25,6 @@ _USABLE_SHARE = 0.9
 _TOKENS_PER_SECOND, _PAIRS_PER_SECOND = 2e4, 2e7
 _QUADRATIC = ("softmax", "kernelized")
 """Guesses for cells of which no like has run: they decide nothing but the order."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one like it took.
-
-    Attributes:
-        seconds_per_step: of training.
-        memory_mb: the peak, on the kind of device that it ran on.
-        device: "cpu" or "cuda".
-    """
-
-    seconds_per_step: float
-    memory_mb: float
-    device: str
 
 
 def plan_jobs(
@@ -163,8 +148,8 @@ class _Measured:
         alike = [self._of_cell[cell]] if cell in self._of_cell else self._of_kind.get(_kind(cell), [])
         if not alike:
             return self._guess(cell), None
-        memory = [taken.memory_mb for taken in alike if taken.device == self._device]
-        seconds = statistics.fmean(taken.seconds_per_step for taken in alike) * training.steps
+        memory = [taken.peak_memory_mb for taken in alike if _kind_of_device(taken) == self._device]
+        seconds = statistics.fmean(1 / taken.steps_per_second for taken in alike) * training.steps
         return seconds, max(memory, default=None)
 
     def _guess(self, cell: Cell) -> float:
@@ -181,14 +166,13 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 
 def _taken(cell: Cell, profile: str) -> Resources | None:
-    folder = cell.run_folder(profile)
     try:
-        resources: dict[str, Any] = read_json(folder / "resources.json")
-        return Resources(
-            seconds_per_step=1 / resources["steps_per_second"],
-            memory_mb=resources["peak_memory_mb"],
-            device=resources["device"].partition(":")[0].partition(" ")[0],
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        # Absent or damaged: it decides nothing but the order.
+        return CellResults(profile, cell.id).resources()
+    except UserError:
+        # It decides nothing but the order.
         return None
+
+
+def _kind_of_device(taken: Resources) -> str:
+    """ "cpu" or "cuda"."""
+    return taken.device.partition(":")[0].partition(" ")[0]

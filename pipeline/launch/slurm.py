@@ -94,7 +94,7 @@ class SlurmBackend:
     def __init__(self, run: RunParams, devices: Sequence[Device], logs: Path) -> None:
         self.devices = devices
         self._run, self._logs = run, logs.absolute()
-        self._folder = self._logs / "slurm"
+        self._folder = self._logs / ".slurm"
         self._lease = Path()
         self._pool: Any = None
         self._count = 0

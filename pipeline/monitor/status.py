@@ -29,7 +29,8 @@ class Row:
     """One cell.
 
     Attributes:
-        state: "done", "to run", "queued", "running", "failed", "unavailable", "skipped", "interrupted".
+        state: "done", "to run", "queued", "waiting" (for Slurm), "running", "failed", "unavailable", "skipped",
+            "interrupted".
         reason: why it failed, or what is to be known.
         log: the file with its output, if it has any.
         progress: what the cell itself says: step, steps, loss, accuracy, dev_accuracy, steps_per_second, memory_mb,

@@ -10,7 +10,7 @@ from pipeline.monitor.status import Row, Snapshot
 from pipeline.text import counted
 
 _STYLE = {"running": "cyan", "failed": "red", "unavailable": "yellow", "skipped": "yellow", "interrupted": "yellow"}
-_SHOWN_FIRST = ("running", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
+_SHOWN_FIRST = ("running", "waiting", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
 
 
 def table(snapshot: Snapshot, height: int) -> Group:

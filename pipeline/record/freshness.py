@@ -2,7 +2,8 @@
 
 A stage is on record when dvc.lock holds it as it is now. It is made when its receipt does: who runs a stage leaves one
 beside the checkpoints, with the hashes of what it was made from and of what it made. What is made but not on record, as
-after a grid that was killed, only has to be told to DVC.
+after a grid that was killed, only has to be told to DVC. A stage is absent when it is on record but what it makes is
+not here, nor kept by DVC, as downloads in a clone: it has to run only if something that needs it does.
 """
 
 import configparser
@@ -18,7 +19,7 @@ from pipeline.grid.sources import is_outdated
 from pipeline.hashes import Hashes
 from pipeline.record.lock_file import Entry, parse_block, read_blocks
 
-State = Literal["recorded", "made", "due"]
+State = Literal["recorded", "absent", "made", "due"]
 _RECEIPTS = Path("checkpoints/made")
 
 
@@ -39,34 +40,56 @@ def stage_states(
     blocks = read_blocks()
     cache = _cache_folder()
     wanted = None if names is None else set(names)
+    chosen = [stage for name, stage in graph.stages.items() if wanted is None or name in wanted]
     states: dict[str, State] = {}
-    for name, stage in graph.stages.items():
-        if wanted is not None and name not in wanted:
-            continue
-        if any(states[need] == "due" for need in graph.needs[name]) or any(
-            is_outdated(Path(out), hashes) for out in stage.persistent
-        ):
+    on_record: dict[str, str] = {}
+    for stage in chosen:
+        name = stage.name
+        outdated = any(is_outdated(Path(out), hashes) for out in stage.persistent)
+        if outdated or any(states[need] == "due" for need in graph.needs[name]):
             states[name] = "due"
-        elif name in blocks and is_current(stage, found := parse_block(blocks[name]), settings, hashes):
-            lost = any(not _is_cached(cache, found.outs[out]) for out in stage.cached)
-            states[name] = "made" if lost else "recorded"
-        else:
+            continue
+        entry = parse_block(blocks[name]) if name in blocks else None
+        states[name] = "due" if entry is None else _state(stage, entry, settings, hashes, on_record, cache)
+        if states[name] == "absent" and graph.gathers[name]:
+            states[name] = "due"
+        elif states[name] == "absent" and entry is not None:
+            on_record |= entry.outs
+        if states[name] == "due":
             receipt = read_receipt(name)
-            made = receipt is not None and is_current(stage, receipt, settings, hashes)
-            states[name] = "made" if made else "due"
+            if receipt is not None and _state(stage, receipt, settings, hashes, on_record, None) == "recorded":
+                states[name] = "made"
+    for stage in reversed(chosen):
+        if states[stage.name] == "due":
+            states |= {need: "due" for need in graph.needs[stage.name] if states[need] == "absent"}
     hashes.save()
     return states
 
 
-def is_current(stage: Stage, entry: Entry, settings: Mapping[str, Any], hashes: Hashes) -> bool:
-    """Whether `entry` says of the stage what is there now."""
-    return (
-        entry.command == " ".join(stage.command.split())
-        and entry.deps.keys() == set(stage.deps)
-        and entry.outs.keys() == set(stage.outs)
-        and entry.params == {key: lookup(settings, key) for key in stage.params}
-        and all(md5 != "" and md5 == hashes.of(path) for path, md5 in {**entry.deps, **entry.outs}.items())
-    )
+def _state(
+    stage: Stage,
+    entry: Entry,
+    settings: Mapping[str, Any],
+    hashes: Hashes,
+    on_record: Mapping[str, str],
+    cache: Path | None,
+) -> State:
+    """How a stage stands by what `entry` says of it; `on_record` has the hashes of what is absent."""
+    if (
+        entry.command != " ".join(stage.command.split())
+        or entry.deps.keys() != set(stage.deps)
+        or entry.outs.keys() != set(stage.outs)
+        or entry.params != {key: lookup(settings, key) for key in stage.params}
+        or any(md5 != (hashes.of(path) or on_record.get(path)) for path, md5 in entry.deps.items())
+    ):
+        return "due"
+    found = {out: hashes.of(out) for out in stage.outs}
+    if any(found[out] != md5 and (found[out] or out in stage.cached) for out, md5 in entry.outs.items()):
+        return "due"
+    if not all(found.values()):
+        return "absent"
+    kept = cache is None or all((cache / entry.outs[out][:2] / entry.outs[out][2:]).exists() for out in stage.cached)
+    return "recorded" if kept else "made"
 
 
 def write_receipt(name: str, entry: Entry) -> None:
@@ -90,7 +113,3 @@ def _cache_folder() -> Path | None:
     config = configparser.ConfigParser()
     config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
     return None if config.has_option("cache", "dir") else Path(".dvc/cache/files/md5")
-
-
-def _is_cached(cache: Path | None, md5: str) -> bool:
-    return cache is None or (cache / md5[:2] / md5[2:]).exists()

@@ -56,9 +56,13 @@ class Recorder:
         self._next = 0.0
         return self._batch is None and not self._waiting
 
-    def finish(self) -> list[str]:
-        """Record everything that is left; the stages that have got on record. `failed` has the others, with why."""
-        end, done = time.monotonic() + _LOCKED_SECONDS, []
+    def finish(self, *, patient: bool) -> list[str]:
+        """Record everything that is left; the stages that have got on record. `failed` has the others, with why.
+
+        Args:
+            patient: wait for another process of DVC.
+        """
+        end, done = time.monotonic() + _LOCKED_SECONDS * patient, []
         while self._batch is not None or self._waiting or (self.failed and time.monotonic() < end and self._retry()):
             self._next = 0.0
             done += self.poll()
@@ -106,7 +110,9 @@ def record(names: Sequence[str]) -> dict[str, str]:
     results: dict[str, str] = {}
     drop_stale_rwlock()
     try:
-        with Repo() as repo, repo.lock, _whole(LOCK_FILE):
+        # What was unpacked and not cloned has no history that DVC could look at.
+        versioned = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
+        with Repo(config={} if versioned else {"core": {"no_scm": True}}) as repo, repo.lock, _whole(LOCK_FILE):
             ready: list[Any] = []
             for name in dict.fromkeys(names):
                 try:

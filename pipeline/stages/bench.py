@@ -63,6 +63,7 @@ COLUMNS = (
     "heads",
     "head_dim",
     "num_features",
+    "repeats",
     "device",
     "torch",
     "git_revision",
@@ -123,6 +124,7 @@ def run(params: Params, out: Path) -> None:
             rows += _bench_step(params, device)
     setting = {
         "heads": HEADS,
+        "repeats": params.bench.repeats,
         "head_dim": HEAD_DIM,
         "device": describe_device(device),
         "torch": torch.__version__,

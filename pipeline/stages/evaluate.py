@@ -1,18 +1,16 @@
 """Stage `evaluate`: the test accuracy of one trained cell."""
 
-import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
 from pipeline.devices import get_device, prepare_host
-from pipeline.files import read_json, write_json
-from pipeline.grid.cells import Cell, Fingerprint, data_folder, data_meta, fingerprint
+from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.grid.code import check_code
 from pipeline.grid.params import Params, task_section
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
+from pipeline.results import CellResults, Fingerprint, TestScore
 from pipeline.stages.train import description, flat, model_of
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
@@ -25,7 +23,8 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     Raises:
         UserError: the cell has not been trained, or best.pt belongs to other settings or other data than today's.
     """
-    best = cell.run_folder(params.profile) / "best.pt"
+    results = CellResults(params.profile, cell.id)
+    best = results.best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
     device = get_device(device_name)
@@ -35,7 +34,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     _check_description(cell, described, description(cell, params, meta))
     check_code()
     identity = fingerprint(cell, params)
-    _check_code_of(cell, best, identity)
+    _check_code_of(cell, results, identity)
     if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
         # DVC has put the training on record by now.
         (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
@@ -62,23 +61,15 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
         )
     with tracking.attach(cell, str(identity), params.profile) as tracked:
         tracked.log_test({"accuracy": score.accuracy, "loss": score.loss})
-    result = {
-        "cell": cell.id,
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "examples": score.examples,
-        "best_step": described["best_step"],
-        "fingerprint": dataclasses.asdict(identity),
-    }
-    write_json(best.with_name("test.json"), result)
+    results.write_test(TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity))
     shown.unlink(missing_ok=True)
     print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
 
 
-def _check_code_of(cell: Cell, best: Path, identity: Fingerprint) -> None:
+def _check_code_of(cell: Cell, results: CellResults, identity: Fingerprint) -> None:
     """Weights are tested with the code that has trained them."""
-    metrics = best.with_name("metrics.json")
-    if metrics.is_file() and read_json(metrics)["fingerprint"]["code"] != identity.code:
+    metrics = results.metrics()
+    if metrics is not None and metrics.fingerprint.code != identity.code:
         raise UserError(
             f"best.pt of {cell.id} was trained with other code; train again: schoenbat-exp train "
             f"{' '.join(cell.arguments())}"

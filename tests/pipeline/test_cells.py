@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.grid.cells import Cell, check_models, expand, fingerprint, make_cell, select, stage_graph
+from pipeline.grid.cells import Cell, check_models, expand, fingerprint, make_cell, select
 from pipeline.grid.params import load_params
 from schoenbat.errors import UserError
 
@@ -41,8 +41,6 @@ def test_a_cell_has_one_name_everywhere(project: Project) -> None:
     kernel = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
     assert plain.id == "lra-text-softmax-transformer-42"
     assert kernel.id == "lra-text-rmfa-exp-maclauformer-42"
-    assert plain.stage("train", "quick") == "train@quick-lra-text-softmax-transformer-42"
-    assert kernel.stage("evaluate", "quick") == "evaluate_kernel@quick-lra-text-rmfa-exp-maclauformer-42"
     assert kernel.run_folder("quick") == Path("runs/quick/lra-text-rmfa-exp-maclauformer-42")
 
 
@@ -75,16 +73,6 @@ def test_a_filter_that_fits_no_cell_is_refused(
 def test_a_combination_that_fits_no_cell_is_refused(project: Project) -> None:
     with pytest.raises(UserError, match="no cell of the grid has this combination"):
         select(expand(load_params()), attn=["softmax"], dotf=["exp"])
-
-
-def test_stages_come_after_what_they_need(project: Project) -> None:
-    params = load_params()
-    graph = stage_graph(params, expand(params))
-    assert len(graph) == 2 + 2 + 16 + 16
-    seen: set[str] = set()
-    for stage, needs in graph.items():
-        assert seen.issuperset(needs)
-        seen.add(stage)
 
 
 def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> None:

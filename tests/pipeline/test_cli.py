@@ -167,7 +167,7 @@ def test_one_cell_from_data_to_test_accuracy(prepared: Project, invoke: Invoke) 
     code, out, err = invoke("train", *KERNEL, "--seed", "1")
     assert code == 0, err
     folder = Path("runs/tiny/lra-listops-rmfa-exp-maclauformer-1")
-    assert {path.name for path in folder.iterdir()} == {"best.pt", "curves.csv", "metrics.json", "resources.json"}
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "curves.csv", "metrics.json"}
     assert not Path("checkpoints/tiny/lra-listops-rmfa-exp-maclauformer-1/last.pt").exists()
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["cell"] == "lra-listops-rmfa-exp-maclauformer-1"
@@ -176,8 +176,8 @@ def test_one_cell_from_data_to_test_accuracy(prepared: Project, invoke: Invoke) 
     curves = (folder / "curves.csv").read_text().splitlines()
     assert curves[0] == "step,epoch,learning_rate,train_loss,train_accuracy,dev_loss,dev_accuracy"
     assert [line.split(",")[0] for line in curves[1:]] == ["3", "6"]
-    resources = json.loads((folder / "resources.json").read_text())
-    assert resources["threads"] == 1
+    assert metrics["threads"] == 1
+    resources = json.loads(Path("checkpoints/tiny", folder.name, "resources.json").read_text())
     assert resources["resumed"] == 0
 
     code, out, err = invoke("eval", *KERNEL, "--seed", "1")

@@ -184,6 +184,24 @@ def test_a_stage_that_does_not_heed_a_stop_is_killed(stages: Path, requests: int
     assert _processes_in(stages) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
+    stages: Path, number: signal.Signals
+) -> None:
+    def strike() -> None:
+        while not Path("slow.txt").exists():
+            time.sleep(0.05)
+        for child in psutil.Process().children():
+            if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                child.send_signal(number)
+
+    threading.Thread(target=strike, daemon=True).start()
+    ended = ends(run(job("slow", ("slow",), timeout_seconds=15.0), job("good", ("good",), needs=("slow",))))
+    assert ended["slow"].state == "failed"
+    assert _processes_in(stages) == []
+    assert ends(run(job("good", ("good",))))["good"].state == "done"
+
+
 UNDER_A_LEASE = """
 import subprocess, sys
 from pipeline import lease

@@ -161,7 +161,7 @@ def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -
 def test_an_attempt_that_cannot_even_be_handed_over_is_a_failure_with_a_reason(stages: Path) -> None:
     Path("logs").mkdir()
     # A file where a folder is needed.
-    Path("logs/slurm").write_text("")
+    Path("logs/.slurm").write_text("")
     (*_, last) = run(RUN, job("good", ("good",)))
     assert last.state == "failed"
     assert last.text.startswith("could not be started")
@@ -269,7 +269,9 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     assert grid.process.wait() == 0, grid.said()
     assert f"all {len(CELLS)} cells of profile tiny are done" in grid.said()
     wait_until(lambda: not slurm_jobs(), seconds=60)
-    assert sum(json.loads(path.with_name("resources.json").read_text())["resumed"] for path in finished(cluster)) >= 1
+    assert (
+        sum(json.loads(path.read_text())["resumed"] for path in cluster.glob("checkpoints/tiny/*/resources.json")) >= 1
+    )
 
     found = numbers(cluster, CELLS)
     for cell in expand(load_params()):
