@@ -99,9 +99,11 @@ class Classifier(nn.Module):
             nn.Linear(inputs, config.head_width), nn.ReLU(), nn.Linear(config.head_width, num_classes)
         )
 
-    def forward(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
-        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N]."""
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N]; by default token 0 is padding."""
         batch, num_texts, _ = tokens.shape
+        if key_mask is None:
+            key_mask = tokens != 0
         encoded = self.encoder(tokens.flatten(0, 1), key_mask.flatten(0, 1)).unflatten(0, (batch, num_texts))
         if num_texts == 1:
             return self.head(encoded[:, 0])
