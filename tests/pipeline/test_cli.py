@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline import cli
+from pipeline import commands
 from schoenbat.errors import OutOfMemory, TrainingFailed
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -92,7 +92,7 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load_params", fail)
+    monkeypatch.setattr(commands, "load", fail)
     outcome = project.folder / "outcome.json"
     monkeypatch.setenv("SCHOENBAT_OUTCOME_FILE", str(outcome))
     assert invoke("report") == (1, "", line)
