@@ -89,7 +89,7 @@ def test_outside_a_project_the_missing_file_is_named(
 def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
 ) -> None:
-    def fail() -> None:
+    def fail(profile: str | None = None) -> None:
         raise error
 
     monkeypatch.setattr(commands, "load", fail)
