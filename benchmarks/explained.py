@@ -9,8 +9,7 @@ which is 0 for the exact output and 1 for a method that knows nothing of the att
 The plain relative error hides this, as the exact output is itself close to that mean where s is small.
 
 Methods that divide by sqrt(d) themselves get q and k that are longer by as much; so does elu + 1, which is put in the
-place of softmax(<q, k> / sqrt(d)). Packages that are not installed are listed as such; `pip install "schoenbat[rivals]"`
-installs them.
+place of softmax(<q, k> / sqrt(d)). Packages that are not installed are listed as such; the extra `rivals` has them all.
 
     python benchmarks/explained.py --csv explained.csv
 """
