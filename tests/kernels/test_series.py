@@ -131,7 +131,7 @@ def test_the_highest_degree_is_still_right_and_the_next_is_refused() -> None:
         (lambda x: (1 + x.to(torch.complex64)).to(x.dtype) if x.is_complex() else 1 + x, math.inf, "precision"),
         (3, math.inf, "Kernel.from_callable takes a function of a tensor, not 3 (int)"),
         (None, math.inf, "Kernel.from_callable takes a function of a tensor, not None (NoneType)"),
-        ("exp", math.inf, "not 'exp' (str); a kernel of that name is KERNELS.get(\"exp\")()"),
+        ("exp", math.inf, "not 'exp' (str); named kernels are KERNELS.get(name)()"),
         (torch.exp, "1", "radius must be positive, not '1'"),
         (torch.exp, 0.0, "radius must be positive, not 0"),
         (torch.exp, math.nan, "radius must be positive, not nan"),
