@@ -23,10 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from schoenbat.errors import UserError
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops import _causal
 from schoenbat.ops._bounds import cooling, even_excess, least_denominator, moments_of
