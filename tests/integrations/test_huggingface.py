@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
 
+from schoenbat.features.estimators import ESTIMATORS
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -31,7 +32,6 @@ from transformers import (
 )
 
 from schoenbat.errors import UserError
-from schoenbat.features.estimators import ESTIMATORS
 from schoenbat.integrations.huggingface import KernelCache, Settings, install, register
 
 register("schoenbat-test-exact", Settings(num_features=None))
