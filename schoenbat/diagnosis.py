@@ -130,8 +130,8 @@ def diagnose(
     found: list[Head] = []
 
     def take(layer: str, estimate: Estimate, *tensors: Any, scale: float | None = None) -> None:
-        options = {"scale": scale, "estimate": estimate, "num_features": num_features, "layer": layer}
-        found.extend(diagnose_tensors(*tensors, **options))
+        heads = diagnose_tensors(*tensors, scale=scale, estimate=estimate, num_features=num_features, layer=layer)
+        found.extend(heads)
 
     handles = []
     inside: list[str] = []
@@ -208,7 +208,7 @@ def _truth(
     is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For some queries: exact outputs, uniform ones, the kernel's arguments [B, H, n, M], which queries, what they see."""
+    """Of some queries: exact and uniform outputs, the kernel's arguments [B, H, n, M], which queries, what they see."""
     q, k, positive = estimate.prepare(query, key, scale, key_mask)
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]

@@ -33,17 +33,8 @@ def test_the_share_is_that_of_the_outputs(is_causal: bool) -> None:
     found = diagnose_tensors(query, key, value, is_causal=is_causal, num_features=(64, 150))
     for num_features in (64, 150):
         own = [head.shares[num_features] for head in found]
-        expected = [
-            share(num_features, *(x[:, [h]] for x in (query, key, value)), is_causal)
-            if is_causal
-            else head_share(num_features, query, key, value, h)
-            for h in (0, 1)
-        ]
+        expected = [share(num_features, *(x[:, [h]] for x in (query, key, value)), is_causal) for h in (0, 1)]
         assert own == pytest.approx(expected, abs=1e-3)
-
-
-def head_share(num_features: int, query: Tensor, key: Tensor, value: Tensor, head: int) -> float:
-    return share(num_features, *(x[:, [head]] for x in (query, key, value)), False)
 
 
 def test_arguments_are_described() -> None:
