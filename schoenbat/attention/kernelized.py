@@ -9,6 +9,9 @@ from schoenbat.ops.exact import exact_attention
 class Kernelized(KernelAttention):
     """sum_j f(<q_i, k_j> / sqrt(head_dim)) v_j, normalised by the sum of the weights (arXiv 2505.12252, Eq. 3)."""
 
+    cost = "quadratic"
+    paper = "SchoenbAt, arXiv 2505.12252"
+
     def forward(
         self,
         query: Tensor,

@@ -9,6 +9,9 @@ from schoenbat.ops.softmax import softmax_attention
 class Softmax(Attention):
     """softmax(q k^T / sqrt(head_dim)) v, through torch's scaled_dot_product_attention."""
 
+    cost = "quadratic"
+    paper = "Vaswani et al., NeurIPS 2017, arXiv 1706.03762"
+
     def forward(
         self,
         query: Tensor,
