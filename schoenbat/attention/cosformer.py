@@ -11,7 +11,7 @@ from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
 class Cosformer(Attention):
-    """Weights <relu(q_i), relu(k_j)> cos(pi (i - j) / (2 M)), normalised (arXiv 2202.08791, the re-weighted similarity).
+    """Weights <relu(q_i), relu(k_j)> cos(pi (i - j) / (2 M)), normalised (arXiv 2202.08791, re-weighted similarity).
 
     By the cosine of a difference this is exact with the 2 head_dim features [relu(x) cos, relu(x) sin](pi i / (2 M)). M
     is `max_length` and not the length at hand, so that neither padding nor later tokens change a weight; published code

@@ -12,11 +12,11 @@ from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
 class Rfa(Attention):
-    r"""phi(q) (phi(k)^T v) / (phi(q) phi(k)^T 1), phi(x) = [sin(W u), cos(W u)], u = x / |x| (arXiv 2103.02143, Sec. 3.1).
+    r"""phi(q) (phi(k)^T v) / (phi(q) phi(k)^T 1), phi(x) = [sin(W u), cos(W u)], u = x / |x|.
 
-    W is normal, its columns times a learned sigma that starts at 1 (one per coordinate, for all heads), over tau. With
-    sigma = 1 it estimates softmax(<u_q, u_k> / tau^2). This is the softmax variant without a gate. A vector of length 0
-    has direction 0.
+    Source: arXiv 2103.02143, Sec. 3.1, the softmax variant without a gate. W is normal, its columns times a learned
+    sigma that starts at 1 (one per coordinate, for all heads), over tau. With sigma = 1 it estimates
+    softmax(<u_q, u_k> / tau^2). A vector of length 0 has direction 0.
 
     Estimated weights may be negative and a denominator may come near 0; the latter follows the rule of
     `schoenbat.ops.reference.divide`. Published code clamps it to at least 1, which changes short sequences.
