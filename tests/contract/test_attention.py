@@ -22,6 +22,13 @@ from schoenbat.norm import pre_sbn
 HEAD_DIM = 8
 
 SMALL: dict[str, dict[str, Any]] = {
+    "bigbird": {"block_size": 4, "num_random_blocks": 1},
+    "informer": {"num_samples": 7},
+    "linformer": {"num_landmarks": 8, "max_length": 4096},
+    "nystromformer": {"num_landmarks": 8, "conv_size": 3},
+    "reformer": {"num_buckets": 4, "chunk_size": 4},
+    "skeinformer": {"num_samples": 7},
+    "skyformer": {"num_landmarks": 16},
     "window": {"window": 8},
 }
 """Budgets at which few tokens are already more than the mechanism takes exactly."""
