@@ -14,7 +14,7 @@ from schoenbat.ops.places import draw_seed, hashed_uniform, masked_softmax, real
 class Bigbird(Attention):
     """softmax(q k^T / sqrt(head_dim)) v over a set of blocks for each block of queries.
 
-    Source: arXiv 2007.14062, Sec. 2 and App. D. Block i attends to the blocks i - 1, i, i + 1, to the global ones, which
+    Source: arXiv 2007.14062, Sec. 2, App. D. Block i attends to the blocks i - 1, i, i + 1, to the global ones, which
     are the first and the last with a real token, and to r others, uniform over the blocks not yet in the set. Tokens of
     global blocks attend to everything. Each block counts once: published code may name one several times, which
     multiplies its weight, and draws random ones from a part of the sequence only. The random blocks are those of the

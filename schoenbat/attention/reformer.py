@@ -89,7 +89,8 @@ class Reformer(Attention):
 
         position = torch.empty_like(order).scatter_(-1, order, torch.arange(length, device=q.device).expand_as(order))
         attended, log = (x.flatten(-3, -2)[..., :length, :] for x in (attended, log))
-        return tuple(x.gather(-2, position[..., None].expand(*position.shape, x.shape[-1])) for x in (attended, log))
+        place = position[..., None]
+        return attended.gather(-2, place.expand_as(attended)), log.gather(-2, place)
 
 
 def _sorted_by_bucket(q: Tensor, rotation: Tensor, real: Tensor) -> Tensor:
