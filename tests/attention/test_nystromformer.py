@@ -1,5 +1,7 @@
 """Nyströmformer against transformers' and against its formula segment by segment."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from heads import build, normal, ragged, relative_error
@@ -57,7 +59,7 @@ def test_it_is_its_formula_on_the_real_tokens(length: int, padded: int) -> None:
         cuts = [a * length // 8 for a in range(9)]
 
         def means(x: Tensor) -> Tensor:
-            return torch.stack([x[start:stop].mean(0) for start, stop in zip(cuts, cuts[1:], strict=False)])
+            return torch.stack([x[start:stop].mean(0) for start, stop in pairwise(cuts)])
 
         left, middle, right = ((a @ b.T).softmax(-1) for a, b in ((q, means(k)), (means(q), means(k)), (means(q), k)))
         expected = left @ iterated_inverse(middle) @ right @ v

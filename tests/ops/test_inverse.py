@@ -9,9 +9,9 @@ def test_it_approaches_the_inverse_with_its_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.rand(3, 2, 10, 10, generator=generator, dtype=torch.float64) + 5 * torch.eye(10)
     matrix = matrix / matrix.sum(-1, keepdim=True)
-    errors = [float((iterated_inverse(matrix, steps) @ matrix - torch.eye(10)).norm()) for steps in (1, 3, 6, 12)]
-    assert errors[0] > errors[1] > errors[2] >= errors[3]
-    assert errors[3] < 1e-10
+    errors = [float((iterated_inverse(matrix, steps) @ matrix - torch.eye(10)).norm()) for steps in (1, 2, 3, 8)]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[3] < 1e-12
 
 
 def test_matrices_of_a_batch_do_not_touch_each_other() -> None:
