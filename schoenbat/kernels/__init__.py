@@ -122,7 +122,7 @@ class Kernel(ABC):
                 others when asked for.
         """
         if not callable(f):
-            hint = f'; a kernel of that name is KERNELS.get("{f}")()' if isinstance(f, str) else ""
+            hint = "; named kernels are KERNELS.get(name)()" if isinstance(f, str) else ""
             raise UserError(f"Kernel.from_callable takes a function of a tensor, not {f!r} ({type(f).__name__}){hint}")
         return _CallableKernel(f, radius, name or str(getattr(f, "__name__", type(f).__name__)))
 

@@ -8,8 +8,8 @@ from schoenbat.kernels import Kernel
 class Power2(Kernel):
     r"""f(x) = x^2, a_2 = 1 and all others 0, for every x.
 
-    The weights <q, k>^2 are those of power attention at degree 2 (Buckman, Gelada & Zhang 2024, "Symmetric power
-    transformers"). They are exactly <phi(q), phi(k)> with phi(x) = x x^T flattened, so d (d + 1) / 2 features say all.
+    The weights <q, k>^2 are those of power attention of degree 2 (Gelada, Buckman, Zhang & Bach 2025, arXiv
+    2507.04239). x x^T flattened is a feature map without error, so that d (d + 1) / 2 features say all.
     """
 
     def __call__(self, x: Tensor) -> Tensor:

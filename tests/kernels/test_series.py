@@ -131,7 +131,7 @@ def test_the_highest_degree_is_still_right_and_the_next_is_refused() -> None:
         (lambda x: (1 + x.to(torch.complex64)).to(x.dtype) if x.is_complex() else 1 + x, math.inf, "precision"),
         (3, math.inf, "Kernel.from_callable takes a function of a tensor, not 3 (int)"),
         (None, math.inf, "Kernel.from_callable takes a function of a tensor, not None (NoneType)"),
-        ("exp", math.inf, "not 'exp' (str); a kernel of that name is KERNELS.get(\"exp\")()"),
+        ("exp", math.inf, "not 'exp' (str); named kernels are KERNELS.get(name)()"),
         (torch.exp, "1", "radius must be positive, not '1'"),
         (torch.exp, 0.0, "radius must be positive, not 0"),
         (torch.exp, math.nan, "radius must be positive, not nan"),
@@ -157,14 +157,15 @@ def test_a_negative_coefficient_within_its_error_counts_as_zero() -> None:
     assert kernel.series.error(1) > 1e-18
 
 
-def test_values_that_disagree_are_printed_with_the_digits_in_which_they_do() -> None:
+def test_values_that_disagree_are_printed_with_the_place_and_the_digits_in_which_they_do() -> None:
     def f(x: Tensor) -> Tensor:
-        return torch.exp(x) if x.is_complex() else torch.exp(x) * (1 + 1e-13)
+        return x.exp_() if x.is_complex() else x.exp_().mul_(1 + 1e-13)
 
     with pytest.raises(UserError, match="the series made of its values") as caught:
         Kernel.from_callable(f)
-    first, second = re.findall(r"(?:= |gives )([0-9.]+)", str(caught.value))
-    assert float(first) != float(second)
+    place, first, second = map(float, re.findall(r"(?:f\(|= |gives )(-?[0-9.]+)", str(caught.value)))
+    assert first != second
+    assert first == pytest.approx(math.exp(place))
 
 
 def test_a_function_that_works_in_place_leaves_its_argument_alone() -> None:
