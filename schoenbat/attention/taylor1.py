@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.attention import KernelAttention
+from schoenbat.errors import UserError
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import attend
 
@@ -25,6 +26,8 @@ class Taylor1(KernelAttention):
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         self.constant = math.sqrt(self.kernel.coefficient(0))
         self.slope = math.sqrt(self.kernel.coefficient(1))
+        if self.constant == self.slope == 0:
+            raise UserError("the kernel has neither a constant nor a linear term, and taylor1 keeps no other")
 
     def forward(
         self,
