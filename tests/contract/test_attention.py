@@ -1,5 +1,6 @@
 """What every attention mechanism promises, asked of each that promises it, with each kernel where it takes one."""
 
+import contextlib
 import io
 import math
 import subprocess
@@ -324,6 +325,23 @@ def test_ten_times_larger_inputs_stay_finite_in_bfloat16(name: str, dotf: str | 
     out.float().square().mean().backward()
     assert torch.isfinite(out).all()
     assert all(x.grad is None or torch.isfinite(x.grad).all() for x in (query, key, value))
+
+
+@every()
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_all_work_stays_on_the_device_and_waits_for_no_number(
+    name: str, dotf: str | None, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors of the meta device mix with no others, and have no values that Python could look at. Autocast knows no such
+    # device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    if is_causal and not ATTENTIONS.get(name).has_causal_form:
+        return
+    attention = make(name, dotf).to("meta")
+    query, key, value = (x.to("meta").requires_grad_() for x in inputs(70))
+    out = attention(query, key, value, mask_of([40, 70], 70).to("meta"), is_causal)
+    assert out.shape == query.shape
+    out.sum().backward()
 
 
 @every("weights_sum_to_one")
