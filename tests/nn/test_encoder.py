@@ -95,7 +95,7 @@ def test_texts_of_a_pair_go_through_the_same_encoder() -> None:
     [
         (
             {"attn": "rmfaa"},
-            "unknown attn 'rmfaa'; choose one of: kernelized, mean, rmfa, rmfa-sketch, softmax, taylor1",
+            "unknown attn 'rmfaa'; choose one of: bigbird, cosformer, gaussian, hedgehog, informer, kernelized, linear",
         ),
         ({"dotf": "cosh"}, "unknown dotf 'cosh'; choose one of: exp, inverse, log, sqrt, trigh"),
         ({"former": "macformer"}, "unknown former 'macformer'; choose one of: maclauformer, transformer"),
