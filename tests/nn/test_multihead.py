@@ -45,5 +45,6 @@ def test_argument_stays_inside_the_radius(dotf: str, logit: float) -> None:
 
 
 def test_no_room_below_the_radius_is_refused() -> None:
-    with pytest.raises(ValueError, match="temperature has no room below the kernel's radius 1 at head_dim 1"):
-        Temperature(1, 1, attention("log", head_dim=1))
+    config = FormerConfig(temperature=True)
+    with pytest.raises(ValueError, match=r"gain 1 must stay below 0\.99, 0\.99 of the kernel's radius at head_dim 1"):
+        SelfAttention(attention("log", head_dim=1), width=1, num_heads=1, former="maclauformer", config=config)
