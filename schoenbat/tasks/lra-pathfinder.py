@@ -1,9 +1,9 @@
 """Do two discs lie on the same dashed line? Pictures of 32 x 32 pixels, read pixel by pixel (Tay et al. 2021).
 
-Generated after the description of the problem (Linsley et al. 2018; Kim et al. 2020), see `schoenbat.data.pathfinder`. The published
-pictures are one draw without a seed. Each picture is drawn from a generator of its own, so the same pictures come
-however many processes draw them. What is drawn lies in shards beside the data until all of it is there, so a run that
-is killed goes on where it was.
+Generated after the description of the problem (Linsley et al. 2018; Kim et al. 2020), see `schoenbat.data.pathfinder`.
+The published pictures are one draw without a seed. Each picture is drawn from a generator of its own, so the same
+pictures come however many processes draw them. What is drawn lies in shards beside the data until all of it is there,
+so a run that is killed goes on where it was.
 """
 
 import hashlib

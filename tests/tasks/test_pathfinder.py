@@ -112,7 +112,8 @@ def test_dashes_and_discs_are_where_the_geometry_says(level: str, pictures: dict
             for y, x in (segment.tail, segment.head):
                 assert lit[y : y + 3, x : x + 3].any(), "a dash that is not drawn"
         for y, x in picture.discs:
-            assert (picture.pixels[y - 1 : y + 2, x - 1 : x + 2] > 0.4 * 255).all(), "a disc that is not drawn"
+            # Drawn about the corner of four pixels of twice the size, it lies a quarter of a pixel up and left.
+            assert (picture.pixels[y - 1 : y + 1, x - 1 : x + 1] > 0.7 * 255).all(), "a disc that is not drawn"
 
 
 def test_nothing_is_drawn_away_from_dashes_and_discs(pictures: dict[str, list[Picture]]) -> None:
