@@ -117,10 +117,12 @@ class Encoder(nn.Module):
         x = self.norm(x)
         if self.per_position:
             return x
+        # Under autocast, sums over thousands of tokens.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.cls is not None:
-            return x[:, 0].float()
-        weights = key_mask[..., None].to(torch.float32)
-        return (x.float() * weights).sum(-2) / weights.sum(-2).clamp_min(1)
+            return x[:, 0]
+        weights = key_mask[..., None].to(x.dtype)
+        return (x * weights).sum(-2) / weights.sum(-2).clamp_min(1)
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
