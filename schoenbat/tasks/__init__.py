@@ -7,12 +7,15 @@ problem, and what can be scored without a model. Token 0 is padding everywhere.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from schoenbat.data.arrays import IGNORED, Dataset
 from schoenbat.registry import Registry
+
+if TYPE_CHECKING:
+    # It imports torch, and names of tasks are listed without.
+    from schoenbat.data.arrays import Dataset
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while something is fetched."""
@@ -59,15 +62,16 @@ class Task(ABC):
     def prepare(self, raw: Path, out: Path) -> dict[str, Any]:
         """Encode the raw files into arrays in `out` and return their description (`meta.json`)."""
 
-    def baselines(self, dataset: Dataset) -> dict[str, float]:
+    def baselines(self, dataset: "Dataset") -> dict[str, float]:
         """Test accuracy of rules that need no model, by the name of the rule.
 
         Args:
             dataset: what `prepare` wrote.
         """
-        train, test = (dataset.labels(split).ravel() for split in ("train", "test"))
-        commonest = np.bincount(train[train != IGNORED], minlength=self.num_classes).argmax()
-        return {"majority class": float((test[test != IGNORED] == commonest).mean())}
+        # Labels are not negative, except where a position has none.
+        train, test = (labels[labels >= 0] for labels in (dataset.labels("train"), dataset.labels("test")))
+        commonest = np.bincount(train, minlength=self.num_classes).argmax()
+        return {"majority class": float((test == commonest).mean())}
 
     @classmethod
     @abstractmethod
