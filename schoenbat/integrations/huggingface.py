@@ -6,17 +6,22 @@ features are a function of head_dim and these settings alone, drawn when first n
 `install` instead draws them per layer, as buffers in the model's state_dict. `register` gives other settings a name.
 
 What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
-attention sinks, dropout of weights, attention weights as an output, caches of fixed length.
+attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
+go through the interface: when it is built with one of our names, when it touches the mask that we made, or by `install`.
 
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
 
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
@@ -82,7 +87,7 @@ def register(name: str, settings: Settings) -> None:
     check_estimator(settings.estimator)
     _SETTINGS[name] = settings
     AttentionInterface.register(name, _implementation(settings))
-    AttentionMaskInterface.register(name, _key_mask)
+    AttentionMaskInterface.register(name, _make_mask)
 
 
 def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
@@ -94,7 +99,9 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
     if name not in _SETTINGS:
         raise unknown_name("attn_implementation", name, list(_SETTINGS))
     settings = _SETTINGS[name]
-    layers = [module for module in model.modules() if _head_dim(module) is not None]
+    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        _check_goes_through_interface(type(part), name)
+    layers = [module for module in model.modules() if _calls_interface(type(module))]
     if not layers:
         raise UserError(f"{type(model).__name__} has no attention layer that goes through the attention interface")
     if settings.num_features is not None:
@@ -102,7 +109,6 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
             generator = torch.Generator().manual_seed(settings.seed)
             for layer in layers:
                 head_dim = _head_dim(layer)
-                assert head_dim is not None
                 features = make_features(
                     settings.estimator,
                     kernel_named(settings.kernel),
@@ -202,15 +208,15 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: KeyMask | Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
         kernel_state: _StateLayer | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        _refuse(dropout, attention_mask, key, kwargs)
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        _refuse(dropout, kwargs)
+        key_mask, causal = _read_mask(attention_mask, module, query, key, is_causal)
         if settings.normalize:
             radius = kernel_named(settings.kernel).radius
             largest = query.shape[-1] ** -0.5 if scaling is None else abs(scaling)
@@ -226,7 +232,7 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
             if kernel_state is not None:
                 raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
             with torch.autocast(query.device.type, enabled=False):
-                out = _exact(settings, query, key, value.to(query.dtype), attention_mask, causal)
+                out = _exact(settings, query, key, value.to(query.dtype), key_mask, causal)
         else:
             features = getattr(module, _INSTALLED, None)
             if features is not None and module.kernel_settings != settings:
@@ -245,8 +251,8 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
                     settings.max_degree,
                 )
             if not causal and centres_keys(settings.estimator, kernel_named(settings.kernel)):
-                key = centre_keys(key, attention_mask)
-            out = _through(features, query, key, value, attention_mask, causal, kernel_state)
+                key = centre_keys(key, key_mask)
+            out = _through(features, query, key, value, key_mask, causal, kernel_state)
         return out.to(dtype).transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward
@@ -286,7 +292,7 @@ def _exact(
     return out[:, :, -length:]
 
 
-def _refuse(dropout: float, attention_mask: Tensor | None, key: Tensor, kwargs: dict[str, Any]) -> None:
+def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise UserError for what would have to be ignored."""
     if dropout:
         raise UserError(f"attention dropout is {dropout}, but there are no weights to drop; set it to 0 in the config")
@@ -296,45 +302,176 @@ def _refuse(dropout: float, attention_mask: Tensor | None, key: Tensor, kwargs: 
     for name, value in kwargs.items():
         if name not in _HARMLESS and value is not None and value is not False:
             raise UserError(f"attention argument {name} is not supported by a linear attention implementation")
-    if attention_mask is not None:
-        expected = (key.shape[0], key.shape[2])
-        if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != expected:
-            raise UserError(
-                f"attention_mask must be a mask of keys, {list(expected)}, not {attention_mask.dtype} "
-                f"{list(attention_mask.shape)}; a mask of pairs has no meaning in linear time"
-            )
 
 
-def _key_mask(
+class MaskUsed(UserError, AttributeError):
+    """A model did arithmetic with a mask that only our attention function can read."""
+
+
+def _used(*_: object, **__: object) -> NoReturn:
+    raise MaskUsed(
+        "this model changes its attention mask or computes its attention itself, so no attn_implementation of schoenbat "
+        'can serve it; use attn_implementation="eager"'
+    )
+
+
+class KeyMask:
+    """What a model's mask means, readable by our attention function alone.
+
+    It stands for [B, 1, queries, keys], True = attend. It can be passed on, moved to another device, and asked for its
+    shape; whatever else a model does with it, such as adding it to scores of its own, is a UserError.
+
+    Args:
+        causal: query i sees keys up to its own place, the last query standing at the last key.
+        key_mask: [B, keys] bool, True = attend, or None where nothing is padding.
+        shape: (B, 1, queries, keys).
+    """
+
+    ndim = 4
+
+    def __init__(self, causal: bool, key_mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+        self.causal, self.key_mask, self.shape = causal, key_mask, shape
+
+    def __repr__(self) -> str:
+        kind = "causal" if self.causal else "bidirectional"
+        return f"KeyMask({kind}, {list(self.shape)}, {'padded' if self.key_mask is not None else 'no padding'})"
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "KeyMask":
+        if isinstance(device, torch.dtype | Tensor):
+            _used()
+        moved = None if self.key_mask is None else self.key_mask.to(device, non_blocking=non_blocking)
+        return KeyMask(self.causal, moved, self.shape)
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:
+        _used()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _used()
+
+    __hash__ = object.__hash__
+    __getitem__ = __setitem__ = __len__ = __iter__ = __bool__ = __invert__ = __neg__ = __float__ = __int__ = _used
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __and__ = __rand__ = __or__ = __ror__ = _used
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = _used
+    __rmatmul__ = __mod__ = __pow__ = __iadd__ = __isub__ = __imul__ = __itruediv__ = __array__ = _used
+
+
+def _make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | KeyMask | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """The mask that transformers prepares for this implementation: [B, keys] bool, True = attend, or None."""
+) -> KeyMask:
+    """The mask that transformers prepares for this implementation."""
+    if isinstance(attention_mask, KeyMask):
+        return attention_mask
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise UserError(
             "this call needs a mask of pairs other than the causal one (a sliding window, chunks, packed sequences, "
             "or, under torch.compile, no attention_mask), which has no meaning in linear time"
         )
+    causal = mask_function is causal_mask_function
     ends_with_queries = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
-    if mask_function is causal_mask_function and not ends_with_queries:
+    if causal and not ends_with_queries:
         raise UserError("a cache of fixed length (static) is not supported; use KernelCache or the default cache")
-    return None if attention_mask is None else attention_mask[:, -kv_length:]
+    key_mask = None if attention_mask is None else attention_mask[:, -kv_length:]
+    return KeyMask(causal, key_mask, (batch_size, 1, q_length, kv_length))
 
 
-def _head_dim(module: nn.Module) -> int | None:
-    """Width of a head if this is a module that calls the attention interface."""
-    if not hasattr(module, "is_causal") or not hasattr(module, "config"):
-        return None
-    for name in ("head_dim", "attention_head_size"):
-        if isinstance(getattr(module, name, None), int):
-            return int(getattr(module, name))
+def _read_mask(
+    mask: KeyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
+) -> tuple[Tensor | None, bool]:
+    """The mask of keys, [B, keys], and whether attention is causal.
+
+    Every mask of transformers' own functions is a KeyMask here. None is the absence of one, and then each query sees
+    each key, as in eager attention; a module that calls itself causal nevertheless is contradictory.
+    """
+    if mask is None:
+        if query.shape[2] > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
+            raise UserError(
+                f"{type(module).__name__} is causal but was given no mask; call it through its model, which makes one"
+            )
+        return None, False
+    if not isinstance(mask, KeyMask):
+        raise UserError(
+            f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs "
+            "has no meaning in linear time"
+        )
+    expected = (query.shape[0], 1, query.shape[2], key.shape[2])
+    shapes = [tuple(mask.shape)]
+    if mask.key_mask is not None:
+        shapes.append((mask.key_mask.shape[0], 1, mask.shape[2], mask.key_mask.shape[1]))
+    for shape in shapes:
+        if shape != expected:
+            raise UserError(
+                f"the model made a mask of {list(shape)} (batch, heads, queries, keys), but this layer attends over "
+                f"{list(expected)}"
+            )
+    return mask.key_mask, mask.causal
+
+
+@cache
+def _bypass(model_class: type[PreTrainedModel]) -> str | None:
+    """How a model class gets round the attention interface, or None where nothing shows that it does.
+
+    The files that define the class and its bases tell: attention layers without an interface, or a table of its own
+    from the names of implementations to classes of attention.
+    """
+    bases = [c for c in model_class.__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    names = {base.__module__ for base in bases}
+    things = [thing for name in names for thing in vars(sys.modules[name]).values()]
+    for thing in things:
+        if isinstance(thing, dict) and isinstance(thing.get("eager"), type) and issubclass(thing["eager"], nn.Module):
+            return f"it has attentions of its own for the names {', '.join(thing)}"
+    layers = [thing.__name__ for thing in things if isinstance(thing, type) and issubclass(thing, nn.Module)]
+    own = [name for name in layers if "Attention" in name]
+    if own and not any(isinstance(thing, AttentionInterface) for thing in things):
+        return f"its {own[0]} computes attention itself"
     return None
 
 
+def _check_goes_through_interface(model_class: type[PreTrainedModel], name: str) -> None:
+    if reason := _bypass(model_class):
+        raise UserError(
+            f"{model_class.__name__} does not go through the attention interface of transformers ({reason}), so "
+            f"attn_implementation {name!r} has no effect on it; leave it out, or name the parts that shall have it, such "
+            f"as {{'text_config': {name!r}}}"
+        )
+
+
+def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    """While a model is put together: whether our implementation can serve it.
+
+    A model that never asks for a mask nor for the attention function is noticed nowhere else.
+    """
+    if isinstance(module, PreTrainedModel):
+        implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
+        if isinstance(implementation, str) and implementation in _SETTINGS:
+            _check_goes_through_interface(type(module), implementation)
+
+
+@cache
+def _calls_interface(layer_class: type[nn.Module]) -> bool:
+    """Whether `forward` takes the attention function from an interface of transformers."""
+    forward = inspect.unwrap(layer_class.forward)
+    code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in code.co_names)
+
+
+def _head_dim(layer: nn.Module) -> int:
+    """Width of the queries of a layer."""
+    for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "attention_head_dim", "key_value_proj_dim"):
+        if isinstance(getattr(layer, name, None), int):
+            return int(getattr(layer, name))
+    raise UserError(f"the width of the heads of {type(layer).__name__} is not known, so install cannot serve it")
+
+
 register("schoenbat", Settings())
+register_module_module_registration_hook(_check_model)
