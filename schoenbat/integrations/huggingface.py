@@ -127,11 +127,21 @@ class KernelCache(Cache):
     """The sums that causal attention through features needs of all tokens so far, whatever their number.
 
     `model.generate(..., past_key_values=KernelCache())`; one cache serves one batch of sequences, and `reset` empties
-    it. Tokens cannot be taken out again, so assisted generation is refused.
+    it. Tokens cannot be taken out again, so assisted generation is refused; so are models some of whose layers keep a
+    state of another kind.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_StateLayer)
+
+    def _other_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(
+            "KernelCache keeps the state of attention alone, and this model has layers with a state of another kind; "
+            "leave its cache to transformers"
+        )
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _other_state
+    has_previous_state = update_indexer = _other_state
 
 
 class _StateLayer(CacheLayerMixin):
@@ -141,7 +151,6 @@ class _StateLayer(CacheLayerMixin):
     is how transformers' own paged cache reaches its attention.
     """
 
-    supports_early_init = False
     is_sliding = False
 
     def __init__(self) -> None:
@@ -163,7 +172,7 @@ class _StateLayer(CacheLayerMixin):
                 "KernelCache serves models whose attn_implementation was registered by schoenbat; this one ignored it"
             )
         kwargs["kernel_state"] = self
-        self.is_taken = False
+        self.is_taken, self.is_initialized = False, True
         self.seen += key_states.shape[-2]
         return key_states, value_states
 
@@ -177,7 +186,7 @@ class _StateLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_taken = None, 0, True
+        self.state, self.seen, self.is_taken, self.is_initialized = None, 0, True, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -217,6 +226,8 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         _refuse(dropout, kwargs)
         key_mask, causal = _read_mask(attention_mask, module, query, key, is_causal)
+        if isinstance(attention_mask, KeyMask):
+            _refuse_packed(attention_mask, kwargs.get("position_ids"))
         if settings.normalize:
             radius = kernel_named(settings.kernel).radius
             largest = query.shape[-1] ** -0.5 if scaling is None else abs(scaling)
@@ -269,7 +280,9 @@ def _through(
 ) -> Tensor:
     if layer is not None:
         if not causal:
-            raise UserError("KernelCache is for causal attention")
+            raise UserError("KernelCache is for causal attention alone; leave the cache of this model to transformers")
+        if layer.is_taken:
+            raise UserError("a layer of this model attends twice over the same tokens; use it without KernelCache")
         layer.is_taken = True
         out, layer.state = extend(features, layer.state, query, key, value, key_mask)
         return out
@@ -331,6 +344,7 @@ class KeyMask:
 
     def __init__(self, causal: bool, key_mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
         self.causal, self.key_mask, self.shape = causal, key_mask, shape
+        self.positions: Tensor | None = None  # of the tokens, once looked at
 
     def __repr__(self) -> str:
         kind = "causal" if self.causal else "bidirectional"
@@ -404,6 +418,8 @@ def _read_mask(
             f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs "
             "has no meaning in linear time"
         )
+    if not mask.causal and mask.key_mask is None:
+        return None, False
     expected = (query.shape[0], 1, query.shape[2], key.shape[2])
     shapes = [tuple(mask.shape)]
     if mask.key_mask is not None:
@@ -415,6 +431,28 @@ def _read_mask(
                 f"{list(expected)}"
             )
     return mask.key_mask, mask.causal
+
+
+def _refuse_packed(mask: KeyMask, positions: object) -> None:
+    """Raise UserError where the positions of tokens that count start anew, in a causal mask that does not say so.
+
+    Without a mask of the tokens transformers looks for this itself, and asks for a mask of pairs. One look serves all
+    layers of a call; under torch.compile there is none, as it would have to read the positions.
+    """
+    if not mask.causal or not isinstance(positions, Tensor) or positions.dim() != 2 or positions is mask.positions:
+        return
+    mask.positions, length = positions, positions.shape[1]
+    if length < 2 or torch.compiler.is_compiling():
+        return
+    starts = positions[:, 1:] <= positions[:, :-1]
+    if mask.key_mask is not None:
+        counts = mask.key_mask[:, -length:]
+        starts = starts & counts[:, 1:] & counts[:, :-1]
+    if starts.any():
+        raise UserError(
+            "position_ids start anew within a sequence: packed sequences need a mask of pairs, which has no meaning in "
+            "linear time"
+        )
 
 
 @cache
