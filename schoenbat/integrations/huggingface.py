@@ -7,7 +7,8 @@ features are a function of head_dim and these settings alone, drawn when first n
 
 What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
 attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
-go through the interface: when it is built with one of our names, when it touches the mask that we made, or by `install`.
+go through the interface: when it is built with one of our names, when it does arithmetic with our mask, or by
+`install`.
 
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
@@ -30,6 +31,7 @@ from transformers.utils.output_capturing import _active_collector
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.features.estimators import centres_keys, check_estimator, make_features
 from schoenbat.functional import check_defined, draw_features, kernel_named, share_scale
+from schoenbat.kernels import Kernel
 from schoenbat.norm import pre_sbn
 from schoenbat.ops.blockwise import attend, centre_keys, extend, summarise_keys
 from schoenbat.ops.exact import exact_attention
@@ -99,9 +101,10 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
     if name not in _SETTINGS:
         raise unknown_name("attn_implementation", name, list(_SETTINGS))
     settings = _SETTINGS[name]
-    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
-        _check_goes_through_interface(type(part), name)
-    layers = [module for module in model.modules() if _calls_interface(type(module))]
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            _check_goes_through_interface(part, name)
+    layers = [module for module in model.modules() if _calls_interface(module)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no attention layer that goes through the attention interface")
     if settings.num_features is not None:
@@ -211,6 +214,7 @@ class _StateLayer(CacheLayerMixin):
 
 def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
     """The function that transformers calls from every attention layer."""
+    kernel = kernel_named(settings.kernel)
 
     def kernel_attention_forward(
         module: nn.Module,
@@ -229,7 +233,7 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
         if isinstance(attention_mask, KeyMask):
             _refuse_packed(attention_mask, kwargs.get("position_ids"))
         if settings.normalize:
-            radius = kernel_named(settings.kernel).radius
+            radius = kernel.radius
             largest = query.shape[-1] ** -0.5 if scaling is None else abs(scaling)
             if largest >= radius:
                 raise UserError(
@@ -243,7 +247,7 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
             if kernel_state is not None:
                 raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
             with torch.autocast(query.device.type, enabled=False):
-                out = _exact(settings, query, key, value.to(query.dtype), key_mask, causal)
+                out = _exact(kernel, query, key, value.to(query.dtype), key_mask, causal)
         else:
             features = getattr(module, _INSTALLED, None)
             if features is not None and module.kernel_settings != settings:
@@ -253,7 +257,7 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
                 )
             if features is None:
                 features = draw_features(
-                    kernel_named(settings.kernel),
+                    kernel,
                     query.shape[-1],
                     settings.num_features,
                     settings.seed,
@@ -261,7 +265,7 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
                     settings.estimator,
                     settings.max_degree,
                 )
-            if not causal and centres_keys(settings.estimator, kernel_named(settings.kernel)):
+            if not causal and centres_keys(settings.estimator, kernel):
                 key = centre_keys(key, key_mask)
             out = _through(features, query, key, value, key_mask, causal, kernel_state)
         return out.to(dtype).transpose(1, 2).contiguous(), None
@@ -295,13 +299,11 @@ def _through(
     return extend(features, state, query, key[:, :, past:], value[:, :, past:], after)[0]
 
 
-def _exact(
-    settings: Settings, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, causal: bool
-) -> Tensor:
+def _exact(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor:
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past:
         query = nn.functional.pad(query, (0, 0, past, 0))
-    out = exact_attention(query, key, value, kernel_named(settings.kernel), key_mask, causal)
+    out = exact_attention(query, key, value, kernel, key_mask, causal)
     return out[:, :, -length:]
 
 
@@ -323,8 +325,8 @@ class MaskUsed(UserError, AttributeError):
 
 def _used(*_: object, **__: object) -> NoReturn:
     raise MaskUsed(
-        "this model changes its attention mask or computes its attention itself, so no attn_implementation of schoenbat "
-        'can serve it; use attn_implementation="eager"'
+        "this model changes its attention mask or computes attention itself, so an attn_implementation of schoenbat "
+        'cannot serve it; use attn_implementation="eager"'
     )
 
 
@@ -353,8 +355,8 @@ class KeyMask:
     def dim(self) -> int:
         return self.ndim
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "KeyMask":
-        if isinstance(device, torch.dtype | Tensor):
+    def to(self, device: object = None, non_blocking: bool = False, **other: object) -> "KeyMask":
+        if other or not isinstance(device, torch.device | str | int):
             _used()
         moved = None if self.key_mask is None else self.key_mask.to(device, non_blocking=non_blocking)
         return KeyMask(self.causal, moved, self.shape)
@@ -415,8 +417,8 @@ def _read_mask(
         return None, False
     if not isinstance(mask, KeyMask):
         raise UserError(
-            f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs "
-            "has no meaning in linear time"
+            f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of "
+            "pairs has no meaning in linear time"
         )
     if not mask.causal and mask.key_mask is None:
         return None, False
@@ -456,17 +458,14 @@ def _refuse_packed(mask: KeyMask, positions: object) -> None:
 
 
 @cache
-def _bypass(model_class: type[PreTrainedModel]) -> str | None:
-    """How a model class gets round the attention interface, or None where nothing shows that it does.
+def _bypass(files: tuple[str, ...]) -> str | None:
+    """How the models of these modules get round the attention interface, or None where nothing shows that they do.
 
-    The files that define the class and its bases tell: attention layers without an interface, or a table of its own
-    from the names of implementations to classes of attention.
+    Layers of attention without an interface tell, or a table from the names of implementations to classes of attention.
     """
-    bases = [c for c in model_class.__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
-    names = {base.__module__ for base in bases}
-    things = [thing for name in names for thing in vars(sys.modules[name]).values()]
+    things = [thing for file in files for thing in vars(sys.modules[file]).values()]
     for thing in things:
-        if isinstance(thing, dict) and isinstance(thing.get("eager"), type) and issubclass(thing["eager"], nn.Module):
+        if type(thing) is dict and isinstance(thing.get("eager"), type) and issubclass(thing["eager"], nn.Module):
             return f"it has attentions of its own for the names {', '.join(thing)}"
     layers = [thing.__name__ for thing in things if isinstance(thing, type) and issubclass(thing, nn.Module)]
     own = [name for name in layers if "Attention" in name]
@@ -475,12 +474,13 @@ def _bypass(model_class: type[PreTrainedModel]) -> str | None:
     return None
 
 
-def _check_goes_through_interface(model_class: type[PreTrainedModel], name: str) -> None:
-    if reason := _bypass(model_class):
+def _check_goes_through_interface(model: PreTrainedModel, name: str) -> None:
+    bases = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    if reason := _bypass(tuple(base.__module__ for base in bases)):
         raise UserError(
-            f"{model_class.__name__} does not go through the attention interface of transformers ({reason}), so "
-            f"attn_implementation {name!r} has no effect on it; leave it out, or name the parts that shall have it, such "
-            f"as {{'text_config': {name!r}}}"
+            f"{type(model).__name__} does not go through the attention interface of transformers ({reason}), so "
+            f"attn_implementation {name!r} has no effect on it; leave it out, or name the parts that shall have it, "
+            f"such as {{'text_config': {name!r}}}"
         )
 
 
@@ -492,20 +492,26 @@ def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
     if isinstance(module, PreTrainedModel):
         implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
         if isinstance(implementation, str) and implementation in _SETTINGS:
-            _check_goes_through_interface(type(module), implementation)
+            _check_goes_through_interface(module, implementation)
 
 
-@cache
-def _calls_interface(layer_class: type[nn.Module]) -> bool:
-    """Whether `forward` takes the attention function from an interface of transformers."""
-    forward = inspect.unwrap(layer_class.forward)
+def _calls_interface(layer: nn.Module) -> bool:
+    """Whether its `forward` takes the attention function from an interface of transformers."""
+    forward = inspect.unwrap(type(layer).forward)
     code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
     return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in code.co_names)
 
 
 def _head_dim(layer: nn.Module) -> int:
     """Width of the queries of a layer."""
-    for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "attention_head_dim", "key_value_proj_dim"):
+    for name in (
+        "qk_head_dim",
+        "head_dim",
+        "attention_head_size",
+        "head_size",
+        "attention_head_dim",
+        "key_value_proj_dim",
+    ):
         if isinstance(getattr(layer, name, None), int):
             return int(getattr(layer, name))
     raise UserError(f"the width of the heads of {type(layer).__name__} is not known, so install cannot serve it")

@@ -6,6 +6,9 @@ runs them where a checkout is at hand); the properties that they check are state
 with padding on the left, greedily, with beams, by sampling, with and without a cache, and in several goes.
 """
 
+import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +17,9 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
 
+from tiny_models import class_of
+from tiny_models import config_of as tiny_config_of
+from tiny_models import model_of as tiny_model_of
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,10 +35,11 @@ from transformers import (
     StaticCache,
     ViTConfig,
 )
+from transformers.masking_utils import create_causal_mask
 
 from schoenbat.errors import UserError
 from schoenbat.features.estimators import ESTIMATORS
-from schoenbat.integrations.huggingface import KernelCache, Settings, install, register
+from schoenbat.integrations.huggingface import KernelCache, KeyMask, Settings, install, register
 
 register("schoenbat-test-exact", Settings(num_features=None))
 for _estimator in ESTIMATORS:
@@ -262,8 +269,6 @@ def test_masks_of_pairs_and_fixed_caches_are_refused() -> None:
     ids = prompt()["input_ids"]
     with pytest.raises(UserError, match="a mask of pairs has no meaning in linear time"):
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
-    with pytest.raises(UserError, match="packed sequences"):
-        model(input_ids=ids, position_ids=torch.arange(12).remainder(6).expand(2, -1), use_cache=False)
     with pytest.raises(UserError, match="a cache of fixed length"):
         model(input_ids=ids, cache=StaticCache(config=model.config, max_cache_len=30))
     exact = model_of("llama", "schoenbat-test-exact", head=True)
@@ -297,3 +302,193 @@ def test_names_that_mean_something_else_are_refused() -> None:
         register("schoenbat", Settings(seed=1))
     with pytest.raises(UserError, match="unknown attn_implementation 'other'; choose one of: schoenbat"):
         install(model_of("bert", "eager"), "other")
+
+
+def family_of(model_type: str, attention: str, **options: Any) -> PreTrainedModel:
+    config = tiny_config_of(model_type, **options)
+    return tiny_model_of(class_of(model_type), config, attention)
+
+
+BYPASSING = ["bloom", "openai-gpt", "falcon", "gpt_neo", "gpt_neox_japanese", "deberta", "mpnet", "xglm", "mvp", "led"]
+
+
+@pytest.mark.parametrize("model_type", BYPASSING)
+def test_a_model_that_computes_attention_itself_is_refused_when_it_is_built(model_type: str) -> None:
+    with pytest.raises(UserError, match=r"does not go through the attention interface .* 'schoenbat-test-exact'"):
+        family_of(model_type, "schoenbat-test-exact")
+
+
+@pytest.mark.parametrize("model_type", BYPASSING)
+def test_a_model_that_computes_attention_itself_is_refused_or_left_alone_later(model_type: str) -> None:
+    model = family_of(model_type, "eager")
+    with pytest.raises(UserError, match="does not go through the attention interface"):
+        install(model, "schoenbat-test-exact")
+    model.set_attn_implementation("schoenbat-test-exact")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_parts_that_go_through_the_interface_can_be_chosen() -> None:
+    with pytest.raises(UserError, match=r"GotOcr2VisionEncoder does not go .* such as {'text_config': 'schoenbat'}"):
+        family_of("got_ocr2", "schoenbat")
+    config = tiny_config_of("got_ocr2")
+    model = AutoModel.from_config(config, attn_implementation={"text_config": "schoenbat", "vision_config": "eager"})
+    assert model.language_model.config._attn_implementation == "schoenbat"
+
+
+class Homemade(PreTrainedModel):
+    """A model that asks for the mask of its implementation and then does as it likes with it."""
+
+    config_class = LlamaConfig
+    _supports_attention_backend = True
+
+    def __init__(self, config: LlamaConfig, use: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.use = use
+        self.post_init()
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(ids)
+        mask = create_causal_mask(self.config, x, attention_mask, None)
+        return self.use(x @ x.mT, mask)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda scores, mask: scores[:, None] + mask,
+        lambda scores, mask: mask + scores[:, None],
+        lambda scores, mask: scores[:, None].masked_fill(~mask, -1e9),
+        lambda scores, mask: torch.where(mask, scores[:, None], -1e9),
+        lambda scores, mask: scores + mask[:, 0],
+        lambda scores, mask: scores[:, None] + mask.to(scores.dtype),
+        lambda scores, mask: scores[:, None] + mask.to(dtype=scores.dtype),
+        lambda scores, mask: scores[:, None] * (mask == 0),
+        lambda scores, mask: scores[:, None] + (1.0 - mask) * -1e9,
+        lambda scores, mask: torch.nn.functional.scaled_dot_product_attention(scores, scores, scores, attn_mask=mask),
+        lambda scores, mask: scores[mask],
+        lambda scores, mask: scores[:, None] + mask.float(),
+        lambda scores, mask: [row for row in mask],
+        lambda scores, mask: scores.add_(mask),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_our_mask_serves_no_attention_but_ours(use: Callable[[Tensor, Any], Any], padded: bool) -> None:
+    model = Homemade(LlamaConfig(attn_implementation="schoenbat", **TEXT), use)
+    ids = prompt()["input_ids"]
+    with pytest.raises(UserError, match="computes attention itself"):
+        model(ids, prompt()["attention_mask"] if padded else None)
+
+
+def test_our_mask_can_be_passed_on() -> None:
+    given = torch.tensor([[False, True], [True, True]])
+    mask = KeyMask(True, given, (2, 1, 2, 2))
+    for same in (mask.to("cpu"), mask.to(torch.device("cpu"), non_blocking=True), copy.deepcopy(mask), copy.copy(mask)):
+        assert isinstance(same, KeyMask)
+        assert (same.causal, same.shape, same.dim()) == (True, (2, 1, 2, 2), same.ndim)
+        assert torch.equal(same.key_mask, given)
+    assert repr(mask) == "KeyMask(causal, [2, 1, 2, 2], padded)"
+    assert not hasattr(mask, "masked_fill")
+    assert mask.to("meta").key_mask.device.type == "meta"
+
+
+@pytest.mark.parametrize("model_type", ["pegasus_x", "nllb-moe", "bart", "whisper"])
+def test_decoders_do_not_see_the_future(model_type: str) -> None:
+    """Also those whose layers do not say that they are causal: the mask does."""
+    model = family_of(model_type, "schoenbat-test-exact")
+    name = "input_ids" if "input_ids" in inspect.signature(model.forward).parameters else "input_features"
+    source = torch.randint(5, 60, (1, 6)) if name == "input_ids" else torch.randn(1, 80, 1024)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        first, second = (
+            model(**{name: source}, decoder_input_ids=wanted)[0]
+            for wanted in (ids, torch.cat([ids[:, :-1], torch.tensor([[30]])], 1))
+        )
+    assert torch.equal(first[:, :-1], second[:, :-1])
+    assert not torch.equal(first[:, -1], second[:, -1])
+
+
+@pytest.mark.parametrize("model_type", ["splinter", "clap_text_model", "align_text_model"])
+def test_encoders_whose_layers_do_not_say_so_are_not_causal(model_type: str) -> None:
+    arguments, real = inputs_of("bert")
+    with torch.no_grad():
+        exact, eager = (
+            family_of(model_type, attention)(**arguments)[0][real] for attention in ("schoenbat-test-exact", "eager")
+        )
+    torch.testing.assert_close(exact, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_no_mask_means_that_all_see_all_and_contradicts_a_causal_layer() -> None:
+    layer = model_of("llama", "schoenbat").layers[0].self_attn
+    x, turns = torch.randn(1, 5, 32), (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
+    with pytest.raises(UserError, match="LlamaAttention is causal but was given no mask"):
+        layer(x, position_embeddings=turns, attention_mask=None)
+    exact, eager = (
+        family_of("mllama_text_model", name, cross_attention_layers=[1]) for name in ("schoenbat-test-exact", "eager")
+    )
+    cross = [
+        next(layer for layer in model.modules() if type(layer).__name__ == "MllamaTextCrossAttention")
+        for model in (exact, eager)
+    ]
+    width = cross[0].config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    x, states = torch.randn(2, 5, width, generator=generator), torch.randn(2, 7, width, generator=generator)
+    with torch.no_grad():
+        outs = [layer(x, cross_attention_states=states, attention_mask=None)[0] for layer in cross]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_are_refused_with_a_mask_of_ones_too() -> None:
+    model, ids = model_of("llama", "schoenbat", head=True), prompt()["input_ids"]
+    packed = {"position_ids": torch.arange(12).remainder(6).expand(2, -1), "use_cache": False}
+    for mask in ({}, {"attention_mask": torch.ones(2, 12, dtype=torch.long)}):
+        with pytest.raises(UserError, match="packed sequences"):
+            model(input_ids=ids, **packed, **mask)
+    padded = prompt()
+    positions = (padded["attention_mask"].cumsum(-1) - 1).masked_fill(padded["attention_mask"] == 0, 1)
+    with torch.no_grad():
+        model(**padded, position_ids=positions)
+        model(input_ids=ids[:1], attention_mask=torch.ones(1, 12), position_ids=torch.arange(0, 24, 2)[None])
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "deepseek_v3", "cohere", "phi"])
+def test_install_finds_the_layers_of(model_type: str) -> None:
+    model = install(family_of(model_type, "eager"), "schoenbat-test-sketch-64")
+    assert len({name.partition("kernel_features")[0] for name in model.state_dict() if "kernel_features" in name}) == 2
+    with torch.no_grad():
+        assert torch.isfinite(model(**prompt())[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("jamba", "layers with a state of another kind"),
+        ("falcon_h1", "layers with a state of another kind"),
+        ("diffllama", "attends twice over the same tokens"),
+        ("bart", "for causal attention alone"),
+    ],
+)
+def test_models_whose_state_is_not_of_one_attention_are_refused_by_the_cache(model_type: str, message: str) -> None:
+    model = family_of(model_type, "schoenbat")
+    name = (
+        "cache" if "cache" in inspect.signature(inspect.unwrap(type(model).forward)).parameters else "past_key_values"
+    )
+    with pytest.raises(UserError, match=message):
+        model(input_ids=prompt()["input_ids"], use_cache=True, **{name: KernelCache()})
+
+
+@pytest.mark.parametrize("model_type", ["bigbird_pegasus", "doge"])
+def test_models_that_change_the_mask_are_refused(model_type: str) -> None:
+    arguments, _ = inputs_of("llama")
+    with pytest.raises(UserError, match="changes its attention mask or computes attention itself"):
+        family_of(model_type, "schoenbat")(**arguments)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "schoenbat-test-sketch-64"), ("bert", "schoenbat-test-exact")])
+def test_compiles_whole(family: str, name: str) -> None:
+    model = install(model_of(family, "eager"), name)
+    arguments, real = inputs_of(family)
+    torch.compiler.reset()
+    with torch.no_grad():
+        out = torch.compile(model, fullgraph=True, backend="eager")(**arguments)[0]
+        torch.testing.assert_close(out[real], model(**arguments)[0][real])
