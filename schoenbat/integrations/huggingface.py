@@ -3,7 +3,8 @@
 Importing this module registers the attention implementation "schoenbat": kernel exp, 256 features of the sketch, seed
 0. Any model that goes through the attention interface of transformers then takes `attn_implementation="schoenbat"`. Its
 features are a function of head_dim and these settings alone, drawn when first needed and held outside the model;
-`install` instead draws them per layer, as buffers in the model's state_dict. `register` gives other settings a name.
+`install` instead draws them per layer, as buffers in the model's state_dict. `register` gives another
+`schoenbat.Estimate` a name.
 
 What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
 attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
@@ -16,7 +17,6 @@ go through the interface: when it is built with one of our names, when it does a
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
@@ -29,12 +29,9 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.utils.output_capturing import _active_collector
 
 from schoenbat.errors import UserError, unknown_name
-from schoenbat.features.estimators import centres_keys, check_estimator, make_features
-from schoenbat.functional import check_defined, draw_features, kernel_named, share_scale
-from schoenbat.kernels import Kernel
-from schoenbat.norm import pre_sbn
-from schoenbat.ops.blockwise import attend, centre_keys, extend, summarise_keys
-from schoenbat.ops.exact import exact_attention
+from schoenbat.estimate import Estimate
+from schoenbat.features.plan import FeatureMap
+from schoenbat.ops.linear import State, attend, extend
 
 _INSTALLED = "kernel_features"
 _HARMLESS = {
@@ -50,45 +47,23 @@ _HARMLESS = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one attention implementation computes.
-
-    Attributes:
-        kernel: name of f.
-        num_features: None evaluates f exactly, in quadratic time.
-        estimator: "sketch", or "maclaurin" as published; see `schoenbat.features.estimators`.
-        seed: of the features.
-        normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
-        max_degree: highest degree of the features.
-    """
-
-    kernel: str = "exp"
-    num_features: int | None = 256
-    estimator: str = "sketch"
-    seed: int = 0
-    normalize: bool = False
-    max_degree: int = 20
+_ESTIMATES: dict[str, Estimate] = {}
 
 
-_SETTINGS: dict[str, Settings] = {}
-
-
-def register(name: str, settings: Settings) -> None:
+def register(name: str, estimate: Estimate) -> None:
     """Make `attn_implementation=name` known to transformers.
 
     Raises:
-        UserError: a name that transformers reads in a way of its own or that means something else already, or settings
-            under which the kernel is not defined.
+        UserError: a name that transformers reads in a way of its own or that means something else already, or an
+            estimate whose kernel is not defined for what a model may ask.
     """
     if not name or "/" in name or any(word in name for word in ("flash", "flex_attention", "sdpa", "eager", "paged")):
         raise UserError(f"attn_implementation {name!r} means something else to transformers; choose another name")
-    if _SETTINGS.get(name, settings) != settings:
-        raise UserError(f"attn_implementation {name!r} is registered already, with {_SETTINGS[name]}")
-    check_defined(kernel_named(settings.kernel), settings.normalize)
-    check_estimator(settings.estimator)
-    _SETTINGS[name] = settings
-    AttentionInterface.register(name, _implementation(settings))
+    if _ESTIMATES.get(name, estimate) != estimate:
+        raise UserError(f"attn_implementation {name!r} is registered already, with {_ESTIMATES[name]}")
+    estimate.check_defined(0.0)
+    _ESTIMATES[name] = estimate
+    AttentionInterface.register(name, _implementation(estimate))
     AttentionMaskInterface.register(name, _make_mask)
 
 
@@ -98,30 +73,23 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
     Draws of the layers follow each other from the seed of the implementation. Loading a checkpoint of such a model
     needs the same call first.
     """
-    if name not in _SETTINGS:
-        raise unknown_name("attn_implementation", name, list(_SETTINGS))
-    settings = _SETTINGS[name]
+    if name not in _ESTIMATES:
+        raise unknown_name("attn_implementation", name, list(_ESTIMATES))
+    estimate = _ESTIMATES[name]
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             _check_goes_through_interface(part, name)
     layers = [module for module in model.modules() if _calls_interface(module)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no attention layer that goes through the attention interface")
-    if settings.num_features is not None:
+    if estimate.num_features is not None:
         with torch.device("cpu"):
-            generator = torch.Generator().manual_seed(settings.seed)
+            generator = torch.Generator().manual_seed(estimate.seed)
             for layer in layers:
-                head_dim = _head_dim(layer)
-                features = make_features(
-                    settings.estimator,
-                    kernel_named(settings.kernel),
-                    head_dim=head_dim,
-                    num_features=settings.num_features,
-                    max_degree=settings.max_degree,
-                    generator=generator,
-                )
+                scale = getattr(layer, "scaling", None)
+                features = estimate.make(_head_dim(layer), scale if isinstance(scale, float) else None, generator)
                 layer.add_module(_INSTALLED, features.to(next(layer.parameters()).device))
-                layer.kernel_settings = settings
+                layer.kernel_estimate = estimate
     model.set_attn_implementation(name)
     return model
 
@@ -148,7 +116,7 @@ class KernelCache(Cache):
 
 
 class _StateLayer(CacheLayerMixin):
-    """One layer's state, [B, key heads, D, v + 1].
+    """One layer's state of `schoenbat.ops.linear.extend`.
 
     The attention function gets hold of it through the keyword arguments of the call, which `update` may extend: that
     is how transformers' own paged cache reaches its attention.
@@ -158,7 +126,7 @@ class _StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: Tensor | None = None
+        self.state: State | None = None
         self.seen = 0
         self.is_taken = True
 
@@ -196,11 +164,11 @@ class _StateLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            self.state = self.state.repeat_interleave(repeats, dim=0)
+            self.state = self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
-            self.state = self.state.index_select(0, indices.to(self.state.device))
+            self.state = self.state.map(lambda x: x.index_select(0, indices.to(x.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -212,9 +180,8 @@ class _StateLayer(CacheLayerMixin):
     prefetch = offload
 
 
-def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
+def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
     """The function that transformers calls from every attention layer."""
-    kernel = kernel_named(settings.kernel)
 
     def kernel_attention_forward(
         module: nn.Module,
@@ -232,54 +199,34 @@ def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
         key_mask, causal = _read_mask(attention_mask, module, query, key, is_causal)
         if isinstance(attention_mask, KeyMask):
             _refuse_packed(attention_mask, kwargs.get("position_ids"))
-        if settings.normalize:
-            radius = kernel.radius
-            largest = query.shape[-1] ** -0.5 if scaling is None else abs(scaling)
-            if largest >= radius:
-                raise UserError(
-                    f"kernel {settings.kernel} is defined for arguments below {radius:g} only, and the scaling of this "
-                    f"model lets them reach {largest:g}"
-                )
-            query, key = pre_sbn(query), pre_sbn(key)
-        dtype = query.dtype
-        query, key = share_scale(query, key, scaling)
-        if settings.num_features is None:
+        if estimate.num_features is None:
             if kernel_state is not None:
                 raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
-            with torch.autocast(query.device.type, enabled=False):
-                out = _exact(kernel, query, key, value.to(query.dtype), key_mask, causal)
+            out = _exact(estimate, query, key, value, key_mask, causal, scaling)
         else:
             features = getattr(module, _INSTALLED, None)
-            if features is not None and module.kernel_settings != settings:
+            if features is not None and module.kernel_estimate != estimate:
                 raise UserError(
-                    f"this layer has features of its own for {module.kernel_settings}, and its attn_implementation now "
-                    f"asks for {settings}; call install with the new name"
+                    f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
+                    f"asks for {estimate}; call install with the new name"
                 )
+            query, key, scale = estimate.prepare(query, key, scaling, key_mask)
             if features is None:
-                features = draw_features(
-                    kernel,
-                    query.shape[-1],
-                    settings.num_features,
-                    settings.seed,
-                    query.device,
-                    settings.estimator,
-                    settings.max_degree,
-                )
-            if not causal and centres_keys(settings.estimator, kernel):
-                key = centre_keys(key, key_mask)
-            out = _through(features, query, key, value, key_mask, causal, kernel_state)
-        return out.to(dtype).transpose(1, 2).contiguous(), None
+                features = estimate.draw(query.shape[-1], scale, query.device)
+            out = _through(features, query, key, value, key_mask, causal, scale, kernel_state)
+        return out.transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward
 
 
 def _through(
-    features: Callable[[Tensor], Tensor],
+    features: FeatureMap,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     causal: bool,
+    scale: float,
     layer: _StateLayer | None,
 ) -> Tensor:
     if layer is not None:
@@ -288,23 +235,28 @@ def _through(
         if layer.is_taken:
             raise UserError("a layer of this model attends twice over the same tokens; use it without KernelCache")
         layer.is_taken = True
-        out, layer.state = extend(features, layer.state, query, key, value, key_mask)
+        out, layer.state = extend(features, layer.state, query, key, value, key_mask, scale)
         return out
-    past = key.shape[2] - query.shape[2]
-    if not causal or past == 0 or query.shape[2] == 1:
-        return attend(features, query, key, value, key_mask, is_causal=causal and past == 0)
-    # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
-    before, after = (None, None) if key_mask is None else (key_mask[:, :past], key_mask[:, past:])
-    state = summarise_keys(features, key[:, :, :past], value[:, :, :past], before)
-    return extend(features, state, query, key[:, :, past:], value[:, :, past:], after)[0]
+    if causal and key.shape[2] > query.shape[2]:
+        # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
+        return extend(features, None, query, key, value, key_mask, scale)[0]
+    return attend(features, query, key, value, key_mask, causal, scale)
 
 
-def _exact(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor:
+def _exact(
+    estimate: Estimate,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+) -> Tensor:
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past:
         query = nn.functional.pad(query, (0, 0, past, 0))
-    out = exact_attention(query, key, value, kernel, key_mask, causal)
-    return out[:, :, -length:]
+    out = estimate.attend(query, key, value, key_mask, causal, scale=scaling)
+    return out[:, :, out.shape[2] - length :]
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
@@ -491,7 +443,7 @@ def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
     """
     if isinstance(module, PreTrainedModel):
         implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
-        if isinstance(implementation, str) and implementation in _SETTINGS:
+        if isinstance(implementation, str) and implementation in _ESTIMATES:
             _check_goes_through_interface(module, implementation)
 
 
@@ -517,5 +469,5 @@ def _head_dim(layer: nn.Module) -> int:
     raise UserError(f"the width of the heads of {type(layer).__name__} is not known, so install cannot serve it")
 
 
-register("schoenbat", Settings())
+register("schoenbat", Estimate())
 register_module_module_registration_hook(_check_model)

@@ -40,10 +40,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from schoenbat.errors import UserError
-from schoenbat.integrations.huggingface import KernelCache, Settings, install, register
+from schoenbat.estimate import Estimate
+from schoenbat.integrations.huggingface import KernelCache, install, register
 
-register("sweep-exact", Settings(num_features=None))
-register("sweep-64", Settings(num_features=64))
+register("sweep-exact", Estimate(num_features=None))
+register("sweep-64", Estimate(num_features=64))
 CALLS: list[str] = []
 
 

@@ -38,14 +38,14 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from schoenbat.errors import UserError
-from schoenbat.features.estimators import ESTIMATORS
-from schoenbat.integrations.huggingface import KernelCache, KeyMask, Settings, install, register
+from schoenbat.estimate import ESTIMATORS, Estimate
+from schoenbat.integrations.huggingface import KernelCache, KeyMask, install, register
 
-register("schoenbat-test-exact", Settings(num_features=None))
+register("schoenbat-test-exact", Estimate(num_features=None))
 for _estimator in ESTIMATORS:
     for _size in (64, 4096):
-        register(f"schoenbat-test-{_estimator}-{_size}", Settings(num_features=_size, estimator=_estimator))
-register("schoenbat-test-inverse", Settings(kernel="inverse", normalize=True))
+        register(f"schoenbat-test-{_estimator}-{_size}", Estimate(num_features=_size, estimator=_estimator))
+register("schoenbat-test-inverse", Estimate(kernel="inverse", normalize=True))
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {**SHAPE, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -171,12 +171,12 @@ def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
     assert torch.isfinite(out).all()
     wide = GraniteConfig(attention_multiplier=2.0, num_key_value_heads=2, **TEXT)
     model = AutoModel.from_config(wide, attn_implementation="schoenbat-test-inverse")
-    with pytest.raises(UserError, match=r"kernel inverse is defined for arguments below 1 only.*reach 2"):
+    with pytest.raises(UserError, match=r"kernel Inverse is defined for arguments below 1 only.*reach 2"):
         model(input_ids=prompt()["input_ids"])
     with pytest.raises(UserError, match="kernel Log is defined for arguments below 1 only; set normalize=True"):
-        register("schoenbat-test-log", Settings(kernel="log"))
+        register("schoenbat-test-log", Estimate(kernel="log"))
     with pytest.raises(UserError, match="unknown estimator 'favor'; choose one of: sketch, maclaurin"):
-        register("schoenbat-test-favor", Settings(estimator="favor"))
+        register("schoenbat-test-favor", Estimate(estimator="favor"))
 
 
 def prompt() -> dict[str, Tensor]:
@@ -297,9 +297,9 @@ def test_sliding_windows_and_dropout_of_weights_are_refused() -> None:
 def test_names_that_mean_something_else_are_refused() -> None:
     for name in ("flash_mine", "me/mine", "sdpa2", ""):
         with pytest.raises(UserError, match="means something else to transformers"):
-            register(name, Settings())
+            register(name, Estimate())
     with pytest.raises(UserError, match="is registered already"):
-        register("schoenbat", Settings(seed=1))
+        register("schoenbat", Estimate(seed=1))
     with pytest.raises(UserError, match="unknown attn_implementation 'other'; choose one of: schoenbat"):
         install(model_of("bert", "eager"), "other")
 
