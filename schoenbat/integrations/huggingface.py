@@ -17,6 +17,7 @@ go through the interface: when it is built with one of our names, when it does a
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, NoReturn
 
@@ -182,6 +183,9 @@ class _StateLayer(CacheLayerMixin):
 
 def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
     """The function that transformers calls from every attention layer."""
+    settings = estimate
+    # torch.compile cannot look a kernel up by its name.
+    estimate = replace(estimate, kernel=estimate.function)
 
     def kernel_attention_forward(
         module: nn.Module,
@@ -205,10 +209,10 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
             out = _exact(estimate, query, key, value, key_mask, causal, scaling)
         else:
             features = getattr(module, _INSTALLED, None)
-            if features is not None and module.kernel_estimate != estimate:
+            if features is not None and module.kernel_estimate != settings:
                 raise UserError(
                     f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
-                    f"asks for {estimate}; call install with the new name"
+                    f"asks for {settings}; call install with the new name"
                 )
             query, key, scale = estimate.prepare(query, key, scaling, key_mask)
             if features is None:

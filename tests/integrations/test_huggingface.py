@@ -40,6 +40,7 @@ from transformers.masking_utils import create_causal_mask
 from schoenbat.errors import UserError
 from schoenbat.estimate import ESTIMATORS, Estimate
 from schoenbat.integrations.huggingface import KernelCache, KeyMask, install, register
+from schoenbat.ops.linear import State
 
 register("schoenbat-test-exact", Estimate(num_features=None))
 for _estimator in ESTIMATORS:
@@ -76,17 +77,17 @@ def model_of(family: str, attention: str, *, head: bool = False, **options: Any)
     return auto.from_config(config_of(family, **options), attn_implementation=attention).eval()
 
 
-def inputs_of(family: str) -> tuple[dict[str, Tensor], Tensor]:
+def inputs_of(family: str, length: int = 12) -> tuple[dict[str, Tensor], Tensor]:
     """Arguments, and the places of the output that are no padding."""
     generator = torch.Generator().manual_seed(0)
     if family == "vit":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}, torch.ones(2, 17, dtype=torch.bool)
-    mask = torch.arange(12) < torch.tensor([12, 7])[:, None]
-    return {"input_ids": torch.randint(3, 60, (2, 12), generator=generator), "attention_mask": mask.long()}, mask
+    mask = torch.arange(length) < torch.tensor([length, length - 5])[:, None]
+    return {"input_ids": torch.randint(3, 60, (2, length), generator=generator), "attention_mask": mask.long()}, mask
 
 
-def output_of(model: PreTrainedModel, family: str) -> Tensor:
-    arguments, real = inputs_of(family)
+def output_of(model: PreTrainedModel, family: str, length: int = 12) -> Tensor:
+    arguments, real = inputs_of(family, length)
     with torch.no_grad():
         return model(**arguments)[0][real]
 
@@ -109,12 +110,13 @@ def test_outputs_converge_to_the_unmodified_model(family: str) -> None:
     """On fixed seeds.
 
     From 64 to 4,096 features the error of the published form falls about eightfold; a threefold fall is asked for. That
-    of the sketch, a fifth as large at first at most, falls a thousandfold; a hundredfold fall is asked for.
+    of the sketch, a fifth as large at first at most, falls a thousandfold; a hundredfold fall is asked for. Causal
+    attention is exact within a chunk, and the texts are shorter than one.
     """
     published, sketch = errors_of(family, "maclaurin"), errors_of(family, "sketch")
     assert published[1] < published[0] / 3
-    assert sketch[1] < sketch[0] / 100
     assert sketch[0] < published[0] / 2
+    assert max(sketch) < 1e-5 if family in CAUSAL else sketch[1] < sketch[0] / 100
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
@@ -140,7 +142,7 @@ def test_gradients_reach_every_layer(family: str) -> None:
     assert all(gradient is not None and torch.isfinite(gradient).all() for _, gradient in named)
 
 
-@pytest.mark.parametrize(("estimator", "buffers"), [("sketch", ["rotation"]), ("maclaurin", ["degrees", "signs"])])
+@pytest.mark.parametrize(("estimator", "buffers"), [("sketch", ["rotation_bits"]), ("maclaurin", ["degrees", "signs"])])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_installed_features_travel_in_the_state_dict(family: str, estimator: str, buffers: list[str]) -> None:
     implementation = f"schoenbat-test-{estimator}-64"
@@ -150,11 +152,11 @@ def test_installed_features_travel_in_the_state_dict(family: str, estimator: str
     draws = [getattr(module, buffers[-1]) for name, module in first.named_modules() if name.endswith("kernel_features")]
     assert not torch.equal(*draws)
     second = install(model_of(family, "eager"), implementation)
-    assert torch.equal(output_of(first, family), output_of(second, family))
+    assert torch.equal(output_of(first, family, 100), output_of(second, family, 100))
     first.get_submodule(names[0].rpartition(".")[0]).resample(torch.Generator().manual_seed(99))
-    assert not torch.equal(output_of(first, family), output_of(second, family))
+    assert not torch.equal(output_of(first, family, 100), output_of(second, family, 100))
     second.load_state_dict(first.state_dict())
-    assert torch.equal(output_of(first, family), output_of(second, family))
+    assert torch.equal(output_of(first, family, 100), output_of(second, family, 100))
 
 
 def test_installed_features_serve_no_other_settings() -> None:
@@ -179,10 +181,10 @@ def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
         register("schoenbat-test-favor", Estimate(estimator="favor"))
 
 
-def prompt() -> dict[str, Tensor]:
+def prompt(length: int = 12) -> dict[str, Tensor]:
     """Two prompts, the second one padded on the left."""
-    mask = torch.arange(12) >= torch.tensor([0, 5])[:, None]
-    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(length) >= torch.tensor([0, 5])[:, None]
+    ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
@@ -193,20 +195,22 @@ def prompt() -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("family", CAUSAL)
 def test_generation_does_not_depend_on_the_cache(family: str, how: dict[str, Any]) -> None:
-    model = model_of(family, "schoenbat", head=True)
+    model = model_of(family, "schoenbat-test-sketch-64", head=True)
     generated = []
     for cache in ({"cache": KernelCache()}, {}, {"use_cache": False}):
         torch.manual_seed(7)
-        generated.append(model.generate(**prompt(), max_new_tokens=8, **how, **cache))
-    assert generated[0].shape == (2, 20)
+        generated.append(model.generate(**prompt(62), max_new_tokens=8, **how, **cache))
+    assert generated[0].shape == (2, 70)
     assert torch.equal(generated[0], generated[1])
     assert torch.equal(generated[0], generated[2])
 
 
+@pytest.mark.parametrize(("attention", "length"), [("schoenbat-test-maclaurin-64", 70), ("schoenbat", 12)])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_padding_on_the_left_changes_no_logit(family: str) -> None:
-    model = model_of(family, "schoenbat", head=True)
-    padded = prompt()
+def test_padding_on_the_left_changes_no_logit(family: str, attention: str, length: int) -> None:
+    """Beyond one chunk with published features: the sketch is exact within chunks, and padding moves their borders."""
+    model = model_of(family, attention, head=True)
+    padded = prompt(length)
     alone = padded["input_ids"][1:, 5:]
     for cache in (KernelCache(), DynamicCache(config=model.config)):
         positions = (padded["attention_mask"].cumsum(-1) - 1).clamp_min(0)
@@ -216,11 +220,11 @@ def test_padding_on_the_left_changes_no_logit(family: str) -> None:
         torch.testing.assert_close(with_padding, without, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("goes", [[12], [1] * 12, [7, 5], [7, 1, 3, 1]], ids=str)
+@pytest.mark.parametrize("goes", [[70], [1] * 70, [37, 33], [63, 1, 1, 5]], ids=str)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_logits_in_several_goes_equal_those_at_once(family: str, goes: list[int]) -> None:
-    model = model_of(family, "schoenbat", head=True)
-    ids = prompt()["input_ids"][:1]
+    model = model_of(family, "schoenbat-test-sketch-64", head=True)
+    ids = prompt(70)["input_ids"][:1]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         for cache in (KernelCache(), DynamicCache(config=model.config)):
@@ -229,26 +233,33 @@ def test_logits_in_several_goes_equal_those_at_once(family: str, goes: list[int]
                 parts.append(model(input_ids=ids[:, done : done + go], cache=cache, use_cache=True).logits)
                 done += go
             torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
-            assert cache.get_seq_length() == 12
+            assert cache.get_seq_length() == 70
+
+
+def sizes_of(state: State) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a state, the sums over complete chunks and the keys and values since."""
+    assert state.far is not None
+    tensors = {**state.far._asdict(), "key": state.key, "extended": state.extended}
+    return {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_cache_keeps_its_size_and_serves_again_after_a_reset(family: str) -> None:
-    model = model_of(family, "schoenbat", head=True)
+    model = model_of(family, "schoenbat-test-sketch-64", head=True)
     cache = KernelCache()
-    first = model.generate(**prompt(), max_new_tokens=3, do_sample=False, cache=cache)
-    size = [layer.state.shape for layer in cache.layers]
-    assert size == [(2, 2 if family == "llama" else 4, 256, 9)] * 2
+    first = model.generate(**prompt(70), max_new_tokens=3, do_sample=False, cache=cache)
+    size = [sizes_of(layer.state) for layer in cache.layers]
+    assert size[0]["key"] == (2, 2 if family == "llama" else 4, 72 % 64, 8)
     cache.reset()
-    second = model.generate(**prompt(), max_new_tokens=30, do_sample=False, cache=cache)
-    assert [layer.state.shape for layer in cache.layers] == size
-    assert torch.equal(second[:, :15], first)
+    second = model.generate(**prompt(70), max_new_tokens=3 + 64, do_sample=False, cache=cache)
+    assert [sizes_of(layer.state) for layer in cache.layers] == size
+    assert torch.equal(second[:, :73], first)
     # Going on from a cache equals having begun with the longer text.
     cache.reset()
-    begun = model.generate(**prompt(), max_new_tokens=3, do_sample=False, cache=cache)
-    mask = torch.cat([prompt()["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
+    begun = model.generate(**prompt(70), max_new_tokens=3, do_sample=False, cache=cache)
+    mask = torch.cat([prompt(70)["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
     gone_on = model.generate(begun, attention_mask=mask, max_new_tokens=4, do_sample=False, cache=cache)
-    assert torch.equal(gone_on, second[:, :19])
+    assert torch.equal(gone_on, second[:, :77])
 
 
 def test_a_model_with_another_attention_cannot_use_the_cache_for_long() -> None:
