@@ -14,6 +14,7 @@ go through the interface: when it is built with one of our names, when it does a
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -45,6 +46,20 @@ _HARMLESS = {
     "return_dict",
     "shift_labels",
     "use_cache",
+}
+
+# Arguments of a layer of attention, none of which can be a second sequence.
+_OF_ONE_SEQUENCE = {
+    "self",
+    "attention_mask",
+    "cache",
+    "cu_seqlens",
+    "hidden_states",
+    "kwargs",
+    "max_seqlen",
+    "output_attentions",
+    "position_embeddings",
+    "position_ids",
 }
 
 
@@ -116,6 +131,10 @@ class KernelCache(Cache):
     has_previous_state = update_indexer = _other_state
 
 
+class NotReadable(UserError, AttributeError):
+    """A model read what only our attention function can use; to `hasattr` it is not there."""
+
+
 class _StateLayer(CacheLayerMixin):
     """One layer's state of `schoenbat.ops.linear.extend`.
 
@@ -127,9 +146,15 @@ class _StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
+        del self.keys, self.values
         self.state: State | None = None
         self.seen = 0
         self.is_taken = True
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("keys", "values"):
+            raise NotReadable("KernelCache has no keys and values, which this model reads; leave it its own cache")
+        raise AttributeError(name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first tokens make the state."""
@@ -217,7 +242,8 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
             query, key, scale = estimate.prepare(query, key, scaling, key_mask)
             if features is None:
                 features = estimate.draw(query.shape[-1], scale, query.device)
-            out = _through(features, query, key, value, key_mask, causal, scale, kernel_state)
+            itself = _attends_to_itself(module)
+            out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
         return out.transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward
@@ -232,6 +258,7 @@ def _through(
     causal: bool,
     scale: float,
     layer: _StateLayer | None,
+    attends_to_itself: bool,
 ) -> Tensor:
     if layer is not None:
         if not causal:
@@ -244,7 +271,31 @@ def _through(
     if causal and key.shape[2] > query.shape[2]:
         # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
         return extend(features, None, query, key, value, key_mask, scale)[0]
+    if not causal and features.centres and not attends_to_itself:
+        features, key = _without_mean_query(features, key, key_mask)
     return attend(features, query, key, value, key_mask, causal, scale)
+
+
+def _without_mean_query(features: FeatureMap, key: Tensor, key_mask: Tensor | None) -> tuple[FeatureMap, Tensor]:
+    """Features and keys with which no query has a part in another's output.
+
+    Features of exp are centred by the mean query, which in cross attention would tell a decoder of later tokens. Keys
+    less their own mean change no softmax either.
+    """
+    alone = copy.copy(features)
+    alone.centres = False
+    filled = key.to(torch.promote_types(key.dtype, torch.float32))
+    if key_mask is None:
+        return alone, filled - filled.mean(-2, keepdim=True)
+    counts = key_mask[:, None, :, None]
+    filled = filled.masked_fill(~counts, 0.0)
+    return alone, filled - filled.sum(-2, keepdim=True) / counts.sum(-2, keepdim=True).clamp_min(1)
+
+
+@torch.compiler.assume_constant_result
+def _attends_to_itself(layer: nn.Module) -> bool:
+    """Whether what a layer is given shows that its keys are the tokens of its queries."""
+    return set(inspect.signature(layer.forward).parameters) <= _OF_ONE_SEQUENCE
 
 
 def _exact(
@@ -275,12 +326,8 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             raise UserError(f"attention argument {name} is not supported by a linear attention implementation")
 
 
-class MaskUsed(UserError, AttributeError):
-    """A model did arithmetic with a mask that only our attention function can read."""
-
-
 def _used(*_: object, **__: object) -> NoReturn:
-    raise MaskUsed(
+    raise NotReadable(
         "this model changes its attention mask or computes attention itself, so an attn_implementation of schoenbat "
         'cannot serve it; use attn_implementation="eager"'
     )

@@ -104,7 +104,8 @@ class OtherAttention(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name
-        if "scaled_dot_product" in name or ("softmax" in name and args[0].dim() >= 3 and "backward" not in name):
+        rows = args[0].dim() >= 3 and args[0].shape[-2] > 1 if "softmax" in name else "scaled_dot_product" in name
+        if rows:
             self.seen.append(f"{name.split('::')[-1]} of {list(args[0].shape)}")
         return func(*args, **(kwargs or {}))
 

@@ -495,7 +495,10 @@ def test_models_that_change_the_mask_are_refused(model_type: str) -> None:
         family_of(model_type, "schoenbat")(**arguments)
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", "schoenbat-test-sketch-64"), ("bert", "schoenbat-test-exact")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "schoenbat-test-sketch-64"), ("bert", "schoenbat-test-sketch-64"), ("bert", "schoenbat-test-exact")],
+)
 def test_compiles_whole(family: str, name: str) -> None:
     model = install(model_of(family, "eager"), name)
     arguments, real = inputs_of(family)

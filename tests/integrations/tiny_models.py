@@ -76,6 +76,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "led": {"attention_window": 8},
+    "longformer": {"attention_window": 8},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
     "nemotron": {"num_key_value_heads": 2},
 }
 
