@@ -400,8 +400,17 @@ def _make_mask(
     ends_with_queries = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     if causal and not ends_with_queries:
         raise UserError("a cache of fixed length (static) is not supported; use KernelCache or the default cache")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise _of_pairs(attention_mask)
     key_mask = None if attention_mask is None else attention_mask[:, -kv_length:]
     return KeyMask(causal, key_mask, (batch_size, 1, q_length, kv_length))
+
+
+def _of_pairs(mask: Tensor) -> UserError:
+    return UserError(
+        f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs has "
+        "no meaning in linear time"
+    )
 
 
 def _read_mask(
@@ -419,10 +428,7 @@ def _read_mask(
             )
         return None, False
     if not isinstance(mask, KeyMask):
-        raise UserError(
-            f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of "
-            "pairs has no meaning in linear time"
-        )
+        raise _of_pairs(mask)
     if not mask.causal and mask.key_mask is None:
         return None, False
     expected = (query.shape[0], 1, query.shape[2], key.shape[2])
