@@ -408,8 +408,8 @@ def _make_mask(
 
 def _of_pairs(mask: Tensor) -> UserError:
     return UserError(
-        f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs has "
-        "no meaning in linear time"
+        f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs "
+        "has no meaning in linear time"
     )
 
 
