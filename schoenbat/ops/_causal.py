@@ -214,9 +214,7 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
     return products + lacking * (far.total / count), level
 
 
-def _lacking_near(
-    features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor
-) -> Tensor:
+def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:
     """What numerators and denominators of a chunk lack to the floor of a kernel of both signs."""
     kept = allowed.to(scores.dtype)
     total = kept.sum(-1, keepdim=True)

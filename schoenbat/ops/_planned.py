@@ -50,7 +50,13 @@ def fits_at_once(query: Tensor, key: Tensor) -> bool:
 
 
 def attend_at_once(
-    query: Tensor, key: Tensor, value: Tensor, key_weight: Tensor | None, projection: Tensor, plan: Plan, smallest: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None,
+    projection: Tensor,
+    plan: Plan,
+    smallest: float,
 ) -> Tensor:
     """phi(Q) (phi(K)^T W V) / (phi(Q) phi(K)^T W 1) of as many queries as keys, [B, H, N, d] and [B, H, N, v].
 
@@ -131,9 +137,7 @@ class _AtOnce(torch.autograd.Function):
             projected = torch.stack([query, key]) @ projection
             features = expand(projected, ctx.plan)
         below = grad_denominator - (grad * attended).sum(-1, keepdim=True) / denominator
-        grad_products = torch.cat(
-            [grad / denominator, below * is_away_from_zero(denominator, ctx.smallest)], -1
-        )
+        grad_products = torch.cat([grad / denominator, below * is_away_from_zero(denominator, ctx.smallest)], -1)
         grad_summed = grad_summed + features[0].mT @ grad_products
         rows = torch.stack([grad_products, extend_value(value, key_weight)])
         grad_features = rows @ torch.stack([summed, grad_summed]).mT

@@ -197,7 +197,8 @@ def _extend(
     if isinstance(features, FeatureMap) and features.near:
         return _causal.extend(features, state, query, key, extended, scale)
     root = math.sqrt(scale)
-    return _causal.extend(None, state, features(query * root), features(key * root), extended, 1.0)
+    unit = features.plan.unit if isinstance(features, FeatureMap) else 1.0
+    return _causal.extend(None, state, features(query * root), features(key * root) / unit, extended, 1.0)
 
 
 def _causal_blocks(

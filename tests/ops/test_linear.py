@@ -198,9 +198,7 @@ def test_first_and_second_gradients_are_those_of_finite_differences(
 
 @pytest.mark.parametrize("size", ["at once", "in pieces"])
 @pytest.mark.parametrize(("name", "is_causal"), WAYS)
-def test_torch_func_passes_through(
-    name: str, is_causal: bool, size: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_func_passes_through(name: str, is_causal: bool, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("schoenbat.ops._planned.FEW_ROWS", 2**20 if size == "at once" else 0)
     monkeypatch.setattr("schoenbat.ops._causal.chunk_length", lambda _: 4)
     features = draw(name, num_features=14)
