@@ -6,6 +6,7 @@ The functional form, `schoenbat.nn.MultiheadKernelAttention` and the integration
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
 
 ESTIMATORS = ("sketch", "maclaurin")
+WATCHERS: list[Callable[..., None]] = []
+"""Called with (estimate, query, key, value, key_mask, is_causal, scale, features) before attention is computed."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,13 @@ class Estimate:
             UserError: dot products beyond the radius of convergence of f.
         """
         q, k, positive = self.prepare(query, key, scale, key_mask)
-        if self.num_features is None:
-            return self._exact(q, k, value, key_mask, is_causal, positive)
-        if features is None:
+        if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], positive, query.device)
+        if not torch.compiler.is_compiling():
+            for watcher in WATCHERS:
+                watcher(self, q, k, value, key_mask, is_causal, positive, features)
+        if features is None:
+            return self._exact(q, k, value, key_mask, is_causal, positive)
         return attend(features, q, k, value, key_mask, is_causal, positive, block)
 
     def _exact(

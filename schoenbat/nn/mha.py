@@ -88,7 +88,7 @@ class MultiheadKernelAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention does: Xavier for the projections in, zero for the biases; and the same draw again."""
+        """As nn.MultiheadAttention: Xavier for the projections in, zero for the biases; and the same draw again."""
         if self.features is not None:
             self.features.reset_parameters()
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
