@@ -125,7 +125,7 @@ def test_list_names_everything_that_can_be_used(project: Project, invoke: Invoke
     Path("profiles").mkdir()
     Path("profiles/tiny.yaml").write_bytes(Path("params.yaml").read_bytes())
     lines = invoke("list", "dotf")[1].splitlines()
-    assert [line.split()[0] for line in lines] == ["exp", "inverse", "log", "sqrt", "trigh"]
+    assert {"exp", "inverse", "log", "sqrt", "trigh"} <= {line.split()[0] for line in lines}
     assert lines[0] == "  exp      exp(x): normalised, it is softmax attention."
     assert invoke("list", "profiles")[1] == "  tiny  For tests.\n"
     code, out, _ = invoke("list", "--json")
