@@ -131,6 +131,7 @@ def model_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, atten
         size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise DoesNotBuild(f"has {size / 1e6:.0f} million parameters even so")
+    torch.manual_seed(0)
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
