@@ -333,8 +333,8 @@ def test_ten_times_larger_inputs_stay_finite_in_bfloat16(name: str, dotf: str | 
 def test_all_work_stays_on_the_device_and_waits_for_no_number(
     name: str, dotf: str | None, is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tensors of the meta device mix with no others, and have no values that Python could look at. Autocast knows no such
-    # device.
+    # Tensors of the meta device mix with no others, and have no values that Python could look at. Autocast does not
+    # know it.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     if is_causal and not ATTENTIONS.get(name).has_causal_form:
         return
