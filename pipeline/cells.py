@@ -13,6 +13,7 @@ from pipeline.params import Params, attention_section, former_section, task_sect
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError
 from schoenbat.nn.encoder import build_model
+from schoenbat.tasks import TASKS
 
 
 def raw_folder(task: str) -> Path:
@@ -95,6 +96,8 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
             former=former,
             former_config=former_section(params, former),
             seed=0,
+            per_position=TASKS.get(task).per_position,
+            causal=TASKS.get(task).causal,
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from schoenbat.errors import UserError
@@ -30,6 +31,7 @@ def dot_product_kernel_attention(
     features: Callable[[Tensor], Tensor] | None = None,
     key_mask: Tensor | None = None,
     block: int | None = None,
+    self_attention: bool = False,
 ) -> Tensor:
     """sum_j f(scale <q_i, k_j>) v_j / sum_j f(scale <q_i, k_j>), in time linear in the length.
 
@@ -47,7 +49,7 @@ def dot_product_kernel_attention(
         features: any phi with <phi(x), phi(y)> close to f(<x, y>), instead of the above; a FeatureMap is made for the
             kernel that it was drawn for, another callable is applied to query and key times sqrt(scale) as they are.
         key_mask: [B, S] bool, True = attend; the shorter way to say it.
-        block: see `schoenbat.ops.linear.attend`.
+        block, self_attention: see `schoenbat.ops.linear.attend`.
 
     Returns:
         [B, H, L, v] in the dtype of `query`; 0 for a query that may attend to nothing.
@@ -66,9 +68,18 @@ def dot_product_kernel_attention(
     _check_shapes(query, key, value, is_causal, enable_gqa)
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
     if features is None or isinstance(features, FeatureMap):
+        kernel = kernel if features is None else features.kernel
         estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree)
         out = estimate.attend(
-            query, key, value, key_mask, is_causal, scale=scale, features=features, block=block
+            query,
+            key,
+            value,
+            key_mask,
+            is_causal,
+            scale=scale,
+            features=features,
+            block=block,
+            self_attention=self_attention,
         )
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -119,8 +130,6 @@ def _one_mask(
                 f"{attn_mask.dtype} {_shape(attn_mask)}; a mask of pairs has no meaning in linear time"
             )
         return attn_mask.reshape(shape[0], shape[-1]).expand(batch, keys)
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, keys)):
-        raise UserError(f"key_mask must be bool [{batch}, {keys}], not {key_mask.dtype} {_shape(key_mask)}")
     return key_mask
 
 
