@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import ATTENTIONS, check_kernel
+from schoenbat.attention import ATTENTIONS, check_kernel, check_use
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
@@ -190,7 +190,7 @@ def build_model(
 
     Raises:
         UserError: an unknown name or option, a kernel missing or superfluous, one that the former cannot keep inside
-            its radius of convergence, or a pooling that the task has no use for.
+            its radius of convergence, a pooling that the task has no use for, or a mechanism that has no form for it.
     """
     if model.pooling == "cls" and (per_position or causal):
         raise UserError(
@@ -198,6 +198,7 @@ def build_model(
         )
     attention_class = ATTENTIONS.get(attn)
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
+    check_use(attn, attention_class, config, length=max_length + (model.pooling == "cls"), is_causal=causal)
     kernel = _kernel_for(attn, dotf, former)
     for option in fields(FormerConfig):
         if getattr(former_config, option.name) != option.default and former != "maclauformer":

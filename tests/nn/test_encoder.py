@@ -114,6 +114,11 @@ def test_texts_of_a_pair_go_through_the_same_encoder() -> None:
         ),
         ({"model": replace(SMALL, pooling="cls"), "per_position": True}, "pooling 'cls' needs a task that classifies"),
         ({"model": replace(SMALL, pooling="cls"), "causal": True}, "pooling 'cls' needs a task that classifies"),
+        ({"attn": "informer", "dotf": None, "causal": True}, "attn 'informer' has no causal form"),
+        (
+            {"attn": "linformer", "dotf": None, "attention": {"max_length": 10}},
+            "attn 'linformer' was made for 10 tokens at most",
+        ),
         (
             {"former": "transformer", "former_config": FormerConfig(temperature=True)},
             "former 'transformer' has no SBN, so it takes no option 'temperature'",
@@ -192,7 +197,7 @@ def test_post_norm_leaves_normalised_vectors() -> None:
     torch.testing.assert_close(states.var(-1, correction=0), torch.ones(4, 30), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("attn", "dotf"), MECHANISMS)
+@pytest.mark.parametrize(("attn", "dotf"), [case for case in MECHANISMS if ATTENTIONS.get(case[0]).has_causal_form])
 def test_a_causal_model_of_positions_sees_nothing_of_later_tokens(attn: str, dotf: str | None) -> None:
     model = build(attn, dotf, "maclauformer", per_position=True, causal=True).eval()
     tokens, mask = batch()
