@@ -121,13 +121,15 @@ class Attention(nn.Module, ABC):
 
     def _check(self, num_queries: int, num_keys: int, is_causal: bool) -> None:
         name = type(self).__module__.rpartition(".")[2]
-        check_use(name, type(self), self.config, length=max(num_queries, num_keys), is_causal=is_causal)
+        if is_causal and not self.has_causal_form:
+            raise UserError(f"attn {name!r} has no causal form: a token would learn of later ones")
         if num_queries != num_keys and not self.has_cross_form:
             raise UserError(
                 f"attn {name!r} has no form for other keys than the queries: {num_queries} queries, {num_keys} keys"
             )
         if num_queries != num_keys and is_causal:
             raise UserError(f"causal attention needs as many queries as keys, not {num_queries} and {num_keys}")
+        check_length(name, type(self), self.config, max(num_queries, num_keys))
 
 
 class KernelAttention(Attention):
@@ -159,10 +161,8 @@ def check_kernel(attn: str, dotf: str | None) -> None:
         raise UserError(f"attn {attn!r} takes no kernel; leave out dotf {dotf!r}")
 
 
-def check_use(name: str, attention: type[Attention], config: Any, *, length: int, is_causal: bool) -> None:
-    """Raise UserError where the mechanism called `name` has no form for causal use, or for so many tokens."""
-    if is_causal and not attention.has_causal_form:
-        raise UserError(f"attn {name!r} has no causal form: a token would learn of later ones")
+def check_length(name: str, attention: type[Attention], config: Any, length: int) -> None:
+    """Raise UserError where the mechanism called `name`, with this Config, takes fewer tokens than `length`."""
     if attention.needs_max_length and length > config.max_length:
         raise UserError(
             f"attn {name!r} was made for {config.max_length} tokens at most, not for {length}: raise max_length"
