@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from schoenbat.features.plan import expand, pull_back, push_forward
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS
-from schoenbat.features.plan import expand, pull_back, push_forward
 from schoenbat.ops import _planned
 from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
 from schoenbat.ops.linear import linear_attention
