@@ -190,13 +190,15 @@ def build_model(
 
     Raises:
         UserError: an unknown name or option, a kernel missing or superfluous, one that the former cannot keep inside
-            its radius of convergence, or a pooling that the task has no use for.
+            its radius of convergence, a mechanism that cannot be causal, or a pooling that the task has no use for.
     """
     if model.pooling == "cls" and (per_position or causal):
         raise UserError(
             "pooling 'cls' needs a task that classifies whole texts and is not causal; leave it at 'mean' here"
         )
     attention_class = ATTENTIONS.get(attn)
+    if causal and not attention_class.has_causal_form:
+        raise UserError(f"attn {attn!r} has no causal form, which this task needs: a token would learn of later ones")
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
     kernel = _kernel_for(attn, dotf, former)
     for option in fields(FormerConfig):

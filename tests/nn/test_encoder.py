@@ -194,6 +194,10 @@ def test_post_norm_leaves_normalised_vectors() -> None:
 
 @pytest.mark.parametrize(("attn", "dotf"), MECHANISMS)
 def test_a_causal_model_of_positions_sees_nothing_of_later_tokens(attn: str, dotf: str | None) -> None:
+    if not ATTENTIONS.get(attn).has_causal_form:
+        with pytest.raises(UserError, match=f"attn '{attn}' has no causal form, which this task needs"):
+            build(attn, dotf, "maclauformer", per_position=True, causal=True)
+        return
     model = build(attn, dotf, "maclauformer", per_position=True, causal=True).eval()
     tokens, mask = batch()
     other = tokens.clone()
