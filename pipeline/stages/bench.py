@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, write_csv
-from pipeline.params import Params
+from pipeline.grid.params import Params
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import TrainingFailed
@@ -64,6 +64,7 @@ COLUMNS = (
     "heads",
     "head_dim",
     "num_features",
+    "repeats",
     "device",
     "torch",
     "git_revision",
@@ -124,6 +125,7 @@ def run(params: Params, out: Path) -> None:
             rows += _bench_step(params, device)
     setting = {
         "heads": HEADS,
+        "repeats": params.bench.repeats,
         "head_dim": HEAD_DIM,
         "device": describe_device(device),
         "torch": torch.__version__,

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.cells import Cell, data_folder, data_meta
 from pipeline.devices import prepare_host
 from pipeline.files import git_revision, write_csv
-from pipeline.params import ErrorsParams, Params
+from pipeline.grid.cells import Cell, data_folder, data_meta
+from pipeline.grid.params import ErrorsParams, Params
 from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
 from schoenbat.data.arrays import Dataset

@@ -17,6 +17,8 @@ from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.registry import Registry
 
 Cost = Literal["linear", "quadratic"]
+MAX_FEATURES, MAX_DEGREE = 2**16, 100
+"""Of what an experiment may ask for; a random feature of a degree above 100 is drawn once in 2^100."""
 
 
 @dataclass(frozen=True)

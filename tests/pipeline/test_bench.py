@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.params import BenchParams, Params, load_params
+from pipeline.grid.params import BenchParams, Params, load_params
 from pipeline.stages import bench
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS

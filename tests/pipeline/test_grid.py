@@ -103,7 +103,7 @@ def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Proje
     grid = start_grid(small.folder, "--cell", cell)
     out, _ = grid.communicate()
     assert grid.returncode == 0, out
-    resources = json.loads((small.folder / "runs/tiny" / cell / "resources.json").read_bytes())
+    resources = json.loads((small.folder / "checkpoints/tiny" / cell / "resources.json").read_bytes())
     assert resources["resumed"] == len(stops)
     assert tracked_runs(small.folder) == {cell: [4000, 8000, 12000]}
     found = numbers(small.folder, (cell,))

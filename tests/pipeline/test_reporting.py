@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from project_folder import write_results
 
 from pipeline import reporting
-from pipeline.cells import Cell, expand
-from pipeline.params import Params, load_params
+from pipeline.grid.cells import Cell, expand, settings_fingerprint
+from pipeline.grid.params import Params, load_params
 from pipeline.reporting._output import escape_latex
 from pipeline.reporting.published import TASKS, published_accuracies, published_sources
-from schoenbat.training import CURVE_FIELDS
+from pipeline.results import CellResults, Fingerprint
+from schoenbat.errors import UserError
 
 PARAMS = """
 profile: cpu
@@ -66,25 +68,10 @@ def made_up_accuracy(cell: Cell) -> float:
     return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) / 2**16 / 10
 
 
-def write_cell(root: Path, cell: Cell, *, steps: int = 100, test_step: int = 100) -> None:
-    folder = root / cell.run_folder("cpu")
-    folder.mkdir(parents=True)
+def write_cell(root: Path, cell: Cell, params: Params, *, test_code: str = "code") -> None:
     accuracy = made_up_accuracy(cell)
-    metrics = {
-        "steps": steps,
-        "best_step": 100,
-        "best_dev_accuracy": accuracy + 0.01,
-        "best_dev_loss": 0.6,
-        "num_parameters": 12345,
-        "data_fingerprint": f"data of {cell.task}",
-    }
-    resources = {"device": "cpu (made up)", "threads": 2, "git_revision": "abc123"}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "resources.json").write_text(json.dumps(resources))
-    test = {"accuracy": accuracy, "loss": 0.6, "best_step": test_step}
-    (folder / "test.json").write_text(json.dumps(test))
-    rows = [[step, 0, 1e-3, 0.7, 0.5, 0.69, 0.5 + (accuracy - 0.49) * step / 100] for step in (25, 50, 75, 100)]
-    pd.DataFrame(rows, columns=list(CURVE_FIELDS)).to_csv(folder / "curves.csv", index=False)
+    made_from = Fingerprint("code", settings_fingerprint(cell, params), f"data of {cell.task}")
+    write_results(CellResults("cpu", cell.id, root), cell, made_from, accuracy, test_code=test_code)
 
 
 def write_bench(root: Path) -> None:
@@ -104,6 +91,7 @@ def write_bench(root: Path) -> None:
             "heads": 2,
             "head_dim": 32,
             "num_features": num_features or "",
+            "repeats": 5,
             "device": "cpu (made up)",
             "torch": "2.13.0",
             "git_revision": "abc123",
@@ -127,7 +115,7 @@ def write_everything(root: Path, params: Params) -> None:
     for task in params.grid.tasks:
         write_data(root, task)
     for cell in expand(params):
-        write_cell(root, cell)
+        write_cell(root, cell, params)
     write_bench(root)
 
 
@@ -236,7 +224,7 @@ def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path,
     write_data(tmp_path, "lra-listops")
     cells = [cell for cell in expand(params) if cell.task == "lra-listops"]
     for cell in cells[1:]:
-        write_cell(tmp_path, cell)
+        write_cell(tmp_path, cell, params)
     reporting.build("cpu", params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "11 of 24 cells are finished" in index
@@ -254,12 +242,33 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
         for file in (tmp_path / cell.run_folder("cpu")).iterdir():
             file.unlink()
         (tmp_path / cell.run_folder("cpu")).rmdir()
-    write_cell(tmp_path, first, steps=50)
-    write_cell(tmp_path, second, test_step=75)
+    section = params.task[first.task]
+    wider = dataclasses.replace(section, model=dataclasses.replace(section.model, width=32))
+    write_cell(tmp_path, first, dataclasses.replace(params, task={**params.task, first.task: wider}))
+    write_cell(tmp_path, second, params, test_code="other code")
     reporting.build("cpu", params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert f"Left out because they are out of date: `{first.id}`." in index
     assert f"Not finished: `{second.id}`." in index
+
+
+DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "step,loss\n1,x\n"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in ("metrics.json", "test.json", "curves.csv", "bench.csv")
+        for damage in DAMAGES[name.partition(".")[2]]
+    ],
+)
+def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Params, name: str, damage: str) -> None:
+    write_everything(tmp_path, params)
+    folder = tmp_path / "runs/cpu" / ("" if name == "bench.csv" else expand(params)[0].id)
+    (folder / name).write_text(damage)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        reporting.build("cpu", params, tmp_path)
 
 
 def test_cells_outside_the_grid_are_left_out(tmp_path: Path, params: Params) -> None:
