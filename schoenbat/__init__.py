@@ -1,1 +1,9 @@
-"""Linear-time attention for dot-product kernels, its exact rivals, and the tasks to compare them on."""
+"""Linear-time dot-product-kernel attention, its rivals, and the tasks to compare them on."""
+
+from schoenbat.attention import ATTENTIONS
+from schoenbat.estimate import Estimate
+from schoenbat.functional import dot_product_kernel_attention
+from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.nn.mha import MultiheadKernelAttention
+
+__all__ = ["ATTENTIONS", "KERNELS", "Estimate", "Kernel", "MultiheadKernelAttention", "dot_product_kernel_attention"]

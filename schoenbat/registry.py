@@ -33,7 +33,8 @@ class Registry(Generic[T]):
     Args:
         kind: what an unknown name is called in an error, such as "task".
         package: the package whose files are the components; files that begin with an underscore are not, and neither
-            are links, which stand for components of other distributions (see `pipeline.components`).
+            are links that lead out of the package, which stand for components of other distributions (see
+            `pipeline.components`).
         base: the class that each component derives from.
     """
 
@@ -87,8 +88,13 @@ class Registry(Generic[T]):
 
     def _files(self) -> dict[str, Path]:
         folder = Path(importlib.import_module(self.package).__path__[0])
-        paths = [path for path in folder.glob("*.py") if not path.stem.startswith("_") and not path.is_symlink()]
-        return {path.stem: path for path in paths}
+        # An installation may consist of links: they lead to where the package's own __init__.py leads, under its names.
+        home = (folder / "__init__.py").resolve().parent
+        return {
+            path.stem: path
+            for path in folder.glob("*.py")
+            if not path.stem.startswith("_") and (not path.is_symlink() or path.resolve() == home / path.name)
+        }
 
     def _load(self, entry: EntryPoint) -> type[T]:
         where = f"{self.kind} {entry.name!r} ({describe_entry(entry)})"

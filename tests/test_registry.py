@@ -1,5 +1,8 @@
 """Components of other distributions: found by entry point, listed unimported, and refused with their place."""
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,3 +98,57 @@ def test_a_name_must_be_fit_for_a_file_and_a_command_line(install: Install) -> N
     install("a-dist", "../two = plugin_two:Two")
     with pytest.raises(UserError, match=r"named by letters, digits, - and _, not '\.\./two'$"):
         KERNELS.names()
+
+
+LIST = """
+import schoenbat
+from schoenbat.attention import ATTENTIONS
+from schoenbat.kernels import KERNELS
+from schoenbat.tasks import TASKS
+
+print(schoenbat.__file__)
+for registry in (ATTENTIONS, KERNELS, TASKS):
+    print(*registry.names())
+print(KERNELS.get("exp").__module__)
+"""
+
+
+def listed(folder: Path) -> list[str]:
+    """What `LIST` prints where the package is that of `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", LIST], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Folders as folders and files as links, as an installer with links lays a package out."""
+    shutil.copytree(source, target, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test_an_installation_made_of_links_has_all_components(tmp_path: Path) -> None:
+    package = Path(registry.__file__).parent
+    link_tree(package, tmp_path / "schoenbat")
+    assert (tmp_path / "schoenbat/kernels/exp.py").is_symlink()
+    first, *names = listed(tmp_path)
+    assert first == str(tmp_path / "schoenbat/__init__.py")
+    assert names == listed(package.parent)[1:]
+
+
+@pytest.mark.parametrize("made_of_links", [False, True])
+def test_a_link_that_leads_elsewhere_is_no_component_of_this_package(tmp_path: Path, made_of_links: bool) -> None:
+    package, folder = Path(registry.__file__).parent, tmp_path / "site"
+    if made_of_links:
+        link_tree(package, folder / "schoenbat")
+    else:
+        shutil.copytree(package, folder / "schoenbat", ignore=shutil.ignore_patterns("__pycache__"))
+    plugin = tmp_path / "plugin" / "two.py"
+    plugin.parent.mkdir()
+    plugin.write_text(KERNEL)
+    expected = listed(folder)
+    kernels = folder / "schoenbat/kernels"
+    (kernels / "two.py").symlink_to(plugin)
+    (kernels / "other-name.py").symlink_to("exp.py")
+    (kernels / "gone.py").symlink_to(tmp_path / "gone.py")
+    (kernels / ".#exp.py").symlink_to("user@host.1234:5678")
+    assert listed(folder) == expected

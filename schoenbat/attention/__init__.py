@@ -67,9 +67,13 @@ class Attention(nn.Module, ABC):
 
 
 class KernelAttention(Attention):
-    """A mechanism that evaluates or estimates a dot-product kernel, kept as `kernel`."""
+    """A mechanism that evaluates or estimates a dot-product kernel, kept as `kernel`.
+
+    `gets_units` is set where every query and key is a unit vector, so that the kernel's argument is known to be small.
+    """
 
     needs_kernel = True
+    gets_units = False
 
     def __init__(self, config: Any, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from schoenbat.attention import Attention
-from schoenbat.ops.reference import divide
+from schoenbat.ops.reference import fill_masked
 
 
 class Mean(Attention):
@@ -18,13 +18,11 @@ class Mean(Attention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        if key_mask is None:
-            key_mask = torch.ones(value.shape[0], value.shape[2], dtype=torch.bool, device=value.device)
-        weights = key_mask[:, None, :, None].to(dtype)
-        weighted = value.to(dtype) * weights
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        ones = torch.ones_like(wide[..., :1])
         if is_causal:
-            mean = divide(weighted.cumsum(-2), weights.cumsum(-2))
+            mean = fill_masked(wide, key_mask).cumsum(-2) / fill_masked(ones, key_mask).cumsum(-2).clamp_min(1)
         else:
-            mean = divide(weighted.sum(-2, keepdim=True), weights.sum(-2, keepdim=True)).expand_as(value)
+            count = fill_masked(ones, key_mask).sum(-2, keepdim=True).clamp_min(1)
+            mean = (fill_masked(wide, key_mask).sum(-2, keepdim=True) / count).expand(*query.shape[:-1], -1)
         return mean.to(query.dtype)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention, scale_and_widen
-from schoenbat.features.maclaurin import RandomMaclaurin
+from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention
+from schoenbat.estimate import Estimate
 from schoenbat.kernels import Kernel
-from schoenbat.ops.linear import causal_linear_attention, linear_attention
+from schoenbat.ops.linear import attend
 from schoenbat.registry import check_bounds
 
 
@@ -25,13 +25,8 @@ class Rmfa(KernelAttention):
 
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
-        self.features = RandomMaclaurin(
-            self.kernel,
-            head_dim=head_dim,
-            num_features=config.num_features,
-            max_degree=config.max_degree,
-            generator=generator,
-        )
+        estimate = Estimate(self.kernel, config.num_features, "maclaurin", max_degree=config.max_degree)
+        self.features = estimate.make(head_dim, generator=generator)
 
     def forward(
         self,
@@ -41,6 +36,4 @@ class Rmfa(KernelAttention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        q, k, v = scale_and_widen(query, key, value)
-        attend = causal_linear_attention if is_causal else linear_attention
-        return attend(self.features(q), self.features(k), v, key_mask).to(query.dtype)
+        return attend(self.features, query, key, value, key_mask, is_causal, scale=query.shape[-1] ** -0.5)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from schoenbat.attention import Attention
-from schoenbat.ops.softmax import softmax_attention
+from schoenbat.ops.exact import softmax_attention
 
 
 class Softmax(Attention):

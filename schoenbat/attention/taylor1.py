@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from schoenbat.attention import KernelAttention, scale_and_widen
+from schoenbat.attention import KernelAttention
 from schoenbat.kernels import Kernel
-from schoenbat.ops.linear import causal_linear_attention, linear_attention
+from schoenbat.ops.linear import attend
 
 
 class Taylor1(KernelAttention):
@@ -27,9 +27,7 @@ class Taylor1(KernelAttention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        q, k, v = scale_and_widen(query, key, value)
-        attend = causal_linear_attention if is_causal else linear_attention
-        return attend(self._features(q), self._features(k), v, key_mask).to(query.dtype)
+        return attend(self._features, query, key, value, key_mask, is_causal, scale=query.shape[-1] ** -0.5)
 
     def _features(self, x: Tensor) -> Tensor:
         return F.pad(self.slope * x, (0, 1), value=self.constant)

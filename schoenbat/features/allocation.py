@@ -17,10 +17,13 @@ the remainder of f is treated as above.
 Vectors come in one of two ways:
 
 - as they are, with |x| and |y| known (`fixed_norm`). The constant and linear features then also carry what the higher
-  degrees contribute to them. Real vectors are not isotropic but share directions, and for those a shrunken degree is a
-  bias that all pairs have in common, so an incomplete degree is made larger again by min(N_l / n, BOOST);
-- centred, of any length up to sqrt(s). Each feature is then weighted by its own Maclaurin term, sqrt(l! a_l), which is
-  right for every length.
+  degrees contribute to them;
+- of any length up to sqrt(s). Each feature is then weighted by its own Maclaurin term, sqrt(l! a_l), which is right for
+  every length.
+
+Real vectors are not isotropic but share directions, and for those a shrunken degree is a bias that all pairs have in
+common. So a degree of which the share r = n / N_l is covered is made larger again by 1 + r, up to what is unbiased: it
+keeps 1 - r^2 and more of what it takes off the expected squared error.
 """
 
 import itertools
@@ -34,8 +37,6 @@ from torchquad import GaussLegendre
 
 from schoenbat.kernels import Kernel
 
-BOOST = 1 + math.sqrt(0.5)
-"""Keeps half of what a degree takes off the expected squared error: with the factor b that is 2 b - b^2 of the most."""
 NODES = 200
 """Of the Gauss-Legendre rule over the angle."""
 
@@ -71,12 +72,14 @@ class Allocation:
         scale: s = |x| |y|.
         shares: ascending in degree; their sizes add up to the budget, or to less where the series is exhausted.
         expected_error: sqrt(E (estimate - f)^2 / E f^2) over isotropic directions and the random basis.
+        root_mean_square: sqrt(E f^2), the size of a kernel value.
     """
 
     head_dim: int
     scale: float
     shares: tuple[Share, ...]
     expected_error: float
+    root_mean_square: float
 
     @property
     def num_features(self) -> int:
@@ -171,14 +174,13 @@ def _allocate_rest(
 
     total, left, *projections = _expect(integrand, head_dim)
     norms = [math.prod(head_dim + 2 * j for j in range(degree)) for degree in degrees]
-    weights = {}
-    gains = {}
+    used, weights, gains = {}, {}, {}
     for degree, projection in zip(degrees, projections, strict=True):
         own = 0.0 if degree in exact else coefficients[degree] * scale**degree * math.factorial(degree) / norms[degree]
-        used = max(projection, 0.0) if fixed_norm else own
+        used[degree] = max(projection, 0.0) if fixed_norm else own
         # mu^2, less (mu - used)^2.
-        gains[degree] = 2 * projection * used - used**2
-        weights[degree] = used * norms[degree] / scale**degree
+        gains[degree] = 2 * projection * used[degree] - used[degree] ** 2
+        weights[degree] = used[degree] * norms[degree] / scale**degree
 
     shares = []
     budget = num_features
@@ -193,9 +195,12 @@ def _allocate_rest(
     for degree in sorted(set(degrees) - set(exact), key=lambda degree: -gains[degree]):
         capacity = math.comb(head_dim, degree)
         count = min(budget, capacity)
-        if count and gains[degree] > 0:
-            boost = min(num_harmonics(head_dim, degree) / count, BOOST) if fixed_norm else 1.0
-            gain = gains[degree] * (2 * boost - boost**2)
+        # Below that it is rounding.
+        if count and gains[degree] > 1e-26 * total:
+            share = count / num_harmonics(head_dim, degree)
+            boost = min(1 + share, 1 / share)
+            enlarged = boost * used[degree]
+            gain = 2 * projections[degree] * enlarged - enlarged**2
             complete = degree <= 1 and count == capacity
             weight = math.sqrt(boost * weights[degree])
             shares.append(Share(degree, count, capacity, complete, weight, gain / total))
@@ -203,7 +208,7 @@ def _allocate_rest(
             budget -= count
     shares.sort(key=lambda share: share.degree)
     # Rounding may leave less than nothing.
-    return Allocation(head_dim, scale, tuple(shares), math.sqrt(max(left, 0.0) / total))
+    return Allocation(head_dim, scale, tuple(shares), math.sqrt(max(left, 0.0) / total), math.sqrt(total))
 
 
 def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:

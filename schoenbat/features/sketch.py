@@ -9,7 +9,7 @@ for every set J of l coordinates: an unbiased estimate of it up to the factor th
 linear terms do not depend on R when they are complete, and neither does a degree that has all its monomials.
 
 Sets of coordinates come in orbits under cyclic shifts, {i, i + s, ...} for i = 0 .. d - 1, because those are products
-of contiguous slices (`schoenbat.ops.products`), and because every coordinate takes part in equally many of them.
+of contiguous slices (`schoenbat.features.plan`), and because every coordinate takes part in equally many of them.
 """
 
 import itertools
@@ -18,14 +18,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from schoenbat.features.allocation import Share, allocate
+from schoenbat.features.plan import FeatureMap, Plan, Run
 from schoenbat.kernels import Kernel
-from schoenbat.ops.products import Plan, Run, expand
 
 
-class Sketch(nn.Module):
+class Sketch(FeatureMap):
     """phi: [..., N, head_dim] to [..., N, D], the same draw for every head and batch entry.
 
     D is `num_features`, or less where the kernel's series is exhausted before.
@@ -39,8 +39,9 @@ class Sketch(nn.Module):
         generator: the source of the draw.
     """
 
-    rotation: Tensor
-    projection: Tensor
+    rotation_bits: Tensor
+    near = True
+    is_bounded = True
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Sketch(nn.Module):
         fixed_norm: bool,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
+        super().__init__(kernel, generator)
         self.allocation = allocate(
             kernel,
             head_dim=head_dim,
@@ -62,6 +63,7 @@ class Sketch(nn.Module):
             max_degree=max_degree,
             fixed_norm=fixed_norm,
         )
+        self.centres = kernel.is_exponential and not fixed_norm
         shares = {share.degree: share for share in self.allocation.shares}
         linear = shares.get(1)
         higher = [share for share in self.allocation.shares if share.degree >= 2]
@@ -71,27 +73,30 @@ class Sketch(nn.Module):
             constant=shares[0].weight if 0 in shares else 0.0,
             num_linear=linear.num_features if linear else 0,
             runs=tuple(run for share in higher for run in _runs(share, head_dim, self.base_weight)),
+            unit=self.allocation.root_mean_square,
         )
-        self.register_buffer("rotation", torch.zeros(head_dim, head_dim))
-        self.register_load_state_dict_post_hook(lambda module, _: module._pack())
+        self.error = self.allocation.expected_error
+        self.shares = {0: 1.0, **{share.degree: share.num_features / share.of for share in self.allocation.shares}}
+        with torch.device("cpu"):
+            self.register_buffer("rotation_bits", torch.zeros(head_dim, head_dim, dtype=torch.int32))
         self.resample(generator)
 
     def resample(self, generator: torch.Generator) -> None:
         """Draw the basis anew, from all orthonormal ones alike."""
-        gaussian = torch.randn(self.rotation.shape, generator=generator, dtype=torch.float64)
-        basis, triangle = torch.linalg.qr(gaussian)
-        # With the signs of the diagonal the distribution is the uniform one (Mezzadri 2007).
-        self.rotation.copy_(basis * triangle.diagonal().sign())
-        self._pack()
+        with torch.device("cpu"):
+            gaussian = torch.randn(self.rotation_bits.shape, generator=generator, dtype=torch.float64)
+            basis, triangle = torch.linalg.qr(gaussian)
+            # With the signs of the diagonal the distribution is the uniform one (Mezzadri 2007).
+            rotation = (basis * triangle.diagonal().sign()).to(torch.float32)
+            self.rotation_bits.copy_(rotation.contiguous().view(torch.int32))
+        self._store()
 
-    def _pack(self) -> None:
+    def _pack(self) -> Tensor:
         """The coordinates as far as the linear features and the runs go."""
-        reach = max((run.offsets[-1] + run.length for run in self.plan.runs), default=0)
-        columns = torch.arange(max(reach, self.plan.num_linear), device=self.rotation.device) % len(self.rotation)
-        self.register_buffer("projection", self.base_weight * self.rotation[:, columns], persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return expand(x @ self.projection.to(x.dtype), self.plan)
+        rotation = self.rotation_bits.view(torch.float32)
+        ends = [run.offsets[-1] + run.length for run in self.plan.runs]
+        columns = torch.arange(max([self.plan.num_linear, *ends]), device=rotation.device) % len(rotation)
+        return self.base_weight * rotation[:, columns]
 
 
 def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:

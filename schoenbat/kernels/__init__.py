@@ -2,7 +2,8 @@ r"""Dot-product kernels: one file per kernel, found by its exact name.
 
 A kernel is a function f with non-negative Maclaurin coefficients, f(x) = sum_n a_n x^n. By Schoenberg's theorem
 (Schoenberg 1942, "Positive definite functions on spheres") these are exactly the functions for which f(<x, y>) is
-positive definite in every dimension.
+positive definite in every dimension. The weights f(<q, k>) of attention may still be negative, as a coefficient of odd
+degree counts with the sign of x: such a kernel, x for one, `is_signed`.
 
 A kernel can also be made from a function alone: `Kernel.from_callable(torch.cosh)`.
 """
@@ -16,8 +17,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from schoenbat.errors import UserError
 from schoenbat.kernels._series import MaclaurinSeries
 from schoenbat.registry import Registry
+
+SMALLEST_SHARE = 1e-3
+"""The least that a sum of weights counts for in `Kernel.normalise`, as a share of the sum of their absolute values."""
+_RANGE = 16.0
+"""Where a kernel that is defined everywhere is looked at."""
+_LOW = 32
+"""Degrees that make up the parts of a kernel near 0."""
 
 
 class Kernel(ABC):
@@ -48,25 +57,83 @@ class Kernel(ABC):
         """
         return MaclaurinSeries(self, self.radius, type(self).__name__)
 
+    @cached_property
+    def is_signed(self) -> bool:
+        """Whether f is negative somewhere inside `radius`, or for abs(x) <= 16 where that is infinite.
+
+        Normalised attention is ill-posed then: a sum of weights can be 0. Without negative coefficients f is largest at
+        abs(x), so that a value counts as negative below -1e-12 f(abs(x)). f has the sign of its lowest odd term near 0
+        if that is its lowest term; elsewhere 4,096 points are looked at.
+        """
+        lowest = next((degree for degree in range(_LOW) if self.coefficient(degree) > 0), 0)
+        if lowest % 2:
+            return True
+        edge = min(_RANGE, self.radius * (1 - 1e-6))
+        share = torch.arange(1, 2049, dtype=torch.float64) / 2048
+        x = edge * torch.cat([share, 10 ** (-12 * share)])
+        return bool((self(-x) < -1e-12 * self(x)).any())
+
+    def even_part(self, x: Tensor) -> Tensor:
+        """(f(x) + f(-x)) / 2, the terms of even degree, elementwise; precise near 0, where the difference is not."""
+        return self._part(x, 0)
+
+    def odd_part(self, x: Tensor) -> Tensor:
+        """(f(x) - f(-x)) / 2, the terms of odd degree, elementwise; precise near 0, where the difference is not."""
+        return self._part(x, 1)
+
+    def _part(self, x: Tensor, parity: int) -> Tensor:
+        is_near = x.abs() <= self._near[parity]
+        away = (self(x) + (1 - 2 * parity) * self(-x)) / 2
+        near = x.masked_fill(~is_near, 0.0)
+        return torch.where(is_near, self._low_terms(near, parity), away)
+
+    def _low_terms(self, x: Tensor, parity: int) -> Tensor:
+        """The terms of degree below _LOW that are even (`parity` 0) or odd (1), by Horner's rule in x^2."""
+        total = torch.zeros_like(x)
+        for degree in range(_LOW - 2 + parity, -1, -2):
+            total = total * (x * x) + self.coefficient(degree)
+        return total * x if parity else total
+
+    @cached_property
+    def _near(self) -> tuple[float, float]:
+        """Up to which abs(x) the degrees below _LOW are all of the even and of the odd part, in float64.
+
+        The others sum to at most f(4 x) 4^-_LOW 4/3; beyond, where f(x) and f(-x) differ, their difference is precise.
+        """
+        edge = min(_RANGE, self.radius * (1 - 1e-6)) / 4
+        x = edge * 2.0 ** -torch.arange(64, dtype=torch.float64)
+        rest = self(4 * x) * 4.0**-_LOW * 4 / 3
+        even, odd = (x[rest <= torch.finfo(x.dtype).eps * self._low_terms(x, parity)] for parity in (0, 1))
+        return (even.max().item() if len(even) else 0.0, odd.max().item() if len(odd) else 0.0)
+
     @staticmethod
     def from_callable(f: Callable[[Tensor], Tensor], radius: float = math.inf, name: str | None = None) -> "Kernel":
         """The kernel f, with Maclaurin coefficients computed by Cauchy's formula, each with a bound on its error.
 
         Args:
             f: maps tensors of any shape elementwise, real to real and complex to complex; analytic for abs(x) < radius.
+                It is given a copy, and may change it in place.
             radius: the radius of convergence of its series, or less.
             name: what errors call it; by default the name of f.
 
         Raises:
-            UserError: f is not finite or not analytic inside `radius`, is not real on the real axis, or has a
-                coefficient that is negative beyond its error: the first 32 are looked at here, others when asked for.
+            UserError: f is no function, is 0 everywhere, is not finite or not analytic inside `radius`, is not real on
+                the real axis, or has a coefficient that is negative beyond its error: the first 32 are looked at here,
+                others when asked for.
         """
+        if not callable(f):
+            hint = "; named kernels are KERNELS.get(name)()" if isinstance(f, str) else ""
+            raise UserError(f"Kernel.from_callable takes a function of a tensor, not {f!r} ({type(f).__name__}){hint}")
         return _CallableKernel(f, radius, name or str(getattr(f, "__name__", type(f).__name__)))
 
     def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
         """f(scores) where `allowed`, else 0, divided by its sum along the last axis.
 
-        A row in which nothing is allowed comes out finite and means nothing.
+        What `scores` holds where it is not allowed, NaN and infinity included, changes no bit of the result. Weights
+        of any size are normalised alike. A row in which nothing is allowed comes out finite and means nothing, and one
+        whose weights are all 0 comes out as 0. Where f is negative somewhere, a sum of weights closer to 0 than
+        `SMALLEST_SHARE` of the sum of their absolute values is moved there with its sign, which keeps the result
+        finite; other kernels never meet this rule.
 
         Args:
             scores: [..., M], below `radius` in absolute value wherever allowed.
@@ -81,7 +148,11 @@ class Kernel(ABC):
         else:
             # 0 lies inside every radius of convergence, so f is evaluated only where it is defined.
             weights = self(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
-        return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        total = weights.sum(-1, keepdim=True)
+        size = torch.linalg.vector_norm(weights, 1, -1, keepdim=True)
+        least = SMALLEST_SHARE * size
+        total = torch.where(total < 0, torch.minimum(total, -least), torch.maximum(total, least))
+        return weights / total.masked_fill(size == 0, 1.0)
 
 
 class _CallableKernel(Kernel):
@@ -91,7 +162,7 @@ class _CallableKernel(Kernel):
         self.series = MaclaurinSeries(f, radius, name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._f(x)
+        return self._f(x.clone())
 
 
 KERNELS: Registry[Kernel] = Registry("dotf", "schoenbat.kernels", Kernel)  # type: ignore[type-abstract]

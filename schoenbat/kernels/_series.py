@@ -8,11 +8,15 @@ The integrand is periodic and analytic, so the trapezoid rule converges geometri
 "The exponentially convergent trapezoidal rule", SIAM Review 56). With N > n points, M(r) the maximum of abs(f) on the
 circle, and any rho between r and R, the computed coefficient is off by at most
 
-    r^-n [ M(rho) q^N / (1 - q^N)  +  8 eps (1 + n + k) M(r) ],    q = r / rho,  k = log(M(rho) / M(r)) / log(rho / r).
+    r^-n [ M(rho) q^N / (1 - q^N)  +  8 eps (1 + n + k) M(r)  +  noise(r) ],
+    q = r / rho,  k = log(M(rho) / M(r)) / log(rho / r).
 
 The first term is aliasing: the rule returns a_n + a_(n+N) r^N + a_(n+2N) r^(2N) + ..., and abs(a_m) <= M(rho) / rho^m
 by Cauchy's estimate. The second is rounding in float64: the points are off by a few eps, which f amplifies by its
-condition r M'(r) / M(r) <= k (Hadamard's three circles) and the factor e^(-i n t) by n.
+condition r M'(r) / M(r) <= k (Hadamard's three circles) and the factor e^(-i n t) by n. The third is what the code of
+f loses on its own, as (1 + x)^40 loses 40 roundings of 1 + x however small x is. It is measured: an analytic f has no
+negative degrees, so what Cauchy's formula finds there is noise, and noise(r) is twice its largest value on the circle
+(twice, as the same falls on the degrees that f has).
 
 Which r is best depends on n (Bornemann 2011, "Accuracy and stability of computing high-order derivatives of analytic
 functions by Cauchy integrals", Found. Comput. Math. 11): each degree takes, of a ladder of circles, the one with the
@@ -20,6 +24,8 @@ least bound. M is the maximum over some points of the circle, among them the pos
 non-negative coefficients is largest; so the bound is exact for every function that is accepted.
 """
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,17 +41,24 @@ _BLOCK = 32
 """Degrees computed at a time."""
 _EPS = torch.finfo(torch.float64).eps
 _LARGE = 1e60
-"""Beyond a circle on which f exceeds this many times f(0) no larger one is tried."""
+"""Beyond a circle on which f exceeds its lowest term this many times no larger one is tried."""
+_OVERFLOW = 1e250
+"""Nor beyond one on which f exceeds this."""
+_UNDERFLOW = 1e-280
+"""A circle on which f stays below this says nothing: rounding there is no longer relative to f."""
+_NOISE = 1e-9
+"""More noise than this share of f is no rounding in float64: f is not analytic, or is computed in less."""
 
 
 @dataclass(frozen=True)
 class _Circle:
-    """The circle of `radius`, with the maximum of abs(f) on it and on the next larger one."""
+    """The circle of `radius`, with the maximum of abs(f) on it and on the next larger one, and the noise of f on it."""
 
     radius: float
     maximum: float
     outer_radius: float
     outer_maximum: float
+    noise: float = 0.0
 
     @property
     def condition(self) -> float:
@@ -63,7 +76,7 @@ class _Circle:
         return self.outer_maximum * decayed / (1 - decayed)
 
     def rounding(self, degrees: Tensor | float) -> Tensor | float:
-        return 8 * _EPS * (1 + degrees + self.condition) * self.maximum
+        return 8 * _EPS * (1 + degrees + self.condition) * self.maximum + self.noise
 
 
 class MaclaurinSeries:
@@ -76,12 +89,12 @@ class MaclaurinSeries:
 
     Raises:
         UserError: f cannot be evaluated inside `radius`, is not finite or not analytic there, is not real on the real
-            axis, or has a coefficient that is negative beyond its error (or a constant term that is not positive).
+            axis, is 0 everywhere, or has a coefficient that is negative beyond its error.
     """
 
     def __init__(self, f: Callable[[Tensor], Tensor], radius: float, name: str) -> None:
-        if not radius > 0:
-            raise UserError(f"kernel {name!r}: radius must be positive, not {radius}")
+        if not isinstance(radius, int | float) or not radius > 0:
+            raise UserError(f"kernel {name!r}: radius must be positive, not {radius!r}")
         self._f = f
         self._radius = radius
         self._name = name
@@ -90,9 +103,7 @@ class MaclaurinSeries:
         at_zero = self._evaluate(torch.zeros(1, dtype=torch.float64)).real.item()
         if not math.isfinite(at_zero):
             raise UserError(f"kernel {name!r} is not finite at 0: f(0) = {at_zero:g}")
-        if at_zero <= 0:
-            raise UserError(f"kernel {name!r}: the Maclaurin coefficient of degree 0 must be positive, not {at_zero:g}")
-        self._circles = self._ladder(at_zero)
+        self._circles = self._ladder()
         values, errors = self._block(0)
         self._check_real_axis(values, errors)
         self._append(values, errors)
@@ -117,10 +128,10 @@ class MaclaurinSeries:
     def _append(self, values: Tensor, errors: Tensor) -> None:
         for value, error in zip(values.tolist(), errors.tolist(), strict=True):
             degree = len(self._values)
-            if value < -error or (degree == 0 and value <= error):
+            if value < -error:
                 raise UserError(
                     f"kernel {self._name!r}: the Maclaurin coefficient of degree {degree} is {value:.6g} (error at "
-                    f"most {error:.1g}), but a dot-product kernel has none below 0 and a positive constant (Schoenberg)"
+                    f"most {error:.1g}), but a dot-product kernel has none below 0 (Schoenberg)"
                 )
             self._values.append(value)
             self._errors.append(error)
@@ -128,9 +139,9 @@ class MaclaurinSeries:
     def _evaluate(self, x: Tensor) -> Tensor:
         try:
             with torch.no_grad():
-                out = self._f(x)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+                out = self._f(x.clone())  # f may work in place
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"kernel {self._name!r} cannot be evaluated on {x.dtype} tensors: {reason}") from error
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise UserError(f"kernel {self._name!r} must map a tensor to a tensor of the same shape")
@@ -138,27 +149,49 @@ class MaclaurinSeries:
             raise UserError(f"kernel {self._name!r} must map real tensors to real ones, or its series is not real")
         return out
 
-    def _ladder(self, at_zero: float) -> list[_Circle]:
-        """Circles from near 0 to near the radius of convergence (or 1024), as far as f stays of use."""
+    def _ladder(self) -> list[_Circle]:
+        """Circles from near 0 to near the radius of convergence (or 1024), as far as f is of use on them."""
         if math.isinf(self._radius):
             radii = [2 ** (k / 4) for k in range(-40, 41)]
         else:
             radii = [self._radius * 2 ** (k / 4) for k in range(-40, -3)]
             radii += [self._radius * (1 - 2.0**-j) for j in range(2, 10)]
-        angles = torch.arange(256, dtype=torch.float64) * (2 * math.pi / 256)
-        maxima: list[float] = []
+        kept: list[tuple[float, float]] = []
         for r in radii:
-            if maxima and maxima[-1] > _LARGE * at_zero:
-                break
-            maximum = self._evaluate(torch.polar(torch.full_like(angles, r), angles)).abs().max().item()
+            maximum = self._on_circle(r, 256).abs().max().item()
             if not math.isfinite(maximum):
                 raise UserError(
                     f"kernel {self._name!r} is not finite on the circle abs(x) = {r:.6g}, inside its radius "
                     f"{self._radius:g}; pass its radius of convergence, or a smaller one"
                 )
-            maxima.append(max(maximum, at_zero))
-        outer = zip(radii[1:], maxima[1:], strict=False)
-        return [_Circle(r, m, *o) for r, m, o in zip(radii, maxima, outer, strict=False)]
+            if maximum < _UNDERFLOW:
+                continue
+            kept.append((r, max(maximum, kept[-1][1]) if kept else maximum))
+            if len(kept) > 1 and (maximum > _OVERFLOW or _growth(kept) > math.log(_LARGE)):
+                break
+        if len(kept) < 2:
+            raise UserError(f"kernel {self._name!r} is 0 everywhere, but one of its coefficients must be positive")
+        circles = [_Circle(*inner, *outer) for inner, outer in itertools.pairwise(kept)]
+        return [dataclasses.replace(circle, noise=self._noise(circle)) for circle in circles]
+
+    def _noise(self, circle: _Circle) -> float:
+        """noise(r) of the module's formula."""
+        half = circle.num_points(above=_BLOCK)
+        spectrum = torch.fft.fft(self._on_circle(circle.radius, 2 * half))
+        spectrum[:half] = (
+            0  # What is left stands for degrees below 0, and above `half`, where aliasing is below rounding.
+        )
+        noise = 2 * torch.fft.ifft(spectrum).abs().max().item()
+        if noise > _NOISE * circle.maximum:
+            raise UserError(
+                f"kernel {self._name!r}: its values on the circle abs(x) = {circle.radius:.6g} are no power series, by "
+                f"{noise / circle.maximum:.1g} of them; {self._promise()}"
+            )
+        return noise
+
+    def _on_circle(self, r: float, num_points: int) -> Tensor:
+        angles = torch.arange(num_points, dtype=torch.float64) * (2 * math.pi / num_points)
+        return self._evaluate(torch.polar(torch.full_like(angles, r), angles)).to(torch.complex128)
 
     def _block(self, first: int) -> tuple[Tensor, Tensor]:
         """Values and error bounds of the degrees from `first` on, [_BLOCK] each."""
@@ -182,7 +215,7 @@ class MaclaurinSeries:
             raise UserError(
                 f"kernel {self._name!r}: its values on the circles abs(x) = {self._circles[row].radius:.6g} and "
                 f"{used.radius:.6g} give different coefficients of degree {first + column}: "
-                f"{stacked[row, column]:.10g} and {chosen[column]:.10g}; {self._promise()}"
+                f"{stacked[row, column]:.17g} and {chosen[column]:.17g}; {self._promise()}"
             )
         return chosen, best.values
 
@@ -200,22 +233,25 @@ class MaclaurinSeries:
         return integral.real / (2 * math.pi)
 
     def _check_real_axis(self, values: Tensor, errors: Tensor) -> None:
-        """Refuse f if its series does not sum to it on the real axis, at a quarter of each circle's radius.
+        """Refuse f if its series does not sum to it where the circles meet the real axis.
 
-        There the degrees left out sum to less than M(r) 4^-_BLOCK 4/3.
+        With a circle of radius R at hand, the degrees left out sum to less than M(R) 4^-_BLOCK 4/3 for abs(x) <= R / 4.
         """
         degrees = torch.arange(_BLOCK)
         for circle in self._circles:
-            points = torch.tensor([-circle.radius / 4, circle.radius / 4], dtype=torch.float64)
+            wide = next((other for other in self._circles if other.radius >= 4 * circle.radius), None)
+            if wide is None:
+                return
+            points = torch.tensor([-circle.radius, circle.radius], dtype=torch.float64)
             powers = points[:, None] ** degrees
             given, summed = self._evaluate(points), powers @ values
-            tail = circle.maximum * 4 / 3 * 4.0**-_BLOCK
-            allowed = powers.abs() @ errors + tail + circle.rounding(0.0)
+            tail = wide.maximum * 4 / 3 * 4.0**-_BLOCK
+            allowed = powers.abs() @ errors + tail + circle.rounding(0.0) + circle.noise
             for x, one, other, limit in torch.stack([points, given, summed, allowed]).T.tolist():
                 if not abs(one - other) <= limit:
                     raise UserError(
-                        f"kernel {self._name!r}: f({x:.6g}) = {one:.10g}, but the series made of its values at complex "
-                        f"numbers gives {other:.10g}; {self._promise()}"
+                        f"kernel {self._name!r}: f({x:.6g}) = {one:.17g}, but the series made of its values at complex "
+                        f"numbers gives {other:.17g}; {self._promise()}"
                     )
 
     def _promise(self) -> str:
@@ -223,3 +259,10 @@ class MaclaurinSeries:
             f"f must be analytic for abs(x) < {self._radius:g} (pass its radius of convergence) and keep the precision "
             "of its argument"
         )
+
+
+def _growth(circles: list[tuple[float, float]]) -> float:
+    """The logarithm of f on the last circle over the power of x that f follows on the first two."""
+    (r, first), (s, second), (t, last) = circles[0], circles[1], circles[-1]
+    power = math.log(second / first) / math.log(s / r)
+    return math.log(last / first) - power * math.log(t / r)

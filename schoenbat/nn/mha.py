@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schoenbat.errors import UserError
-from schoenbat.features.estimators import centres_keys, check_estimator, make_features
-from schoenbat.functional import check_defined, dot_product_kernel_attention, kernel_named
+from schoenbat.estimate import Estimate
+from schoenbat.features.plan import FeatureMap
 from schoenbat.kernels import Kernel
-from schoenbat.norm import pre_sbn
 
 
 class MultiheadKernelAttention(nn.Module):
@@ -23,12 +22,9 @@ class MultiheadKernelAttention(nn.Module):
         embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as there.
         dropout: must be 0; there it drops attention weights, which do not exist here.
         add_bias_kv, add_zero_attn: must be False.
-        kernel: f, by name or itself.
-        num_features: features per head; None evaluates f exactly, in quadratic time.
-        estimator: "sketch", or "maclaurin" as published; see `schoenbat.features.estimators`.
-        seed: of the features.
-        normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
-        max_degree: highest degree of the features.
+        kernel, num_features, estimator, seed, normalize, max_degree: see `schoenbat.Estimate`.
+
+    The draw is made at once even on the meta device; `reset_parameters` draws it again, as needed after `to_empty`.
     """
 
     # torch's encoder layers look at this attribute and go around the module by a fused softmax if it is True.
@@ -62,14 +58,12 @@ class MultiheadKernelAttention(nn.Module):
             raise UserError("add_bias_kv and add_zero_attn are not supported; leave them False")
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise UserError(f"embed_dim must be a multiple of num_heads, not {embed_dim} of {num_heads}")
-        self.kernel = kernel_named(kernel) if isinstance(kernel, str) else kernel
-        check_defined(self.kernel, normalize)
-        check_estimator(estimator)
+        self.estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.batch_first = batch_first
-        self.normalize = normalize
+        self.estimate.check_defined(self.head_dim**-0.5)
         place = {"device": device, "dtype": dtype}
         if self.kdim == self.vdim == embed_dim:
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **place))  # type: ignore[arg-type]
@@ -85,22 +79,18 @@ class MultiheadKernelAttention(nn.Module):
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
-        self.centred = num_features is not None and centres_keys(estimator, self.kernel)
-        self.features: nn.Module | None = None
+        self.features: FeatureMap | None = None
         if num_features is not None:
-            self.features = make_features(
-                estimator,
-                self.kernel,
-                head_dim=self.head_dim,
-                num_features=num_features,
-                max_degree=max_degree,
-                generator=torch.Generator().manual_seed(seed),
-            ).to(device)
+            self.features = self.estimate.make(self.head_dim)
+            if device is not None and torch.device(device).type != "meta":
+                self.features.to(device)
         self.register_load_state_dict_pre_hook(_keep_own_draw)
-        self._reset_parameters()
+        self.reset_parameters()
 
-    def _reset_parameters(self) -> None:
-        """As nn.MultiheadAttention does: Xavier for the projections in, zero for the biases."""
+    def reset_parameters(self) -> None:
+        """As nn.MultiheadAttention does: Xavier for the projections in, zero for the biases; and the same draw again."""
+        if self.features is not None:
+            self.features.reset_parameters()
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             weight = getattr(self, name)
             if weight is not None:
@@ -149,19 +139,7 @@ class MultiheadKernelAttention(nn.Module):
         key_mask = None if key_padding_mask is None else _attended(key_padding_mask)
 
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(query, key, value))
-        if self.normalize:
-            q, k = pre_sbn(q), pre_sbn(k)
-        out = dot_product_kernel_attention(
-            q,
-            k,
-            v,
-            is_causal=is_causal,
-            kernel=self.kernel,
-            num_features=None,
-            features=self.features,
-            centre=self.centred and not is_causal,
-            key_mask=key_mask,
-        )
+        out = self.estimate.attend(q, k, v, key_mask, is_causal, features=self.features)
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
         if not has_batch:
             return out.squeeze(0), None
@@ -200,8 +178,9 @@ def _check_causal(attn_mask: Tensor, query: Tensor, key: Tensor, batch_first: bo
 
 
 def _keep_own_draw(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights that were saved without features, by nn.MultiheadAttention, leave the draw as it is."""
+    """Weights that were saved without features, by nn.MultiheadAttention, go with the draw of the settings."""
     assert isinstance(module, MultiheadKernelAttention)
     own = prefix + "features."
     if module.features is not None and not any(name.startswith(own) for name in state_dict):
+        module.features.reset_parameters()
         state_dict.update(module.features.state_dict(prefix=own))

@@ -1,215 +1,286 @@
-"""Attention through features, linear in length: phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1).
+r"""Attention through features, linear in length: phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1).
 
-Shapes as in `schoenbat.ops.reference`. All forms see the values with a column of ones appended, so that numerator
-and denominator come out of the same products; sums are taken in float32 or wider and the result has the dtype of
-`value`. A denominator near zero follows the rule of `schoenbat.ops.reference.divide`.
+`attend` is the one way for whole sequences, `extend` for causal ones that come in parts, down to single tokens. What
+holds for all of them is here: whatever stands at masked places is filled and never matters, sums over tokens are taken
+in float32 or wider outside autocast, query heads may share key heads, and the dtype of the query comes back. Shapes as
+in `schoenbat.ops.reference`. Values get a column of ones, so that numerators and denominators are the same products.
 
-The state of causal attention after some tokens is their sum of phi(k) [v, 1]^T, one tensor [B, H, D, v + 1] in float32
-or wider, whatever their number; None stands for no token yet.
+Features of exp see shifted vectors where attention is not causal. With w_j the weights that the mean query m gives to
+the keys, w = softmax(<m, k_j>), and c = sum_j w_j k_j,
+
+    exp(<q, k>) = exp(<q, c>) exp(<m, k - c>) exp(<q - m, k - c>).
+
+The first factor is the same for all keys and cancels, the second is w_j up to another such factor, and the features only
+have to describe the third, whose arguments have the mean 0 under w for every query.
+
+Where a feature map is bounded, the output is kept from being further off than that of uniform weights
+(`schoenbat.ops._bounds`).
 """
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from schoenbat.ops.reference import divide
+from schoenbat.errors import UserError
+from schoenbat.features.plan import FeatureMap
+from schoenbat.ops import _causal
+from schoenbat.ops._bounds import cooling, even_excess, least_denominator, moments_of
+from schoenbat.ops._causal import State
+from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
+from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, settle
 
-_GROUP = 32
+__all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
+
+Features = FeatureMap | Callable[[Tensor], Tensor]
+BLOCK = 4096
+
+
+def attend(
+    features: Features,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    block: int | None = None,
+) -> Tensor:
+    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, where <phi(x), phi(y)> stands for f(scale <x, y>).
+
+    Args:
+        features: a FeatureMap, or any phi from [B, H, n, d] to [B, H, n, D] that works token by token, which is applied
+            to query and key times sqrt(scale) as they are.
+        query, key, value: [B, H, N, d], [B, Hk, M, d], [B, Hk, M, v]; H is a multiple of Hk, and consecutive H / Hk
+            query heads share a key head. Where N = M, queries are taken to be the same tokens as keys.
+        key_mask: [B, M], True = attend, or None.
+        is_causal: query i sees keys up to i; requires N = M.
+        scale: not negative.
+        block: tokens of a causal sequence that are handled at a time. None takes all at once where a gradient is
+            recorded or torch.compile is at work, else blocks of 4,096.
+
+    Returns:
+        [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = _prepare(query, key, value, key_mask)
+        if is_causal:
+            check_square(q, k)
+            return _causal_blocks(features, q, k, v, key_mask, scale, block).to(query.dtype)
+        groups = query.shape[1] // key.shape[1]
+        # Queries of one group see the same keys: they are further queries of one head.
+        q = q.unflatten(1, (-1, groups)).flatten(2, 3) if groups > 1 else q
+        if isinstance(features, FeatureMap):
+            query_mask = key_mask if query.shape[2] == key.shape[2] else None
+            out = _through_plan(features, q, k, v, _counts(key_mask, v), _counts(query_mask, v, groups), scale)
+        else:
+            root = math.sqrt(scale)
+            out = linear_attention(features(q * root), features(k * root), v, key_mask)
+        out = out.unflatten(2, (groups, query.shape[2])).flatten(1, 2) if groups > 1 else out
+        return out.to(query.dtype)
+
+
+def extend(
+    features: Features,
+    state: State | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, State]:
+    """Causal attention over N further tokens, after those of `state`: the parts give what the whole would.
+
+    Args:
+        state: from an earlier call with the same features, or None for no token yet.
+        features, query, key, value, key_mask, scale: as for `attend`, with N = M; there may be fewer queries than keys,
+            which are then the last tokens, and none at all to sum up keys only.
+
+    Returns:
+        [B, H, N, v] in the dtype of `query`, and the new state.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = _prepare(query, key, value, key_mask)
+        out, state = _extend(features, state, q, k, _extended(v, key_mask), scale)
+        return out.to(query.dtype), state
 
 
 def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Every query sees every key.
+    """Every query sees every key, through features that are given.
 
     Args:
         query_features, key_features: [B, H, N, D], [B, H, M, D].
         value: [B, H, M, v].
         key_mask: [B, M], True = attend, or None.
+
+    Returns:
+        [B, H, N, v] in the dtype of `value`.
     """
-    return read(query_features, summarise(key_features, value, key_mask)).to(value.dtype)
-
-
-def summarise(key_features: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """The state after these tokens: [B, H, M, D] and [B, H, M, v] to [B, H, D, v + 1]."""
-    key_features, extended = _widen(key_features), _with_ones(value, key_mask)
-    return key_features.transpose(-1, -2) @ extended
-
-
-def read(query_features: Tensor, state: Tensor) -> Tensor:
-    """What queries [B, H, N, D] get from the tokens summed up in `state`: [B, H, N, v], in the dtype of `state`."""
-    return _normalise(_widen(query_features) @ state)
+    q, k, v = _prepare(query_features, key_features, value, key_mask)
+    products = q @ (k.mT @ _extended(v, key_mask))
+    return divide(products[..., :-1], products[..., -1:]).to(value.dtype)
 
 
 def causal_linear_attention(
-    query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None, chunk: int = 64
+    query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> Tensor:
-    """Query i sees keys up to i; N = M.
-
-    Within a chunk the products are taken pairwise under a triangular mask; between chunks they go through the running
-    sum of phi(k) [v, 1]^T, one [D, v + 1] matrix per chunk. Memory is N (chunk + D (v + 1) / chunk) numbers on top of
-    the features.
-    """
-    return continue_causally(None, query_features, key_features, value, key_mask, chunk)[0]
+    """As `linear_attention`, and query i sees keys up to i; N = M."""
+    check_square(query_features, key_features)
+    q, k, v = _prepare(query_features, key_features, value, key_mask)
+    return _causal.extend(None, None, q, k, _extended(v, key_mask), 1.0)[0].to(value.dtype)
 
 
-def continue_causally(
-    state: Tensor | None,
-    query_features: Tensor,
-    key_features: Tensor,
+def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """All in float32 or wider, with 0 at masked places of key and value."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.to(dtype), fill_masked(key.to(dtype), key_mask), fill_masked(value.to(dtype), key_mask)
+
+
+def _counts(mask: Tensor | None, like: Tensor, repeats: int = 1) -> Tensor | None:
+    """1 and 0 for the True and False of [B, M], as [B, 1, M, 1]; `repeats` times one after another."""
+    if mask is None:
+        return None
+    return mask.repeat(1, repeats)[:, None, :, None].to(like.dtype)
+
+
+def _extended(value: Tensor, key_mask: Tensor | None) -> Tensor:
+    counts = _counts(key_mask, value)
+    return extend_value(value, None if counts is None else counts.expand(*value.shape[:-1], 1))
+
+
+def _through_plan(
+    features: FeatureMap,
+    query: Tensor,
+    key: Tensor,
     value: Tensor,
-    key_mask: Tensor | None = None,
-    chunk: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention over N further tokens, after those summed up in `state`: their outputs, and the new state."""
-    length = value.shape[-2]
-    if not query_features.shape[-2] == key_features.shape[-2] == length:
-        raise ValueError(
-            "causal attention needs as many queries as keys and values, got "
-            f"{query_features.shape[-2]}, {key_features.shape[-2]} and {length}"
-        )
-    extended = _with_ones(value, key_mask)
-    batch = extended.shape[:-2]
-    if state is None:
-        state = extended.new_zeros(*batch, key_features.shape[-1], extended.shape[-1])
-    if length == 0:
-        return value, state
-    chunk = min(chunk, length)
-    q, k, v = (_cut(x, chunk) for x in (_widen(query_features), _widen(key_features), extended))
-    out, last, _, _ = _CausalSums.apply(q, k, v, state.flatten(0, -3))
-    out = out.unflatten(0, (*batch, -1)).flatten(-3, -2)[..., :length, :]
-    return _normalise(out).to(value.dtype), last.unflatten(0, batch)
+    counts: Tensor | None,
+    query_counts: Tensor | None,
+    scale: float,
+) -> Tensor:
+    projection = features.projection(query.dtype) * math.sqrt(scale)
+    plan, kernel = features.plan, features.kernel
+    weight = None if counts is None else counts.expand(*value.shape[:-1], 1)
+    if features.centres:
+        # torch.compile does not know operations with a forward-mode derivative of their own.
+        shift = _Shift.forward if torch.compiler.is_compiling() else _Shift.apply
+        query, key, weight = shift(query, key, counts, query_counts, scale)
+    if not features.is_bounded:
+        smallest = SMALLEST * plan.unit
+        if fits_at_once(query, key):
+            return attend_at_once(query, key, value, weight, projection, plan, smallest)
+        products = look_up(query, sum_keys(key, extend_value(value, weight), projection, plan), projection, plan)
+        return divide(products[..., :-1], products[..., -1:], smallest)
+    extended = extend_value(value, weight)
+    total = extended.sum(-2, keepdim=True)
+    mass = total[..., -1:]
+    share, average = (x / torch.where(mass > 0, mass, 1.0) for x in (extended[..., -1:], total[..., :-1]))
+    weighted = key * share
+    count = 1 / share.square().sum(-2, keepdim=True).clamp_min(torch.finfo(share.dtype).eps)
+    moments = moments_of(query, weighted.sum(-2, keepdim=True), weighted.mT @ key, count, scale)
+    if kernel.is_exponential:
+        factor = cooling(features, moments)
+        query, moments = query * factor, moments.cooled(factor)
+    products = look_up(query, sum_keys(key, extended, projection, plan), projection, plan)
+    if features.centres:
+        excess = mass * even_excess(features, moments.square)
+        products = torch.cat([products[..., :-1] - excess * average, products[..., -1:] - excess], -1)
+    return settle(products, mass * least_denominator(features, moments), average)
 
 
-def step(
-    state: Tensor | None,
-    query_features: Tensor,
-    key_features: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One further token: [B, H, 1, D] twice and [B, H, 1, v] to its output [B, H, 1, v] and the new state.
+def _extend(
+    features: Features, state: State | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
+) -> tuple[Tensor, State]:
+    if isinstance(features, FeatureMap) and features.near:
+        return _causal.extend(features, state, query, key, extended, scale)
+    root = math.sqrt(scale)
+    return _causal.extend(None, state, features(query * root), features(key * root), extended, 1.0)
 
-    With grouped queries, `query_features` may hold all G queries of a key's group: [B, H, G, D] to [B, H, G, v].
+
+def _causal_blocks(
+    features: Features, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, block: int | None
+) -> Tensor:
+    extended = _extended(v, key_mask)
+    if block is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        block = BLOCK
+    if block is None:
+        return _extend(features, None, q, k, extended, scale)[0]
+    state, outputs = None, []
+    for start in range(0, max(1, q.shape[2]), block):
+        part = (x[:, :, start : start + block] for x in (q, k, extended))
+        out, state = _recomputed(_extend, features, state, *part, scale)
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), of which only the arguments are kept for the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Shift(torch.autograd.Function):
+    """q - m, k - c, and the weights softmax(scale <m, k>) of the keys (see the module).
+
+    `counts` [B, 1, M, 1] is 1 for the keys that are there and 0 for others, which get no weight; None is all ones.
+    `query_counts` likewise says over which queries m is the mean. One operation to autograd instead of a dozen: for few
+    tokens these would cost more than the arithmetic.
     """
-    if key_features.shape[-2] != 1:
-        raise ValueError(f"a step takes one token, got {key_features.shape[-2]}")
-    added = summarise(key_features, value, key_mask)
-    state = added if state is None else state + added
-    return read(query_features, state).to(value.dtype), state
 
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _with_ones(value: Tensor, key_mask: Tensor | None) -> Tensor:
-    extended = F.pad(_widen(value), (0, 1), value=1.0)
-    if key_mask is not None:
-        # Filled, not multiplied: whatever stands at a masked place, NaN included, must not matter.
-        extended = extended.masked_fill(~key_mask[:, None, :, None], 0.0)
-    return extended
-
-
-def _normalise(extended: Tensor) -> Tensor:
-    return divide(extended[..., :-1], extended[..., -1:])
-
-
-def _cut(x: Tensor, chunk: int) -> Tensor:
-    """[B, H, N, n] to [B H chunks, chunk, n], padded by zeros."""
-    padding = -x.shape[-2] % chunk
-    padded = F.pad(x, (0, 0, 0, padding)) if padding else x
-    return padded.unflatten(-2, (-1, chunk)).flatten(0, -3)
-
-
-class _CausalSums(torch.autograd.Function):
-    """The undivided sums of causal attention, in chunks.
-
-    Composed from separate operations, the two uses of q and of k would each write a gradient of the size of the
-    features and a third pass would add them; here the second product adds into the first.
-
-    Args:
-        q, k, v: [G chunks, C, D] twice and [G chunks, C, v], the chunks of a sequence one after another.
-        state: [G, D, v].
-
-    Returns:
-        The sums [G chunks, C, v], the state after the last chunk, and what the backward pass takes up again: the state
-        before each chunk [G chunks, D, v] and the products within each [G chunks, C, C].
-    """
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        before, last = _states(k, v, state)
-        inside = torch.bmm(q, k.mT).tril()
-        out = _add_product(torch.bmm(q, before), inside, v)
-        return out, last, before, inside
+    def forward(
+        q: Tensor, k: Tensor, counts: Tensor | None, query_counts: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean = _mean(q, query_counts)
+        exponent = (mean * scale) @ k.mT
+        if counts is not None:
+            exponent = exponent.masked_fill(counts.mT == 0, torch.finfo(k.dtype).min)
+        weight = torch.softmax(exponent, -1).mT
+        weight = weight if counts is None else weight * counts
+        return q - mean, k - weight.mT @ k, weight
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, before, inside = output
-        ctx.mark_non_differentiable(before, inside)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, before, inside)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.save_for_forward(*tensors, output[2])
+
+    @staticmethod
+    def jvp(ctx: Any, d_q: Tensor | None, d_k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, _, query_counts, weight = ctx.saved_tensors
+        d_q = torch.zeros_like(q) if d_q is None else d_q
+        d_k = torch.zeros_like(k) if d_k is None else d_k
+        d_mean = _mean(d_q, query_counts)
+        d_exponent = ctx.scale * (k @ d_mean.mT + d_k @ _mean(q, query_counts).mT)
+        d_weight = weight * (d_exponent - weight.mT @ d_exponent)
+        return d_q - d_mean, d_k - d_weight.mT @ k - weight.mT @ d_k, d_weight
 
     @staticmethod
     def backward(
-        ctx: FunctionCtx, grad: Tensor | None, grad_last: Tensor | None, *unused: None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, state, before, inside = ctx.saved_tensors  # type: ignore[attr-defined]
-        if torch.is_grad_enabled():
-            # A gradient of this gradient is wanted: what was kept must be a function of the inputs again.
-            before, _ = _states(k, v, state)
-            inside = torch.bmm(q, k.mT).tril()
-        if grad is None:
-            grad = torch.zeros_like(v)
-        if grad_last is None:
-            grad_last = torch.zeros_like(state)
-        after, grad_state = _states(q, grad, grad_last, backwards=True)
-        weights = torch.bmm(grad, v.mT).tril()
-        grad_q = _add_product(torch.bmm(grad, before.mT), weights, k)
-        grad_k = _add_product(torch.bmm(v, after.mT), weights.mT, q)
-        grad_v = _add_product(torch.bmm(k, after), inside.mT, grad)
-        return grad_q, grad_k, grad_v, grad_state
-
-    @staticmethod
-    def vmap(
-        info: object, in_dims: tuple[int | None, ...], *inputs: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        size: int = info.batch_size  # type: ignore[attr-defined]
-        merged = [
-            (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-            for x, dim in zip(inputs, in_dims, strict=True)
-        ]
-        outputs = _CausalSums.apply(*merged)
-        return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0, 0, 0, 0)
+        ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_weight: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        q, k, _, query_counts, weight = ctx.saved_tensors
+        grad_centre = -grad_k.sum(-2, keepdim=True)
+        weighted = weight * (grad_weight + k @ grad_centre.mT)
+        grad_exponent = (weighted - weight * weighted.sum(-2, keepdim=True)) * ctx.scale
+        grad_mean = grad_exponent.mT @ k - grad_q.sum(-2, keepdim=True)
+        share = 1 / q.shape[-2] if query_counts is None else query_counts / _number(query_counts)
+        grad_q = grad_q + grad_mean * share
+        return grad_q, grad_k + weight * grad_centre + grad_exponent * _mean(q, query_counts), None, None, None
 
 
-def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a b, in place of x where no gradient is recorded: only then has torch no need of x again."""
-    return torch.baddbmm(x, a, b) if torch.is_grad_enabled() else x.baddbmm_(a, b)
+def _mean(x: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean token [B, H, 1, d] of those that count; 0 where none does."""
+    if counts is None:
+        return x.mean(-2, keepdim=True)
+    return x.masked_fill(counts == 0, 0.0).sum(-2, keepdim=True) / _number(counts)
 
 
-def _states(k: Tensor, v: Tensor, state: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """The states before each chunk [G chunks, D, v] and after all [G, D, v]; `backwards` begins at the last chunk."""
-    sums = torch.bmm(k.mT, v)
-    per_sequence = sums.unflatten(0, (len(state), -1)).flatten(-2)
-    before = _exclusive_prefix_sums(per_sequence, backwards) + state.flatten(-2).unsqueeze(1)
-    end = 0 if backwards else -1
-    last = (before[:, end] + per_sequence[:, end]).view_as(state)
-    return before.flatten(0, 1).view_as(sums), last
-
-
-def _exclusive_prefix_sums(x: Tensor, backwards: bool) -> Tensor:
-    """Along the second axis of [G, n, P], entry i is the sum of those before it, or after it if `backwards`.
-
-    By products with a triangle of ones: a scan over such long rows waits for memory.
-    """
-    length = x.shape[1]
-    size = min(length, _GROUP)
-    triangle = torch.ones(size, size, dtype=x.dtype, device=x.device)
-    triangle = triangle.triu(1) if backwards else triangle.tril(-1)
-    if length <= _GROUP:
-        return triangle @ x
-    padding = -length % _GROUP
-    grouped = (F.pad(x, (0, 0, 0, padding)) if padding else x).unflatten(1, (-1, _GROUP))
-    others = _exclusive_prefix_sums(grouped.sum(2), backwards)
-    return (triangle @ grouped + others.unsqueeze(2)).flatten(1, 2)[:, :length]
+def _number(counts: Tensor) -> Tensor:
+    return counts.sum(-2, keepdim=True).clamp_min(1)

@@ -2,35 +2,73 @@
 
 Shapes here and in the sister modules: B batch, H heads, N queries, M keys, D features, d width of a query or key,
 v width of a value. `key_mask` is [B, M], True = attend.
+
+A kernel that takes both signs (`Kernel.is_signed`), such as x or sinh, makes the quotient ill-posed: its denominator
+passes zero. There a denominator is kept above what the first two moments of the arguments give (`two_point_mean`), and
+what is added to it goes to the mean value.
 """
 
 import torch
 from torch import Tensor
 
+from schoenbat.errors import UserError
 from schoenbat.kernels import Kernel
 
-SMALLEST_DENOMINATOR = 1e-6
+SMALLEST = 1e-6
+"""Denominators closer to 0 than this part of what all keys together could weigh are moved there."""
+SIGNED_FLOOR = 0.1
+"""For a kernel of both signs, the least denominator as a part of what arguments of one sign would give."""
 
 
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, where a denominator closer to 0 than 1e-6 is moved there with its sign.
+def divide(numerator: Tensor, denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
+    """numerator / denominator, where a denominator closer to 0 than `smallest` is moved there with its sign.
 
-    A row that attends to nothing has 0 / 0 and gives 0. For the kernels here a true denominator is at least
-    f(-radius) > 0 per key, so the rule acts only on such rows and on estimates that are all noise.
+    A row that attends to nothing has 0 / 0 and gives 0.
     """
-    return numerator / away_from_zero(denominator)
+    return numerator / away_from_zero(denominator, smallest)
 
 
-def away_from_zero(denominator: Tensor) -> Tensor:
+def away_from_zero(denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
     """The denominator that `divide` divides by."""
-    return torch.where(
-        denominator < 0, denominator.clamp_max(-SMALLEST_DENOMINATOR), denominator.clamp_min(SMALLEST_DENOMINATOR)
-    )
+    return torch.where(denominator < 0, denominator.clamp_max(-smallest), denominator.clamp_min(smallest))
 
 
-def is_away_from_zero(moved: Tensor) -> Tensor:
+def is_away_from_zero(moved: Tensor, smallest: float = SMALLEST) -> Tensor:
     """Whether `away_from_zero` left it where it was."""
-    return moved.abs() > SMALLEST_DENOMINATOR
+    return moved.abs() > smallest
+
+
+def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
+    r"""The mean of f over the two points r and -r that have this mean and mean square:
+
+        f_even(r) + f_odd(r) mean / r,    r^2 the mean square.
+
+    Its even part is at most that of any other arguments with these moments, as an even f with non-negative coefficients
+    is convex in x^2 (Jensen); for f of degree 2 it is the mean of all. It has the sign of f; for a kernel of both signs
+    it is raised to at least a tenth of f(r).
+    """
+    root = mean_square.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
+    plus, minus = kernel(root), kernel(-root)
+    # Rounding may put the mean outside of what the mean square allows.
+    share = (mean / root).clamp(-1, 1)
+    found = (plus * (1 + share) + minus * (1 - share)) / 2
+    return torch.maximum(found, SIGNED_FLOOR * plus) if kernel.is_signed else found
+
+
+def settle(products: Tensor, least: Tensor, mean: Tensor) -> Tensor:
+    """Numerators over denominators, [..., N, v + 1] to [..., N, v], where no denominator may be below `least`.
+
+    What a denominator lacks is the weight of keys whose share is not known: it goes to the `mean` value.
+    """
+    numerator, denominator = products[..., :-1], products[..., -1:]
+    lacking = (least - denominator).clamp_min(0)
+    total = denominator + lacking
+    return (numerator + lacking * mean) / torch.where(total > 0, total, 1.0)
+
+
+def fill_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """x [B, H, M, n] with 0 wherever the mask is False: filled, not multiplied, so that NaN there does not matter."""
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0.0)
 
 
 def kernel_attention(
@@ -50,18 +88,33 @@ def kernel_attention(
     Returns:
         [B, H, N, v]; 0 for a query that may attend to nothing.
     """
+    key, value = fill_masked(key, key_mask), fill_masked(value, key_mask)
     scores = query @ key.transpose(-1, -2)
     allowed = None
     if key_mask is not None:
         allowed = key_mask[:, None, None, :]
     if is_causal:
-        _check_square(query, key)
+        check_square(query, key)
         lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         allowed = lower if allowed is None else allowed & lower
+    if kernel.is_signed:
+        return _attend_signed(scores, value, kernel, allowed)
     attended = kernel.normalise(scores, allowed) @ value
-    return attended if allowed is None else attended * allowed.any(-1, keepdim=True)
+    return attended if allowed is None else attended.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
 
-def _check_square(query: Tensor, key: Tensor) -> None:
+def _attend_signed(scores: Tensor, value: Tensor, kernel: Kernel, allowed: Tensor | None) -> Tensor:
+    kept = torch.ones_like(scores) if allowed is None else allowed.to(scores.dtype).expand(scores.shape)
+    scores = scores * kept
+    extended = torch.nn.functional.pad(value, (0, 1), value=1.0)
+    total = kept.sum(-1, keepdim=True)
+    count = total.clamp_min(1)
+    mean, mean_square = scores.sum(-1, keepdim=True) / count, scores.square().sum(-1, keepdim=True) / count
+    least = total * two_point_mean(kernel, mean, mean_square)
+    return settle((kernel(scores) * kept) @ extended, least, kept @ value / count)
+
+
+def check_square(query: Tensor, key: Tensor) -> None:
+    """Raise UserError unless there are as many queries as keys."""
     if query.shape[-2] != key.shape[-2]:
-        raise ValueError(f"causal attention needs as many queries as keys, got {query.shape[-2]} and {key.shape[-2]}")
+        raise UserError(f"causal attention needs as many queries as keys, got {query.shape[-2]} and {key.shape[-2]}")

@@ -11,8 +11,9 @@ pytestmark = pytest.mark.parametrize("kernel", [KERNELS.get(name)() for name in 
 
 
 def test_coefficients_are_not_negative(kernel: Kernel) -> None:
-    assert all(kernel.coefficient(degree) >= 0 for degree in range(40))
-    assert kernel.coefficient(0) > 0
+    coefficients = [kernel.coefficient(degree) for degree in range(40)]
+    assert min(coefficients) >= 0
+    assert max(coefficients) > 0
 
 
 def test_series_sums_to_the_function(kernel: Kernel) -> None:
@@ -21,9 +22,24 @@ def test_series_sums_to_the_function(kernel: Kernel) -> None:
     torch.testing.assert_close(series, kernel(x), rtol=1e-12, atol=1e-12)
 
 
-def test_function_is_positive_inside_the_radius(kernel: Kernel) -> None:
-    edge = min(kernel.radius, 5.0) * 0.999
-    assert (kernel(torch.linspace(-edge, edge, 1001, dtype=torch.float64)) > 0).all()
+def test_weights_inside_the_radius_are_negative_for_signed_kernels_only(kernel: Kernel) -> None:
+    edge = min(kernel.radius, 16.0) * 0.999
+    values = kernel(torch.linspace(-edge, edge, 1001, dtype=torch.float64))
+    assert (values < -1e-12 * values.max()).any() == kernel.is_signed
+
+
+def test_function_leaves_its_argument_alone(kernel: Kernel) -> None:
+    x = torch.linspace(-0.5, 0.5, 11)
+    before = x.clone()
+    kernel(x)
+    assert torch.equal(x, before)
+
+
+def test_parts_are_the_terms_of_even_and_of_odd_degree(kernel: Kernel) -> None:
+    x = torch.cat([torch.linspace(-0.5, 0.5, 25), 10.0 ** -torch.arange(1, 12)]).double() * min(kernel.radius, 1.0)
+    for part, parity in ((kernel.even_part, 0), (kernel.odd_part, 1)):
+        series = sum(kernel.coefficient(degree) * x**degree for degree in range(parity, 200, 2))
+        torch.testing.assert_close(part(x), series, rtol=1e-12, atol=0)
 
 
 def test_normalised_weights_are_the_function_over_its_sum(kernel: Kernel) -> None:
@@ -33,6 +49,23 @@ def test_normalised_weights_are_the_function_over_its_sum(kernel: Kernel) -> Non
     weights = kernel(scores) * allowed
     torch.testing.assert_close(kernel.normalise(scores, allowed), weights / weights.sum(-1, keepdim=True))
     torch.testing.assert_close(kernel.normalise(scores, None), kernel(scores) / kernel(scores).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("standing", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_stands_at_a_masked_place_changes_no_bit(kernel: Kernel, standing: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(5, 9, dtype=dtype, generator=generator) - 0.5
+    allowed = torch.rand(5, 9, generator=generator) < 0.6
+    allowed[:, 0] = True
+    results = []
+    for x in (scores, scores.masked_fill(~allowed, standing)):
+        x.requires_grad_()
+        weights = kernel.normalise(x, allowed)
+        (weights**2).sum().backward()
+        results.append((weights, x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_row_without_keys_is_finite_and_leaves_the_others_alone(kernel: Kernel) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,25 @@ KNOWN: dict[str, tuple[Function, float, Callable[[int], float]]] = {
     "1 - log(1 - x)": (lambda x: 1 - torch.log(1 - x), 1.0, lambda n: 1 / n if n else 1.0),
     "2 - sqrt(1 - x)": (lambda x: 2 - torch.sqrt(1 - x), 1.0, lambda n: KERNELS.get("sqrt")().coefficient(n)),
     "exp within 2": (torch.exp, 2.0, lambda n: 1 / math.factorial(n)),
+    "1e-8 exp": (lambda x: 1e-8 * torch.exp(x), math.inf, lambda n: 1e-8 / math.factorial(n)),
+    "exp(x - 20)": (lambda x: torch.exp(x - 20), math.inf, lambda n: math.exp(-20) / math.factorial(n)),
+    "exp(x - 600)": (lambda x: torch.exp(x - 600), math.inf, lambda n: math.exp(-600) / math.factorial(n)),
+    "(1 + x)^40": (lambda x: (1 + x) ** 40, math.inf, lambda n: math.comb(40, n)),
+    "(1 + x)^400": (lambda x: (1 + x) ** 400, math.inf, lambda n: math.comb(400, n)),
+    "(0.3 + x)^40": (lambda x: (0.3 + x) ** 40, math.inf, lambda n: math.comb(40, n) * 0.3 ** max(40 - n, 0)),
+    "exp in place": (lambda x: x.exp_(), math.inf, lambda n: 1 / math.factorial(n)),
+    "x": (lambda x: x, math.inf, lambda n: float(n == 1)),
+    "x^2": (lambda x: x**2, math.inf, lambda n: float(n == 2)),
+    "x^4": (lambda x: x**4, math.inf, lambda n: float(n == 4)),
+    "x^40 + x^80": (lambda x: x**40 + x**80, math.inf, lambda n: float(n in (40, 80))),
+    "1e-200 x^2 cosh(x)": (
+        lambda x: 1e-200 * x**2 * torch.cosh(x),
+        math.inf,
+        lambda n: 0.0 if n % 2 or n < 2 else 1e-200 / math.factorial(n - 2),
+    ),
+    "sinh": (torch.sinh, math.inf, lambda n: 1 / math.factorial(n) if n % 2 else 0.0),
+    "exp(x) - 1 - x": (lambda x: torch.exp(x) - 1 - x, math.inf, lambda n: 1 / math.factorial(n) if n > 1 else 0.0),
+    "x^2 / (2.1 - 2 x)": (lambda x: x**2 / (2.1 - 2 * x), 1.05, lambda n: KERNELS.get("yat")().coefficient(n)),
 }
 
 
@@ -86,21 +106,33 @@ def test_the_highest_degree_is_still_right_and_the_next_is_refused() -> None:
     [
         (torch.cos, math.inf, "'cos': the Maclaurin coefficient of degree 2 is -0.5 "),
         (lambda x: 1 + torch.tanh(x), math.pi / 2, "the Maclaurin coefficient of degree 3 is -0.333333 "),
-        (torch.tanh, math.pi / 2, "the Maclaurin coefficient of degree 0 must be positive, not 0"),
+        (torch.tanh, math.pi / 2, "'tanh': the Maclaurin coefficient of degree 3 is -0.333333 "),
+        (lambda x: -(x**2), math.inf, "the Maclaurin coefficient of degree 2 is -1 "),
+        (lambda x: x**2 - 1e-15, math.inf, "the Maclaurin coefficient of degree 0 is -1e-15 "),
+        (lambda x: 0 * x, math.inf, "is 0 everywhere, but one of its coefficients must be positive"),
+        (lambda x: torch.exp(x - 2000), math.inf, "is 0 everywhere"),
         (lambda x: 1 + torch.log(1 + x), 1.0, "the Maclaurin coefficient of degree 2 is -0.5 "),
         (lambda x: torch.exp(x) - 1e-9 * x**31, math.inf, "the Maclaurin coefficient of degree 31 is -1e-09 "),
         (lambda x: 1 / (1 - x), math.inf, "not finite on the circle abs(x) = 1, inside its radius inf"),
         (lambda x: 1 / (1 - x / 1.9), math.inf, "f must be analytic for abs(x) < inf"),
         (lambda x: 1 / (1 + (x / 1.9) ** 2), 2.5, "f must be analytic for abs(x) < 2.5"),
         (lambda x: 2 - torch.sqrt(1 - x), 1.2, "f must be analytic for abs(x) < 1.2"),
-        (lambda x: 1 / (1 - x), 1.01, "give different coefficients of degree "),
+        (lambda x: 1 / (1 - x), 1.01, "are no power series, by 2 of them; f must be analytic for abs(x) < 1.01"),
         (lambda x: 2 + x.conj(), math.inf, "f must be analytic"),
-        (lambda x: 2 + x.abs(), math.inf, "f must be analytic"),
+        (lambda x: 2 + x.abs(), math.inf, "give different coefficients of degree 0: 2.0"),
         (lambda x: 1 + 1j * x, math.inf, "must map real tensors to real ones"),
         (lambda x: torch.sinh(x) / x, math.inf, "not finite at 0: f(0) = nan"),
         (lambda x: (1 / (1 - x.to(torch.complex64))).real if not x.is_complex() else 1 / (1 - x), 1.0, "precision"),
         (lambda x: x.sum(), math.inf, "must map a tensor to a tensor of the same shape"),
         (torch.special.i0, math.inf, "cannot be evaluated on torch.complex128 tensors: "),
+        (lambda x, y: x, math.inf, "cannot be evaluated on torch.float64 tensors: "),
+        (math.exp, math.inf, "must map a tensor to a tensor of the same shape"),
+        (lambda x: 1 + x.conj() * 1e-6, math.inf, "are no power series"),
+        (lambda x: (1 + x.to(torch.complex64)).to(x.dtype) if x.is_complex() else 1 + x, math.inf, "precision"),
+        (3, math.inf, "Kernel.from_callable takes a function of a tensor, not 3 (int)"),
+        (None, math.inf, "Kernel.from_callable takes a function of a tensor, not None (NoneType)"),
+        ("exp", math.inf, "not 'exp' (str); named kernels are KERNELS.get(name)()"),
+        (torch.exp, "1", "radius must be positive, not '1'"),
         (torch.exp, 0.0, "radius must be positive, not 0"),
         (torch.exp, math.nan, "radius must be positive, not nan"),
     ],
@@ -123,6 +155,28 @@ def test_a_negative_coefficient_within_its_error_counts_as_zero() -> None:
     kernel = Kernel.from_callable(lambda x: torch.exp(x * x) - 1e-18 * x)
     assert kernel.coefficient(1) == 0
     assert kernel.series.error(1) > 1e-18
+
+
+def test_values_that_disagree_are_printed_with_the_place_and_the_digits_in_which_they_do() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.exp_() if x.is_complex() else x.exp_().mul_(1 + 1e-13)
+
+    with pytest.raises(UserError, match="the series made of its values") as caught:
+        Kernel.from_callable(f)
+    place, first, second = map(float, re.findall(r"(?:f\(|= |gives )(-?[0-9.]+)", str(caught.value)))
+    assert first != second
+    assert first == pytest.approx(math.exp(place))
+
+
+def test_a_function_that_works_in_place_leaves_its_argument_alone() -> None:
+    kernel = Kernel.from_callable(lambda x: x.exp_())
+    x = torch.tensor([0.5, -1.0], requires_grad=True)
+    kernel(x).sum().backward()
+    torch.testing.assert_close(x.grad, x.exp())
+    assert x.tolist() == [0.5, -1.0]
+    scores = torch.tensor([[0.5, -1.0]])
+    torch.testing.assert_close(kernel.normalise(scores, None), torch.softmax(scores, -1))
+    assert scores.tolist() == [[0.5, -1.0]]
 
 
 def test_f_is_called_no_more_once_a_coefficient_is_known() -> None:

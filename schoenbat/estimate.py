@@ -1,0 +1,201 @@
+"""One estimate of dot-product-kernel attention: what is computed, checked and drawn in one place.
+
+The functional form, `schoenbat.nn.MultiheadKernelAttention` and the integration with transformers are ways to say an
+`Estimate`; what they compute is `Estimate.attend`.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from schoenbat.errors import UserError, unknown_name
+from schoenbat.features.maclaurin import RandomMaclaurin
+from schoenbat.features.plan import FeatureMap
+from schoenbat.features.sketch import Sketch
+from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.norm import pre_sbn
+from schoenbat.ops.exact import exact_attention
+from schoenbat.ops.linear import attend
+
+ESTIMATORS = ("sketch", "maclaurin")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """sum_j f(scale <q_i, k_j>) v_j / sum_j f(scale <q_i, k_j>), exact or through features.
+
+    Attributes:
+        kernel: f, by name or itself.
+        num_features: the budget D, at least 1; None evaluates f exactly, in quadratic time.
+        estimator: "sketch", the features of least expected error (`schoenbat.features.sketch`), whose output is kept
+            from being further off than that of uniform weights; or "maclaurin", random Maclaurin features as published
+            (`schoenbat.features.maclaurin`), which are not.
+        seed: of the draw. The same settings give the same draw in every process, on every device.
+        normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
+        max_degree: the highest degree that gets features.
+
+    Raises:
+        UserError: an unknown name, a size below 1, or a kernel that is not defined for all arguments that may come.
+    """
+
+    kernel: str | Kernel = "exp"
+    num_features: int | None = 256
+    estimator: str = "sketch"
+    seed: int = 0
+    normalize: bool = False
+    max_degree: int = 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kernel, str | Kernel):
+            raise UserError(f"kernel must be a name or a Kernel, not {self.kernel!r}; see Kernel.from_callable")
+        if self.estimator not in ESTIMATORS:
+            raise unknown_name("estimator", self.estimator, list(ESTIMATORS))
+        for name, value in (("num_features", self.num_features), ("max_degree", self.max_degree)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        _ = self.function
+
+    @property
+    def function(self) -> Kernel:
+        """f itself."""
+        return _kernel_named(self.kernel) if isinstance(self.kernel, str) else self.kernel
+
+    def check_defined(self, scale: float) -> None:
+        """Raise UserError unless f is defined for scale <q, k> whatever q and k are."""
+        radius, name = self.function.radius, type(self.function).__name__
+        if math.isinf(radius):
+            return
+        if not self.normalize:
+            raise UserError(f"kernel {name} is defined for arguments below {radius:g} only; set normalize=True")
+        if abs(scale) >= radius:
+            raise UserError(
+                f"kernel {name} is defined for arguments below {radius:g} only, and a scale of {scale:.3g} lets them "
+                f"reach {abs(scale):.3g}"
+            )
+
+    def make(self, head_dim: int, scale: float | None = None, generator: torch.Generator | None = None) -> FeatureMap:
+        """A feature map of its own, for vectors with head_dim coordinates whose dot products get the factor `scale`.
+
+        Args:
+            scale: 1 / sqrt(head_dim) where it is None.
+            generator: the source of the draw; one with `seed` where it is None.
+        """
+        assert self.num_features is not None
+        scale = head_dim**-0.5 if scale is None else abs(scale)
+        generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
+        kernel = self.function
+        sizes = {"head_dim": head_dim, "num_features": self.num_features, "max_degree": self.max_degree}
+        if self.estimator == "maclaurin":
+            return RandomMaclaurin(kernel, **sizes, generator=generator)
+        # exp is centred, after which vectors have any length. Vectors as they come have any length too: the scale of
+        # the allocation then says which degrees matter, and up to 4,096 features the lowest ones do.
+        fixed = self.normalize and not kernel.is_exponential
+        expected = scale if self.normalize else min(1.0, kernel.radius / 2)
+        features = Sketch(kernel, **sizes, scale=expected, fixed_norm=fixed, generator=generator)
+        if self.normalize:
+            features.is_bounded = varies_much(kernel, scale)
+        return features
+
+    def draw(self, head_dim: int, scale: float | None = None, device: torch.device | None = None) -> FeatureMap:
+        """The feature map that these settings stand for, on `device`; kept for further calls."""
+        return _draw(self, head_dim, head_dim**-0.5 if scale is None else abs(scale), device or torch.device("cpu"))
+
+    def prepare(
+        self, query: Tensor, key: Tensor, scale: float | None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """Query and key as features see them, and a scale that is not negative.
+
+        Raises:
+            UserError: dot products beyond the radius of convergence of f.
+        """
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self.normalize:
+            self.check_defined(scale)
+            query, key = pre_sbn(query), pre_sbn(key)
+        else:
+            self._check_radius(query, key, scale, key_mask)
+        return (-query, key, -scale) if scale < 0 else (query, key, scale)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        features: FeatureMap | None = None,
+        block: int | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query, key, value: [B, H, N, d], [B, Hk, M, d], [B, Hk, M, v]; H is a multiple of Hk, and consecutive H / Hk
+                query heads share a key head.
+            key_mask: bool [B, M], True = attend. What stands at masked places does not matter, be it NaN.
+            is_causal: query i sees keys up to i; requires N = M.
+            scale: 1 / sqrt(d) where it is None.
+            features: from `make`; the draw of `seed` where it is None.
+            block: see `schoenbat.ops.linear.attend`.
+
+        Returns:
+            [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
+
+        Raises:
+            UserError: dot products beyond the radius of convergence of f.
+        """
+        q, k, positive = self.prepare(query, key, scale, key_mask)
+        if self.num_features is None:
+            return self._exact(q, k, value, key_mask, is_causal, positive)
+        if features is None:
+            features = self.draw(query.shape[-1], positive, query.device)
+        return attend(features, q, k, value, key_mask, is_causal, positive, block)
+
+    def _exact(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        root = math.sqrt(scale)
+        # Autocast would round the scores after they were checked against the radius.
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = query.to(wide) * root, key.to(wide) * root, value.to(wide)
+            return exact_attention(q, k, v, self.function, key_mask, is_causal).to(query.dtype)
+
+    def _check_radius(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> None:
+        kernel = self.function
+        if math.isinf(kernel.radius):
+            return
+        lengths = key.detach().float().norm(dim=-1)
+        if key_mask is not None:
+            lengths = lengths.masked_fill(~key_mask[:, None], 0.0)
+        largest = 0.0
+        if query.numel() and key.numel():
+            largest = abs(scale) * float(query.detach().float().norm(dim=-1).amax() * lengths.amax())
+        if not largest < kernel.radius:
+            raise UserError(
+                f"kernel {type(kernel).__name__} is defined for arguments below {kernel.radius:g}; scale |query| |key| "
+                f"reaches {largest:.3g} here. Put query and key through schoenbat.norm.pre_sbn, or lower scale"
+            )
+
+
+def varies_much(kernel: Kernel, largest: float) -> bool:
+    """Whether f falls below half of f(0) for arguments up to `largest`: only then can denominators come near 0."""
+    points = torch.linspace(-largest, largest, 65, dtype=torch.float64)
+    return bool(kernel(points).min() < kernel(torch.zeros((), dtype=torch.float64)) / 2)
+
+
+@functools.cache
+def _kernel_named(name: str) -> Kernel:
+    """One instance per name, so that draws made for it are found again."""
+    return KERNELS.get(name)()
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(estimate: Estimate, head_dim: int, scale: float, device: torch.device) -> FeatureMap:
+    # A tensor made in inference mode could never take part in training. Drawn on the CPU, so that devices agree.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return estimate.make(head_dim, scale).to(device)

@@ -1,0 +1,180 @@
+r"""Features that are products of projections: what every estimate of a kernel here consists of.
+
+A plan says which products. A row x becomes the projected row z = x P; the features are, in order, a constant, the first
+coordinates of z (the linear features), and runs. A run with the offsets (a, b, ...) and length n is the n features
+
+    weight * z_{a+i} z_{b+i} ...,    i = 0 .. n - 1,
+
+a product of a few contiguous slices, one for each offset.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from schoenbat.kernels import Kernel
+
+
+class Run(NamedTuple):
+    """`length` products of as many coordinates as there are offsets."""
+
+    offsets: tuple[int, ...]
+    length: int
+    weight: float
+
+
+class Plan(NamedTuple):
+    """The features in order: the constant (0 for none), the linear ones, the runs.
+
+    `unit` is the size of a kernel value, by which a sum of estimates is judged to be close to 0.
+    """
+
+    constant: float
+    num_linear: int
+    runs: tuple[Run, ...]
+    unit: float = 1.0
+
+    @property
+    def num_features(self) -> int:
+        return bool(self.constant) + self.num_linear + sum(run.length for run in self.runs)
+
+
+class FeatureMap(nn.Module):
+    """phi: [..., N, head_dim] to [..., N, D] with <phi(x), phi(y)> close to f(<x, y>), the same draw for every head.
+
+    A subclass fills `projection_bits` in `_pack` from buffers of its own that hold the draw. Whatever holds it is made
+    of integers, so that a module that is cast to another dtype keeps the draw that it was made with.
+
+    Args:
+        kernel: f.
+        generator: the source of the draw; its state is kept, so that `reset_parameters` can draw the same again.
+
+    Attributes:
+        plan: which products the features are.
+        centres: whether f is exp and attention shifts queries and keys to where the estimate is best.
+        near: whether causal attention evaluates f itself within a chunk of tokens.
+        is_bounded: whether the output is kept from being further off than that of uniform weights.
+        error: expected relative error of the kernel on isotropic vectors, from 0 to 1.
+        shares: the share of each degree that is described, by degree.
+    """
+
+    plan: Plan
+    projection_bits: Tensor
+    centres = False
+    near = False
+    is_bounded = False
+    error = 1.0
+    shares: Mapping[int, float] = MappingProxyType({0: 1.0})
+
+    def __init__(self, kernel: Kernel, generator: torch.Generator) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self._origin = generator.get_state()
+        self.register_buffer("projection_bits", None, persistent=False)
+        self.register_load_state_dict_post_hook(_pack_again)
+
+    @property
+    def reach(self) -> float:
+        """Up to which degree f is described, counting incomplete degrees by their shares."""
+        return sum(share for degree, share in self.shares.items() if degree)
+
+    def reset_parameters(self) -> None:
+        """Draw again what was drawn at construction, as after `to_empty`, which leaves buffers without a value."""
+        generator = torch.Generator()
+        generator.set_state(self._origin)
+        self.resample(generator)
+
+    def resample(self, generator: torch.Generator) -> None:
+        """Draw anew."""
+        raise NotImplementedError
+
+    def _pack(self) -> Tensor:
+        """P [head_dim, ...] in float32, from the draw."""
+        raise NotImplementedError
+
+    def _store(self) -> None:
+        if any(buffer.is_meta for buffer in self.buffers() if buffer is not None):
+            return
+        self.projection_bits = self._pack().contiguous().view(torch.int32)
+
+    def projection(self, dtype: torch.dtype) -> Tensor:
+        """P in `dtype`."""
+        return self.projection_bits.view(torch.float32).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return expand(x.to(dtype) @ self.projection(dtype), self.plan)
+
+
+def _pack_again(module: nn.Module, _: Any) -> None:
+    assert isinstance(module, FeatureMap)
+    module._store()
+
+
+def expand(projected: Tensor, plan: Plan) -> Tensor:
+    """The features [..., D] of projected rows [..., P]."""
+    parts = [projected.new_full((*projected.shape[:-1], 1), plan.constant)] if plan.constant else []
+    if plan.num_linear or not plan.runs:
+        parts.append(projected[..., : plan.num_linear])
+    for run in plan.runs:
+        product = functools.reduce(torch.mul, _factors(projected, run))
+        parts.append(product if run.weight == 1 else product * run.weight)
+    return torch.cat(parts, -1)
+
+
+def push_forward(projected: Tensor, plan: Plan, tangent: Tensor) -> Tensor:
+    """The directional derivative [..., D] of the features of projected rows along `tangent` [..., P]."""
+    parts = [projected.new_zeros((*projected.shape[:-1], 1))] if plan.constant else []
+    if plan.num_linear or not plan.runs:
+        parts.append(tangent[..., : plan.num_linear])
+    for run in plan.runs:
+        tangents = _factors(tangent, run)
+        terms = [
+            own if others is None else own * others
+            for own, others in zip(tangents, _others(_factors(projected, run)), strict=True)
+        ]
+        parts.append(functools.reduce(torch.add, terms) * run.weight)
+    return torch.cat(parts, -1)
+
+
+def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
+    """The gradient [..., P] of the projected rows, from `grad` [..., D] of their features."""
+    width = projected.shape[-1]
+    column = 1 if plan.constant else 0
+    linear = grad[..., column : column + plan.num_linear]
+    column += plan.num_linear
+    # Under vmap, what is added to in place must have all batch dimensions from the start, and every term of a run has.
+    out = None
+    for run in plan.runs:
+        own = grad[..., column : column + run.length]
+        own = own if run.weight == 1 else own * run.weight
+        for offset, others in zip(run.offsets, _others(_factors(projected, run)), strict=True):
+            term = own if others is None else own * others
+            if out is None:
+                out = nn.functional.pad(term, (offset, width - offset - run.length))
+            else:
+                out.narrow(-1, offset, run.length).add_(term)
+        column += run.length
+    if out is None:
+        return nn.functional.pad(linear, (0, width - plan.num_linear))
+    out.narrow(-1, 0, plan.num_linear).add_(linear)
+    return out
+
+
+def _factors(projected: Tensor, run: Run) -> list[Tensor]:
+    return [projected[..., offset : offset + run.length] for offset in run.offsets]
+
+
+def _others(factors: list[Tensor]) -> Iterator[Tensor | None]:
+    """For each factor the product of all others; None where there are none."""
+    before = [None, *itertools.accumulate(factors[:-1], torch.mul)]
+    after = [*list(itertools.accumulate(factors[:0:-1], torch.mul))[::-1], None]
+    for left, right in zip(before, after, strict=True):
+        yield right if left is None else left if right is None else left * right

@@ -1,0 +1,227 @@
+r"""Causal attention in chunks: what lies near is exact, what lies far goes through features.
+
+Tokens come in chunks of C. Within its chunk a query sees keys by f itself, evaluated on the vectors: for C up to about
+D / 2 tokens that is less work than products of D features, and has no error. Everything before the chunk is summed up
+in
+
+    sum_j phi(k_j) [v_j, 1]^T,
+
+one matrix [D, v + 1] for each chunk, and, where the feature map is bounded, in the first two moments of its keys.
+
+For exp the keys of the far field are shifted by the mean c of the first chunk, which no query of the far field may not
+know: exp(<q, k>) = exp(<q, c>) exp(<q, k - c>). Where a query is cooled (`schoenbat.ops._bounds`), what its far field
+weighs in all is taken from the moments of its arguments, as if these were Gaussian.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from schoenbat.features.plan import FeatureMap
+from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_of
+from schoenbat.ops._planned import look_up, sum_keys
+from schoenbat.ops.reference import divide, two_point_mean
+
+GIVEN_CHUNK = 64
+"""Tokens of a chunk where the features are given, so that f itself is not known."""
+
+
+class Far(NamedTuple):
+    """The tokens before a chunk, summed up; [..., n] are the batch, the key heads, and the chunks where there are many.
+
+    Attributes:
+        sums: of phi(k) [v, 1]^T, [..., D, v + 1].
+        total: of [v, 1], [..., 1, v + 1].
+        moments: of [1, k]^T k over shifted keys, [..., 1 + d, d]; None where the feature map is not bounded.
+        centre: what keys were shifted by, [..., 1, d]; None for kernels other than exp.
+    """
+
+    sums: Tensor
+    total: Tensor
+    moments: Tensor | None
+    centre: Tensor | None
+
+
+class State(NamedTuple):
+    """What causal attention needs of all tokens so far, of a size that does not grow with their number.
+
+    Attributes:
+        far: the chunks that are complete, or None before the first is.
+        key, extended: the keys [B, Hk, c, d] and [v, 1] [B, Hk, c, v + 1] of the c < C tokens since; 0 where masked.
+    """
+
+    far: Far | None
+    key: Tensor
+    extended: Tensor
+
+    def map(self, function) -> "State":  # type: ignore[no-untyped-def]
+        """The state with `function` applied to each tensor: all have the batch as their first dimension."""
+        far = None if self.far is None else Far(*(None if x is None else function(x) for x in self.far))
+        return State(far, function(self.key), function(self.extended))
+
+
+def chunk_length(features: FeatureMap | None) -> int:
+    """C: as many tokens as cost about what their features do, a power of two."""
+    if features is None:
+        return GIVEN_CHUNK
+    return min(512, max(64, 2 ** round(math.log2(max(1, features.plan.num_features) / 2))))
+
+
+def extend(
+    features: FeatureMap | None, state: State | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
+) -> tuple[Tensor, State]:
+    """Attention of further tokens to those of `state` and to each other, for the last N of them.
+
+    Args:
+        features: phi; or None where query and key are features already, whose dot products are the weights.
+        query: [B, H, N, d]; consecutive H / Hk heads share a key head.
+        key, extended: [B, Hk, M, d] and [v, 1] [B, Hk, M, v + 1]; 0 where masked.
+
+    Returns:
+        [B, H, N, v] and the new state.
+    """
+    chunk, groups, length = chunk_length(features), query.shape[1] // key.shape[1], query.shape[2]
+    rows = query.unflatten(1, (-1, groups))
+    far = None
+    if state is not None:
+        far = state.far
+        key, extended = torch.cat([state.key, key], 2), torch.cat([state.extended, extended], 2)
+    tokens = key.shape[2]
+    first = tokens - length
+    if tokens <= chunk:
+        chunks, padding, width = 1, 0, tokens
+        lower = rows.new_ones(length, tokens, dtype=torch.bool).tril(first)
+    else:
+        chunks, padding, width = -(-tokens // chunk), -tokens % chunk, chunk
+        rows = F.pad(rows, (0, 0, first, padding))
+        lower = rows.new_ones(chunk, chunk, dtype=torch.bool).tril()
+    # Queries of one group see the same keys: they are further queries of one head.
+    rows = rows.unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
+    keys, values = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (chunks, width)) for x in (key, extended))
+    full = chunks if features is None else tokens // chunk
+    before, after = _sum_up(features, far, keys[:, :, :full], values[:, :, :full], chunks, scale)
+    if tokens and length:
+        out = _attend(features, before, rows, keys, values, lower.repeat(groups, 1), scale)
+    else:
+        out = rows.new_zeros(*rows.shape[:-1], extended.shape[-1] - 1)
+    out = out.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4)
+    out = (out if chunks == 1 else out[:, :, :, first:tokens]).flatten(1, 2)
+    left = tokens if features is None else full * chunk
+    return out, State(after, key[:, :, left:], extended[:, :, left:])
+
+
+def _sum_up(
+    features: FeatureMap | None, far: Far | None, key: Tensor, extended: Tensor, chunks: int, scale: float
+) -> tuple[Far | None, Far | None]:
+    """What lies before each of the `chunks`, and before the chunk that comes next, from the complete chunks."""
+    if key.shape[2] == 0:
+        return None if far is None else Far(*(None if x is None else x.unsqueeze(2) for x in far)), far
+    centre = None
+    if features is not None and features.kernel.is_exponential:
+        if far is None:
+            counts = extended[:, :, 0, :, -1:]
+            centre = (key[:, :, 0] * counts).sum(-2, keepdim=True) / counts.sum(-2, keepdim=True).clamp_min(1)
+        else:
+            centre = far.centre
+        assert centre is not None
+        key = key - centre.unsqueeze(2)
+    if features is None:
+        sums = key.mT @ extended
+    else:
+        sums = sum_keys(key, extended, features.projection(key.dtype) * math.sqrt(scale), features.plan)
+    moments = None
+    if features is not None and features.is_bounded:
+        counts = extended[..., -1:]
+        moments = torch.cat([counts, key * counts], -1).mT @ key
+    added = Far(sums, extended.sum(-2, keepdim=True), moments, None)
+    running = []
+    for i, x in enumerate(added):
+        if x is None:
+            running.append(None)
+            continue
+        start = x.new_zeros(x[:, :, :1].shape) if far is None else far[i].unsqueeze(2)
+        running.append(torch.cat([start, x], 2).cumsum(2))
+    after = Far(*(None if x is None else x[:, :, -1] for x in running))._replace(centre=centre)
+    if far is None and chunks == 1:
+        return None, after
+    before = Far(*(None if x is None else x[:, :, :chunks] for x in running))
+    return before._replace(centre=None if centre is None else centre.unsqueeze(2)), after
+
+
+def _attend(
+    features: FeatureMap | None,
+    far: Far | None,
+    query: Tensor,
+    key: Tensor,
+    extended: Tensor,
+    lower: Tensor,
+    scale: float,
+) -> Tensor:
+    """[..., R, d] queries to the [..., M, d] keys that `lower` [R, M] lets them see, and to what lies before."""
+    scores = query @ key.mT
+    if features is None:
+        products = scores.masked_fill(~lower, 0.0) @ extended
+        products = products if far is None else products + query @ far.sums
+        return divide(products[..., :-1], products[..., -1:])
+    kernel = features.kernel
+    scores = scores * scale
+    allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
+    if not kernel.is_exponential:
+        weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
+        products = weights @ extended
+        if kernel.is_signed:
+            products = products + _lacking_near(features, products, scores, allowed, extended)
+        if far is not None:
+            found, _ = _far(features, far, query, scale)
+            products = products + found
+        total = products[..., -1:]
+        return products[..., :-1] / torch.where(total > 0, total, 1.0)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~allowed, lowest)
+    top = scores.amax(-1, keepdim=True).detach()
+    if far is None:
+        products = torch.exp(scores - top).masked_fill(~allowed, 0.0) @ extended
+    else:
+        found, level = _far(features, far, query, scale)
+        level = torch.where(far.total[..., -1:] > 0, level, lowest)
+        top = torch.maximum(top, level.detach())
+        products = torch.exp(scores - top).masked_fill(~allowed, 0.0) @ extended + torch.exp(level - top) * found
+    total = products[..., -1:]
+    return products[..., :-1] / torch.where(total > 0, total, 1.0)
+
+
+def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators of what lies before, [..., R, v + 1], and the logarithm of a factor to both."""
+    kernel = features.kernel
+    projection = features.projection(query.dtype) * math.sqrt(scale)
+    level = query.new_zeros(())
+    if far.centre is not None:
+        level = scale * (query @ far.centre.mT)
+    if far.moments is None:
+        return look_up(query, far.sums, projection, features.plan), level
+    count = far.total[..., -1:].clamp_min(1)
+    moments = moments_of(query, far.moments[..., :1, :] / count, far.moments[..., 1:, :] / count, count, scale)
+    if kernel.is_exponential:
+        factor = cooling(features, moments)
+        spread = (moments.square - moments.mean.square()).clamp_min(torch.finfo(level.dtype).tiny).sqrt()
+        level = level + (1 - factor) * moments.mean + log_mass(spread, count) - log_mass(factor * spread, count)
+        query, moments = query * factor, moments.cooled(factor)
+    products = look_up(query, far.sums, projection, features.plan)
+    lacking = (count * least_denominator(features, moments) - products[..., -1:]).clamp_min(0)
+    return products + lacking * (far.total / count), level
+
+
+def _lacking_near(
+    features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor
+) -> Tensor:
+    """What numerators and denominators of a chunk lack to the floor of a kernel of both signs."""
+    kept = allowed.to(scores.dtype)
+    total = kept.sum(-1, keepdim=True)
+    count = total.clamp_min(1)
+    scores = scores * kept
+    mean, square = scores.sum(-1, keepdim=True) / count, scores.square().sum(-1, keepdim=True) / count
+    lacking = (total * two_point_mean(features.kernel, mean, square) - products[..., -1:]).clamp_min(0)
+    return lacking * (kept @ extended / count)
