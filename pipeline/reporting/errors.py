@@ -81,8 +81,8 @@ def _output_table(errors: pd.DataFrame, setting: Setting) -> Table:
         shown=_by_size(errors, texts),
         caption="Error: norm of the difference over the norm of the exact output. Share: 1 - u^2, with u the norm of "
         "the difference over the distance of the exact output from that of uniform weights; 1 is exact, 0 knows "
-        "nothing of the attention, and less than 0 is further off than uniform weights. Means over draws (spreads: CSV). "
-        f"{ESTIMATORS} {setting.errors_caption()}",
+        "nothing of the attention, and less than 0 is further off than uniform weights. Means over draws (spreads: "
+        f"CSV). {ESTIMATORS} {setting.errors_caption()}",
     )
 
 
