@@ -68,8 +68,9 @@ def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Ta
         title=title,
         values=timings,
         shown=pd.DataFrame(shown),
-        caption="Medians and interquartile ranges; speed-up: against torch's scaled_dot_product_attention, causal where "
-        f"the mechanism is, more than 1 is faster; error: relative to the exact result in float64. {setting.bench_caption()}",
+        caption="Medians and interquartile ranges; speed-up: against torch's scaled_dot_product_attention, causal "
+        "where the mechanism is, more than 1 is faster; error: relative to the exact result in float64. "
+        f"{setting.bench_caption()}",
     )
 
 
