@@ -1,6 +1,7 @@
 """How many features of each degree the sketch of a kernel takes, and the error to expect: computed, not measured."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,7 +189,8 @@ def _errors_figure(head_dim: int, own: dict[tuple[str, int], Allocation], circum
     for index, dotf in enumerate(dict.fromkeys(dotf for dotf, _ in own)):
         axes.plot(
             budgets,
-            [own[dotf, budget].expected_error for budget in budgets],
+            # There is no 0 on a logarithmic axis: the line ends before.
+            [own[dotf, budget].expected_error or math.nan for budget in budgets],
             label=dotf,
             color=COLOURS[index % len(COLOURS)],
             linestyle=DASHES[index % len(DASHES)],
@@ -208,5 +210,5 @@ def _errors_figure(head_dim: int, own: dict[tuple[str, int], Allocation], circum
         name=f"allocation-error-{head_dim}",
         title=f"Expected relative error of the kernel over the number of features at head_dim {head_dim}",
         canvas=canvas,
-        caption=circumstances,
+        caption=f"A line ends where features leave no error. {circumstances}",
     )

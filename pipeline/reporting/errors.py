@@ -53,7 +53,8 @@ class Errors(Report):
         wide = widened(found, "error_", ["direction", "dotf", "attn", "num_features"])
         errors = wide.rename(columns={"direction": "vectors", "attn": "estimator"})
         errors["share"] = 1 - errors.unexplained**2
-        errors["share_spread"] = 2 * errors.unexplained * errors.unexplained_spread
+        spread = 2 * errors.unexplained * errors.unexplained_spread
+        errors["share_spread"] = spread.where(errors.share > LEAST_SHARE)
         yield _kernel_table(errors, setting)
         yield _output_table(errors, setting)
         for curve in CURVES:
