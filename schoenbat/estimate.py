@@ -6,7 +6,8 @@ The functional form, `schoenbat.nn.MultiheadKernelAttention` and the integration
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
 
 ESTIMATORS = ("sketch", "maclaurin")
+WATCHERS: list[Callable[..., None]] = []
+"""Called with (estimate, query, key, value, key_mask, is_causal, scale, features) before attention is computed."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Estimate:
         seed: of the draw. The same settings give the same draw in every process, on every device.
         normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
         max_degree: the highest degree that gets features.
+        function: f itself.
 
     Raises:
         UserError: an unknown name, a size below 1, or a kernel that is not defined for all arguments that may come.
@@ -47,6 +51,7 @@ class Estimate:
     seed: int = 0
     normalize: bool = False
     max_degree: int = 20
+    function: Kernel = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kernel, str | Kernel):
@@ -56,12 +61,9 @@ class Estimate:
         for name, value in (("num_features", self.num_features), ("max_degree", self.max_degree)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        _ = self.function
-
-    @property
-    def function(self) -> Kernel:
-        """f itself."""
-        return _kernel_named(self.kernel) if isinstance(self.kernel, str) else self.kernel
+        # Looked up here, as torch.compile cannot follow a look-up.
+        function = self.kernel if isinstance(self.kernel, Kernel) else _kernel_named(self.kernel)
+        object.__setattr__(self, "function", function)
 
     def check_defined(self, scale: float) -> None:
         """Raise UserError unless f is defined for scale <q, k> whatever q and k are."""
@@ -101,7 +103,9 @@ class Estimate:
 
     def draw(self, head_dim: int, scale: float | None = None, device: torch.device | None = None) -> FeatureMap:
         """The feature map that these settings stand for, on `device`; kept for further calls."""
-        return _draw(self, head_dim, head_dim**-0.5 if scale is None else abs(scale), device or torch.device("cpu"))
+        scale = head_dim**-0.5 if scale is None else abs(scale)
+        # Drawing is no part of a compiled graph: a first call inside torch.compile breaks the graph here.
+        return torch.compiler.disable(_draw)(self, head_dim, scale, device or torch.device("cpu"))
 
     def prepare(
         self, query: Tensor, key: Tensor, scale: float | None, key_mask: Tensor | None = None
@@ -109,8 +113,11 @@ class Estimate:
         """Query and key as features see them, and a scale that is not negative.
 
         Raises:
-            UserError: dot products beyond the radius of convergence of f.
+            UserError: dot products beyond the radius of convergence of f, or a mask of another shape than that of keys.
         """
+        expected = (key.shape[0], key.shape[2])
+        if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected):
+            raise UserError(f"key_mask must be bool {list(expected)}, not {key_mask.dtype} {list(key_mask.shape)}")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self.normalize:
             self.check_defined(scale)
@@ -149,10 +156,13 @@ class Estimate:
             UserError: dot products beyond the radius of convergence of f.
         """
         q, k, positive = self.prepare(query, key, scale, key_mask)
-        if self.num_features is None:
-            return self._exact(q, k, value, key_mask, is_causal, positive)
-        if features is None:
+        if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], positive, query.device)
+        if not torch.compiler.is_compiling():
+            for watcher in WATCHERS:
+                watcher(self, q, k, value, key_mask, is_causal, positive, features)
+        if features is None:
+            return self._exact(q, k, value, key_mask, is_causal, positive)
         return attend(features, q, k, value, key_mask, is_causal, positive, block)
 
     def _exact(

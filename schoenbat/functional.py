@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from schoenbat.errors import UserError
@@ -66,10 +67,9 @@ def dot_product_kernel_attention(
     _check_shapes(query, key, value, is_causal, enable_gqa)
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
     if features is None or isinstance(features, FeatureMap):
+        kernel = kernel if features is None else features.kernel
         estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree)
-        out = estimate.attend(
-            query, key, value, key_mask, is_causal, scale=scale, features=features, block=block
-        )
+        out = estimate.attend(query, key, value, key_mask, is_causal, scale=scale, features=features, block=block)
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         signed = query if factor >= 0 else -query
@@ -119,8 +119,6 @@ def _one_mask(
                 f"{attn_mask.dtype} {_shape(attn_mask)}; a mask of pairs has no meaning in linear time"
             )
         return attn_mask.reshape(shape[0], shape[-1]).expand(batch, keys)
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, keys)):
-        raise UserError(f"key_mask must be bool [{batch}, {keys}], not {key_mask.dtype} {_shape(key_mask)}")
     return key_mask
 
 

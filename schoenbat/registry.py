@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         kind: what an unknown name is called in an error, such as "task".
         package: the package whose files are the components; files that begin with an underscore are not, and neither
             are links that lead out of the package, which stand for components of other distributions (see
-            `pipeline.components`).
+            `pipeline.grid.components`).
         base: the class that each component derives from.
     """
 

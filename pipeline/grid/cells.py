@@ -16,7 +16,8 @@ from pipeline.hashes import hash_of
 from pipeline.results import Fingerprint
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
-from schoenbat.nn.encoder import ModelConfig, build_model
+from schoenbat.nn.encoder import build_model
+from schoenbat.tasks import TASKS
 
 _MADE = ("data/", "runs/")
 
@@ -101,13 +102,15 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
                 num_classes=2,
                 num_texts=1,
                 max_length=1,
-                model=ModelConfig(num_layers=1, width=head_dim, ffn_width=1, num_heads=1, head_width=1),
+                model=dataclasses.replace(model, num_layers=1, width=head_dim, ffn_width=1, num_heads=1, head_width=1),
                 attn=attn,
                 attention=attention_section(params, attn),
                 dotf=dotf,
                 former=former,
                 former_config=former_section(params, former),
                 seed=0,
+                per_position=TASKS.get(task).per_position,
+                causal=TASKS.get(task).causal,
             )
         except UserError as error:
             where = f"{PARAMS_FILE}: task {task} with {' '.join(filter(None, (attn, dotf, former)))}"

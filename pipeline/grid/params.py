@@ -26,6 +26,9 @@ from schoenbat.training import TrainingConfig
 MAX_SEED = 2**63 - 1
 """The largest that torch's generators take on every device."""
 MAX_THREADS = 1024
+_MAX_OPTION, _MAX_DATA_OPTION = 2**20, 10**8
+"""Of any whole number among the options of a mechanism, and of a task's data but its seed; components bound their own
+more closely where it matters."""
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -309,20 +312,26 @@ def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
 
 def _built_tasks(sections: dict[str, _RawTask], path: Path) -> dict[str, TaskParams]:
     _check_names(sections, f"{path}: task: unknown task", TASKS.names())
-    return {
-        name: TaskParams(
-            data=build_config(TASKS.get(name).Config, section.data, f"{path}: task.{name}.data"),
-            model=section.model,
-            training=section.training,
-        )
-        for name, section in sections.items()
-    }
+    built = {}
+    for name, section in sections.items():
+        where = f"{path}: task.{name}.data"
+        data = build_config(TASKS.get(name).Config, section.data, where)
+        _check_counts(data, _MAX_DATA_OPTION, where)
+        built[name] = TaskParams(data=data, model=section.model, training=section.training)
+    return built
+
+
+def _check_counts(config: Any, highest: int, where: str) -> None:
+    for name, value in vars(config).items():
+        if name != "seed" and isinstance(value, int) and abs(value) > highest:
+            raise UserError(f"{where}: {name} must be at most {highest}, not {value}")
 
 
 def _checked_attention(sections: dict[str, dict[str, Any] | None], path: Path) -> dict[str, dict[str, Any]]:
     _check_names(sections, f"{path}: attention: unknown attn", ATTENTIONS.names())
     for name, section in sections.items():
-        build_config(ATTENTIONS.get(name).Config, section, f"{path}: attention.{name}")
+        where = f"{path}: attention.{name}"
+        _check_counts(build_config(ATTENTIONS.get(name).Config, section, where), _MAX_OPTION, where)
     return {name: section or {} for name, section in sections.items()}
 
 

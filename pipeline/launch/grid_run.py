@@ -158,7 +158,8 @@ class _Run:
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
-        environment = {**tracking.start_grid(params.profile), PARAMS_VARIABLE: str(fixed.absolute())}
+        tracked = tracking.start_grid(params.profile)
+        environment = {**tracked, PARAMS_VARIABLE: str(fixed.absolute())}
         lease = Lease(_LOGS)
         state = GridState(folder / status.STATE_FILE, lease.path)
         for job in self._jobs:
@@ -179,6 +180,7 @@ class _Run:
             lease.end()
             self._close(backend)
         code = self._summarise()
+        tracking.end_grid(tracked, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED")
         if stops():
             again = "without --restart and --force" if self._wishes.restart or self._wishes.force else "the same"
             print(f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints")

@@ -138,7 +138,8 @@ def _prepare(repo: Any, name: str, ready: list[Any]) -> str:
     changed = _changed(stage, receipt)
     if changed:
         return f"{changed} has changed since it ran"
-    stage.commit()
+    # Relinking would take a file away for a moment, and a process can be killed at any.
+    stage.commit(relink=False)
     ready.append(stage)
     return ""
 

@@ -26,6 +26,14 @@ class RmfaSketch(KernelAttention):
         def __post_init__(self) -> None:
             check_bounds(self, num_features=(1, MAX_FEATURES), max_degree=(1, MAX_DEGREE))
 
+    is_random = True
+    cost = "linear"
+    paper = "this library, after arXiv 2505.12252"
+
+    @classmethod
+    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
+        return 4.0 * length * head_dim * (config.num_features + head_dim)
+
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, normalize=True, max_degree=config.max_degree)

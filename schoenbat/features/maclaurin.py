@@ -63,7 +63,7 @@ class RandomMaclaurin(FeatureMap):
     def _pack(self) -> Tensor:
         """The vectors by degree: first all first factors of a degree, then all its second factors, ..."""
         degrees = self.degrees.cpu()
-        columns = [torch.empty(0, self.signs.shape[2])]
+        columns = [torch.empty(0, self.signs.shape[2], dtype=torch.float32, device="cpu")]
         runs = []
         start = 0
         for degree in range(1, self.signs.shape[1] + 1):

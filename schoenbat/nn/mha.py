@@ -88,7 +88,7 @@ class MultiheadKernelAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention does: Xavier for the projections in, zero for the biases; and the same draw again."""
+        """As nn.MultiheadAttention: Xavier for the projections in, zero for the biases; and the same draw again."""
         if self.features is not None:
             self.features.reset_parameters()
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -158,10 +158,12 @@ def _attended(key_padding_mask: Tensor) -> Tensor:
     """True = attend, from torch's convention."""
     if key_padding_mask.dtype == torch.bool:
         return ~key_padding_mask
-    kept = key_padding_mask == 0
-    if not key_padding_mask.is_floating_point() or not (kept | key_padding_mask.isneginf()).all():
-        raise UserError("key_padding_mask must be bool, True = masked, or float of 0 and -inf only")
-    return kept
+    if key_padding_mask.is_floating_point():
+        kept = key_padding_mask == 0
+        # Inside torch.compile values cannot be looked at without a graph break.
+        if torch.compiler.is_compiling() or (kept | key_padding_mask.isneginf()).all():
+            return kept
+    raise UserError("key_padding_mask must be bool, True = masked, or float of 0 and -inf only")
 
 
 def _check_causal(attn_mask: Tensor, query: Tensor, key: Tensor, batch_first: bool) -> None:

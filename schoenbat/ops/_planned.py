@@ -50,7 +50,13 @@ def fits_at_once(query: Tensor, key: Tensor) -> bool:
 
 
 def attend_at_once(
-    query: Tensor, key: Tensor, value: Tensor, key_weight: Tensor | None, projection: Tensor, plan: Plan, smallest: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None,
+    projection: Tensor,
+    plan: Plan,
+    smallest: float,
 ) -> Tensor:
     """phi(Q) (phi(K)^T W V) / (phi(Q) phi(K)^T W 1) of as many queries as keys, [B, H, N, d] and [B, H, N, v].
 
@@ -107,13 +113,14 @@ class _AtOnce(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         query, key, value, key_weight, projection, *output, projected, features = ctx.saved_tensors
         attended, denominator, summed = output
-        d_query, d_key, d_value, d_weight = (
-            None if x is None else torch.zeros_like(x) if t is None else t
-            for x, t in zip((query, key, value, key_weight), tangents[:4], strict=True)
+        d_query, d_key, d_value = (
+            torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents[:3], strict=True)
         )
         d_features = push_forward(projected, ctx.plan, torch.stack([d_query, d_key]) @ projection)
-        d_extended = torch.nn.functional.pad(d_value, (0, 1))
-        if key_weight is not None:
+        if key_weight is None:
+            d_extended = torch.nn.functional.pad(d_value, (0, 1))
+        else:
+            d_weight = torch.zeros_like(key_weight) if tangents[3] is None else tangents[3]
             d_extended = torch.cat([d_value * key_weight + value * d_weight, d_weight], -1)
         d_summed = d_features[1].mT @ extend_value(value, key_weight) + features[1].mT @ d_extended
         d_products = d_features[0] @ summed + features[0] @ d_summed
@@ -131,9 +138,7 @@ class _AtOnce(torch.autograd.Function):
             projected = torch.stack([query, key]) @ projection
             features = expand(projected, ctx.plan)
         below = grad_denominator - (grad * attended).sum(-1, keepdim=True) / denominator
-        grad_products = torch.cat(
-            [grad / denominator, below * is_away_from_zero(denominator, ctx.smallest)], -1
-        )
+        grad_products = torch.cat([grad / denominator, below * is_away_from_zero(denominator, ctx.smallest)], -1)
         grad_summed = grad_summed + features[0].mT @ grad_products
         rows = torch.stack([grad_products, extend_value(value, key_weight)])
         grad_features = rows @ torch.stack([summed, grad_summed]).mT

@@ -10,8 +10,8 @@ the keys, w = softmax(<m, k_j>), and c = sum_j w_j k_j,
 
     exp(<q, k>) = exp(<q, c>) exp(<m, k - c>) exp(<q - m, k - c>).
 
-The first factor is the same for all keys and cancels, the second is w_j up to another such factor, and the features only
-have to describe the third, whose arguments have the mean 0 under w for every query.
+The first factor is the same for all keys and cancels, the second is w_j up to another such factor, and the features
+only have to describe the third, whose arguments have the mean 0 under w for every query.
 
 Where a feature map is bounded, the output is kept from being further off than that of uniform weights
 (`schoenbat.ops._bounds`).
@@ -23,10 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from schoenbat.errors import UserError
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops import _causal
 from schoenbat.ops._bounds import cooling, even_excess, least_denominator, moments_of
@@ -50,7 +48,7 @@ def attend(
     scale: float = 1.0,
     block: int | None = None,
 ) -> Tensor:
-    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, where <phi(x), phi(y)> stands for f(scale <x, y>).
+    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, an estimate of attention by f(scale <x, y>).
 
     Args:
         features: a FeatureMap, or any phi from [B, H, n, d] to [B, H, n, D] that works token by token, which is applied
@@ -197,7 +195,8 @@ def _extend(
     if isinstance(features, FeatureMap) and features.near:
         return _causal.extend(features, state, query, key, extended, scale)
     root = math.sqrt(scale)
-    return _causal.extend(None, state, features(query * root), features(key * root), extended, 1.0)
+    unit = features.plan.unit if isinstance(features, FeatureMap) else 1.0
+    return _causal.extend(None, state, features(query * root), features(key * root) / unit, extended, 1.0)
 
 
 def _causal_blocks(

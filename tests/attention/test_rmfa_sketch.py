@@ -39,9 +39,8 @@ def test_centring_leaves_exact_attention_as_it_is(masked: bool) -> None:
     tensors = gathered(3, 30)
     key_mask = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) < 0.7 if masked else None
     exact = attend("kernelized", tensors, key_mask)
-    for centre in (True, False):
-        found = attend("rmfa-sketch", tensors, key_mask, num_features=2000, centre=centre)
-        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    found = attend("rmfa-sketch", tensors, key_mask, num_features=2000)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_a_key_far_from_the_others_overflows_nothing() -> None:
@@ -54,8 +53,8 @@ def test_a_key_far_from_the_others_overflows_nothing() -> None:
     assert torch.isfinite(attend("rmfa-sketch", (query, key, value), key_mask)).all()
 
 
-def test_centring_lowers_the_error_of_gathered_vectors() -> None:
-    # Ten times and more here; the draws scatter by less than a factor of two.
+def test_gathered_vectors_have_a_fraction_of_the_published_error() -> None:
+    # Fifty times and more here; the draws scatter by less than a factor of two.
     tensors = gathered(32, 200)
     exact = attend("kernelized", tensors, None)
 
@@ -63,5 +62,4 @@ def test_centring_lowers_the_error_of_gathered_vectors() -> None:
         draws = [float((attend(attn, tensors, None, seed, **options) - exact).norm()) for seed in range(3)]
         return sum(draws) / len(draws)
 
-    centred, uncentred, published = error("rmfa-sketch"), error("rmfa-sketch", centre=False), error("rmfa")
-    assert 3 * centred < uncentred < published / 3
+    assert 10 * error("rmfa-sketch") < error("rmfa")

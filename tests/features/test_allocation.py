@@ -20,7 +20,8 @@ def test_the_budget_is_spent_and_more_of_it_never_gives_a_larger_error(name: str
         allocation = allocate(
             kernel, head_dim=32, num_features=num_features, scale=SCALE, max_degree=20, fixed_norm=fixed_norm
         )
-        assert allocation.num_features == num_features
+        # x^2 has no more than its 528 monomials.
+        assert allocation.num_features == (min(num_features, 528) if name == "power2" else num_features)
         assert all(share.num_features <= share.of for share in allocation.shares)
         errors.append(allocation.expected_error)
     assert errors == sorted(errors, reverse=True)

@@ -5,11 +5,12 @@ test at 5.5 standard errors, about 4e-8 under normality; 15 of them stay under 1
 """
 
 import math
+import pickle
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
 from schoenbat.attention import ATTENTIONS
 from schoenbat.features.maclaurin import RandomMaclaurin
@@ -68,7 +69,7 @@ def test_estimate_is_unbiased_and_has_the_variance_of_theory(name: str, cosine: 
     assert abs(float(deviations.mean()) - variance) < 5.5 * spread
 
 
-@pytest.mark.parametrize("name", KERNELS.names())
+@pytest.mark.parametrize("name", [name for name in KERNELS.names() if KERNELS.get(name)().coefficient(0) > 0])
 def test_attention_error_falls_as_one_over_the_root_of_the_features(name: str) -> None:
     # The mean squared error over 8 draws has about 8 effective samples per size, so the ratio of roots is within a
     # factor of 1.6 of 8 with a false-alarm rate below 1e-3; the seeds are fixed.
@@ -112,7 +113,7 @@ def test_draw_with_other_degrees_can_be_loaded() -> None:
         )
         for seed in (1, 2)
     )
-    assert first.groups != second.groups
+    assert first.plan != second.plan
     second.load_state_dict(first.state_dict())
     x = torch.randn(5, 4)
     assert torch.equal(first(x), second(x))
@@ -165,20 +166,10 @@ def test_torch_func_passes_through() -> None:
     torch.testing.assert_close(vmap(features, in_dims=1)(x), features(x).transpose(0, 1))
     torch.testing.assert_close(vmap(grad(loss))(x), grad(loss)(x))
     torch.testing.assert_close(vmap(grad(slope))(x), grad(slope)(x))
+    _, tangent = jvp(features, (x,), (x,))
+    jacobian = torch.autograd.functional.jacobian(features, x)
+    torch.testing.assert_close(tangent, torch.einsum("abcdef,def->abc", jacobian, x))
     torch.testing.assert_close(jacrev(features)(x[0]), torch.autograd.functional.jacobian(features, x[0]))
-
-
-def test_torch_func_passes_through_for_an_ensemble_of_draws() -> None:
-    features = small()
-    x = points(3)
-    projections = torch.stack([features.projection, 2 * features.projection])
-
-    def loss(projection: Tensor, x: Tensor) -> Tensor:
-        return functional_call(features, {"projection": projection}, (x,)).sin().sum()
-
-    gradients = vmap(grad(loss, argnums=1), in_dims=(0, None))(projections, x)
-    for gradient, projection in zip(gradients, projections, strict=True):
-        torch.testing.assert_close(gradient, grad(loss, argnums=1)(projection, x))
 
 
 @pytest.mark.parametrize("num_features", [1, 40])
@@ -201,16 +192,40 @@ def test_half_precision_becomes_float32_features(dtype: torch.dtype) -> None:
         assert torch.equal(features(x), features(x.float()))
 
 
-def test_training_keeps_only_the_input() -> None:
-    """Memory: what is saved for the backward pass does not grow with the number of features."""
-    sizes = []
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_module_of_another_dtype_keeps_the_draw_through_saving_and_loading(dtype: torch.dtype) -> None:
+    x = points(9)
+    expected = small()(x)
+    cast = small().to(dtype)
+    assert torch.equal(cast(x), expected)
+    loaded = small()
+    loaded.resample(torch.Generator().manual_seed(99))
+    loaded.load_state_dict(cast.state_dict())
+    assert torch.equal(loaded(x), expected)
 
-    def count(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_draw_does_not_depend_on_the_default_dtype_or_device(dtype: torch.dtype) -> None:
+    x = points(9)
+    expected = small()(x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            features = small()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(features(x), expected)
+
+
+def test_the_whole_module_can_be_pickled() -> None:
     features = small()
-    x = points(64).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        features(x)
-    assert sum(sizes) == x.numel() + features.projection.numel()
+    assert torch.equal(pickle.loads(pickle.dumps(features))(points(3)), features(points(3)))
+
+
+def test_a_draw_that_was_lost_comes_back() -> None:
+    features = small()
+    expected = features(points(3))
+    features.to_empty(device="cpu")
+    features.reset_parameters()
+    assert torch.equal(features(points(3)), expected)

@@ -1,5 +1,6 @@
 """The module agrees with torch.nn.MultiheadAttention wherever both have a meaning, and refuses the rest."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from schoenbat.errors import UserError
-from schoenbat.features.estimators import ESTIMATORS
+from schoenbat.estimate import ESTIMATORS
+from schoenbat.kernels import Kernel
 from schoenbat.nn.mha import MultiheadKernelAttention
 
 WIDTH, HEADS = 12, 3
@@ -84,7 +86,7 @@ def test_initialisation_is_that_of_torch() -> None:
         assert torch.equal(tensor, ours[name]), name
 
 
-@pytest.mark.parametrize(("estimator", "buffer"), [("sketch", "rotation"), ("maclaurin", "signs")])
+@pytest.mark.parametrize(("estimator", "buffer"), [("sketch", "rotation_bits"), ("maclaurin", "signs")])
 def test_the_draw_travels_in_the_state_dict_and_stays_without_it(estimator: str, buffer: str) -> None:
     first, second = (
         MultiheadKernelAttention(WIDTH, HEADS, num_features=32, estimator=estimator, seed=seed) for seed in (1, 2)
@@ -152,3 +154,57 @@ def test_calls_that_cannot_be_honoured_are_errors(call: dict[str, Any], message:
     x = tokens()
     with pytest.raises(UserError, match=message):
         MultiheadKernelAttention(WIDTH, HEADS)(x, x, x, **call)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("way", ["argument", "context"])
+def test_a_module_made_on_the_meta_device_works_once_it_has_weights(estimator: str, way: str) -> None:
+    torch.manual_seed(1)
+    theirs = nn.MultiheadAttention(WIDTH, HEADS)
+    options = {"num_features": 32, "estimator": estimator}
+    expected = MultiheadKernelAttention(WIDTH, HEADS, **options)
+    expected.load_state_dict(theirs.state_dict())
+    if way == "argument":
+        made = MultiheadKernelAttention(WIDTH, HEADS, device="meta", **options)
+    else:
+        with torch.device("meta"):
+            made = MultiheadKernelAttention(WIDTH, HEADS, **options)
+    made.to_empty(device="cpu")
+    made.load_state_dict(theirs.state_dict())
+    x = tokens()
+    assert torch.equal(made(x, x, x)[0], expected(x, x, x)[0])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_bfloat16_module_is_the_same_after_saving_and_loading(estimator: str) -> None:
+    torch.manual_seed(0)
+    first = MultiheadKernelAttention(WIDTH, HEADS, num_features=64, estimator=estimator).bfloat16()
+    second = MultiheadKernelAttention(WIDTH, HEADS, num_features=64, estimator=estimator, seed=9)
+    second.load_state_dict(first.state_dict())
+    x = tokens().bfloat16()
+    assert torch.equal(second.bfloat16()(x, x, x)[0], first(x, x, x)[0])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_whole_module_can_be_saved(estimator: str, tmp_path: Path) -> None:
+    module = MultiheadKernelAttention(WIDTH, HEADS, num_features=64, estimator=estimator)
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    x = tokens()
+    assert torch.equal(loaded(x, x, x)[0], module(x, x, x)[0])
+
+
+def test_a_kernel_that_is_not_defined_for_these_heads_is_refused() -> None:
+    narrow = Kernel.from_callable(lambda x: 1 / (0.2 - x), radius=0.2)
+    with pytest.raises(UserError, match=r"a scale of 0\.5 lets them reach 0\.5"):
+        MultiheadKernelAttention(WIDTH, HEADS, kernel=narrow, normalize=True)
+
+
+def test_it_compiles_without_a_graph_break_with_a_float_padding_mask() -> None:
+    _, ours = pair(64)
+    padding = torch.zeros(2, 9).masked_fill(PADDING, -torch.inf)
+    x = tokens()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, x, x, key_padding_mask=padding)[0], ours(x, x, x, key_padding_mask=padding)[0]
+    )

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 
 from pipeline.stages import bench
-from schoenbat.functional import dot_product_kernel_attention, draw_features, kernel_named
-from schoenbat.ops.blockwise import extend, summarise_keys
+from schoenbat import Estimate
+from schoenbat.functional import dot_product_kernel_attention
+from schoenbat.ops.linear import extend
 
 HEADS, HEAD_DIM, NUM_FEATURES = 2, 32, 128
 
@@ -47,13 +48,13 @@ def main() -> None:
 
     show({f"{options.tokens} tokens": work(False), "the same, causal": work(True)}, options.rounds)
 
-    features = draw_features(kernel_named("exp"), HEAD_DIM, NUM_FEATURES, 0, torch.device("cpu"), "sketch")
+    features = Estimate(num_features=NUM_FEATURES).draw(HEAD_DIM)
     with torch.no_grad():
         token = torch.randn(1, HEADS, 1, HEAD_DIM)
         states = {}
         for count in (100, 100_000):
             seen = torch.randn(1, HEADS, count, HEAD_DIM)
-            states[f"step after {count:,} tokens"] = summarise_keys(features, seen, seen)
+            states[f"step after {count:,} tokens"] = extend(features, None, seen[:, :, :0], seen, seen)[1]
         show(
             {name: lambda state=state: extend(features, state, token, token, token) for name, state in states.items()},
             repeats=30,

@@ -1,21 +1,24 @@
-"""Attention in chunks is the attention of the features it is made of, and can be differentiated and transformed."""
+"""Attention in pieces is the attention of the features it is made of, and can be differentiated and transformed."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from schoenbat.features.plan import expand, pull_back, push_forward
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS
-from schoenbat.ops import products
+from schoenbat.ops import _planned
+from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
 from schoenbat.ops.linear import linear_attention
-from schoenbat.ops.products import expand, product_attention, pull_back
 from schoenbat.ops.reference import divide
 
+SMALLEST = 1e-6
 
-@pytest.fixture(params=["at once", "in chunks"])
+
+@pytest.fixture(params=["at once", "in pieces"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways that tokens can go, however few they are."""
-    monkeypatch.setattr(products, "FEW_ROWS", 2**20 if request.param == "at once" else 0)
+    monkeypatch.setattr(_planned, "FEW_ROWS", 2**20 if request.param == "at once" else 0)
 
 
 def make(head_dim: int, num_features: int) -> Sketch:
@@ -30,15 +33,24 @@ def make(head_dim: int, num_features: int) -> Sketch:
     )
 
 
+def product_attention(query: Tensor, key: Tensor, value: Tensor, features: Sketch, key_weight: Tensor | None) -> Tensor:
+    projection = features.projection(query.dtype)
+    if fits_at_once(query, key):
+        return attend_at_once(query, key, value, key_weight, projection, features.plan, SMALLEST)
+    summed = sum_keys(key, extend_value(value, key_weight), projection, features.plan)
+    products = look_up(query, summed, projection, features.plan)
+    return divide(products[..., :-1], products[..., -1:], SMALLEST)
+
+
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(shape, generator=generator, dtype=dtype).mul_(0.3).requires_grad_() for _ in range(3)]
 
 
 @pytest.mark.parametrize("num_features", [1, 3, 5, 9, 15, 27, 60])
-def test_pull_back_is_the_gradient_of_expand(num_features: int) -> None:
+def test_pull_back_and_push_forward_are_the_gradients_of_expand(num_features: int) -> None:
     features = make(4, num_features)
-    projected = torch.randn(7, features.projection.shape[1], dtype=torch.float64, requires_grad=True)
+    projected = torch.randn(7, features.projection_bits.shape[1], dtype=torch.float64, requires_grad=True)
     out = expand(projected, features.plan)
     assert out.shape == (7, features.allocation.num_features)
     grad = torch.randn_like(out)
@@ -46,6 +58,9 @@ def test_pull_back_is_the_gradient_of_expand(num_features: int) -> None:
     if out.requires_grad:
         (expected,) = torch.autograd.grad(out, projected, grad)
     torch.testing.assert_close(pull_back(projected.detach(), features.plan, grad), expected)
+    tangent = torch.randn_like(projected)
+    pushed = push_forward(projected.detach(), features.plan, tangent)
+    torch.testing.assert_close((pushed * grad).sum(), (expected * tangent).sum())
 
 
 @pytest.mark.usefixtures("_way")
@@ -55,7 +70,7 @@ def test_neither_way_changes_outputs_or_gradients(length: int) -> None:
     tensors = inputs(1, 2, length, 6)
     mask = torch.rand(1, length, generator=torch.Generator().manual_seed(2)) < 0.8
     mask[:, 0] = True
-    out = product_attention(*tensors, features.projection, features.plan, mask[:, None, :, None].double())
+    out = product_attention(*tensors, features, mask[:, None, :, None].double().expand(1, 2, length, 1))
     query, key, value = tensors
     truth = linear_attention(features(query), features(key), value, mask)
     torch.testing.assert_close(out, truth)
@@ -73,7 +88,7 @@ def test_gradients_are_those_of_the_definition(size: float) -> None:
     tensors = [*inputs(2, 1, 17, 6), size * torch.linspace(0, 1, 34, dtype=torch.float64).view(2, 1, 17, 1)]
     tensors[3].requires_grad_()
     query, key, value, key_weight = tensors
-    out = product_attention(query, key, value, features.projection, features.plan, key_weight)
+    out = product_attention(query, key, value, features, key_weight)
     products = features(query) @ (features(key).mT @ torch.cat([value * key_weight, key_weight], -1))
     truth = divide(products[..., :-1], products[..., -1:])
     torch.testing.assert_close(out, truth)
@@ -89,7 +104,7 @@ def test_it_can_be_differentiated_twice() -> None:
     key_weight = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)[None, None, :, None]
 
     def attend(*tensors: Tensor) -> Tensor:
-        return product_attention(*tensors, features.projection, features.plan, key_weight)
+        return product_attention(*tensors, features, key_weight)
 
     assert torch.autograd.gradgradcheck(attend, inputs(1, 1, 4, 3))
 
@@ -100,7 +115,7 @@ def test_function_transforms_give_the_same_as_loops() -> None:
     query, key, value = (x.detach() for x in inputs(3, 1, 2, 9, 4))
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return product_attention(q, k, v, features.projection, features.plan, None).square().sum()
+        return product_attention(q, k, v, features, None).square().sum()
 
     gradient = torch.func.grad(loss, argnums=(0, 1, 2))
     together = torch.func.vmap(gradient)(query, key, value)
@@ -109,22 +124,7 @@ def test_function_transforms_give_the_same_as_loops() -> None:
             torch.testing.assert_close(a[i], b)
 
     def attend(q: Tensor) -> Tensor:
-        return product_attention(q, key[0], value[0], features.projection, features.plan, None)
+        return product_attention(q, key[0], value[0], features, None)
 
     jacobian = torch.func.jacrev(attend)(query[0])
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(attend, query[0]))
-
-
-@pytest.mark.usefixtures("_way")
-def test_it_compiles_into_one_graph() -> None:
-    features = make(4, 20)
-    tensors = inputs(1, 2, 9, 4, dtype=torch.float32)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return product_attention(q, k, v, features.projection, features.plan, None)
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*tensors), attend(*tensors))
-    found = torch.autograd.grad(compiled(*tensors).sum(), tensors)
-    for a, b in zip(found, torch.autograd.grad(attend(*tensors).sum(), tensors), strict=True):
-        torch.testing.assert_close(a, b)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline import cli
+from pipeline import commands
 from schoenbat.errors import OutOfMemory, TrainingFailed
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -24,7 +24,7 @@ KERNEL = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-text, lra-listops"),
+        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-text, "),
         (("train", *PLAIN, "--attn", "sofmax"), "unknown attn 'sofmax'; choose one of: "),
         (("train", *PLAIN, "--former", "macformer"), "unknown former 'macformer'; choose one of: maclauformer"),
         (("train", *KERNEL, "--dotf", "expo"), "unknown dotf 'expo'; choose one of: exp, inverse"),
@@ -89,10 +89,10 @@ def test_outside_a_project_the_missing_file_is_named(
 def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
 ) -> None:
-    def fail() -> None:
+    def fail(profile: str | None = None) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load_params", fail)
+    monkeypatch.setattr(commands, "load", fail)
     outcome = project.folder / "outcome.json"
     monkeypatch.setenv("SCHOENBAT_OUTCOME_FILE", str(outcome))
     assert invoke("report") == (1, "", line)

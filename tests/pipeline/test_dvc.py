@@ -1,6 +1,7 @@
 """What is read of dvc.yaml is what DVC reads, and what is out of date is what DVC says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,8 @@ def test_the_stages_are_those_that_dvc_reads_with_and_without_empty_axes(project
     found = as_it_is_read_here(project.settings)
     assert found == as_dvc_reads_it(project.folder)
     assert set(found) == {
-        "download@lra-listops",
-        "download@lra-text",
+        "download@tiny-lra-listops",
+        "download@tiny-lra-text",
         "preprocess@tiny-lra-listops",
         "preprocess@tiny-lra-text",
         "bench@tiny",
@@ -99,7 +100,7 @@ def test_a_cell_is_made_from_the_code_that_its_stage_lists(project: Project) -> 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("    cmd: schoenbat-exp bench\n", "    cmd: schoenbat-exp bench\n    wdir: elsewhere\n", "wdir is not read"),
+        ("    cmd: schoenbat-exp bench", "    wdir: elsewhere\n    cmd: schoenbat-exp bench", "wdir is not read"),
         ("      - bench\n", "      - bench\n      - other.yaml: [a]\n", "a file other than params.yaml"),
         ("      - bench\n", "      - benches\n", "missing key 'benches', which stage bench@tiny"),
         ("${errors.trained}", "${errors.unknown}", "missing key 'errors.unknown'"),
@@ -165,3 +166,26 @@ def test_a_change_concerns_only_what_depends_on_it_and_dvc_says_the_same(recorde
     assert changed() == {"train@tiny-lra-text-mean-transformer-0"}
     weights.unlink()
     assert changed() == {"train@tiny-lra-text-mean-transformer-0"}
+
+
+IMPORTED = """
+import sys
+from pipeline.grid.params import load_params
+from pipeline.stages import evaluate, train
+load_params()
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("schoenbat.") and module.__file__))
+"""
+NO_NUMBERS = ("__init__", "errors", "fetch", "files", "functional", "registry", "subset")
+"""Files that no model calls: what only finds the file that a cell names itself, or prepares data."""
+
+
+def test_a_cell_lists_all_code_that_it_imports(project: Project) -> None:
+    project.add_dvc()
+    (stage,) = [s for n, s in read_graph(project.settings).stages.items() if n.endswith("rmfa-exp-maclauformer-0")][:1]
+    command = [sys.executable, "-c", IMPORTED]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."})
+    for file in map(Path, out.stdout.split()):
+        name = file.relative_to(file.parents[[p.name for p in file.parents].index("schoenbat") + 1])
+        listed = any(name.is_relative_to(dep) for dep in stage.deps)
+        one_of_a_kind = name.parts[1] in ("attention", "kernels", "tasks")
+        assert listed or one_of_a_kind or name.stem in NO_NUMBERS, f"{name} is imported, and dvc.yaml does not list it"

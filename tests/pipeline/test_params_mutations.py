@@ -112,6 +112,11 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
         "unknown former",
     ),
     "a huge number of features": (put("attention.rmfa.num_features", 10**12), "num_features must be at most 65536"),
+    "a huge option of a mechanism": (
+        put("attention.performer", {"num_features": 10**12}),
+        "num_features must be at most",
+    ),
+    "a huge data set": (put("task.lra-text.data.train_size", 2 * 10**12), "train_size must be at most 100000000"),
     "a huge degree": (put("attention.rmfa.max_degree", 10**6), "max_degree must be at most 100"),
     "a huge number of threads": (put("run.threads", 2**31), "threads must be at most 1024"),
     "a profile that is a path": (put("profile", "../elsewhere"), "profile must be 1 to 64 lower-case letters"),

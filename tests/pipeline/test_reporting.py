@@ -15,6 +15,7 @@ from pipeline.grid.cells import Cell, expand, settings_fingerprint
 from pipeline.grid.params import Params, load_params
 from pipeline.reporting._output import escape_latex
 from pipeline.reporting.cost import leads_from
+from pipeline.reporting.published import TASKS, published_accuracies, published_sources
 from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
@@ -141,7 +142,17 @@ def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: 
 
 
 ENDS = ("md", "csv", "tex")
-TABLES = ("accuracy", "allocation", "allocation-error", "cells", "cost", "cost-lead", "data", "published")
+TABLES = (
+    "accuracy",
+    "allocation",
+    "allocation-error",
+    "cells",
+    "cost",
+    "cost-lead",
+    "data",
+    "published",
+    "published-by-source",
+)
 FIGURES = (
     "allocation-32",
     "allocation-error-32",
@@ -291,15 +302,21 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
     assert f"Not finished: `{second.id}`." in index
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "test.json", "curves.csv", "bench.csv"])
-@pytest.mark.parametrize("damage", ["", "{", "[1, 2]", '{"a": 1}', "attn,length\nx", "step,loss\n1,x\n"])
+DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "step,loss\n1,x\n"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in ("metrics.json", "test.json", "curves.csv", "bench.csv")
+        for damage in DAMAGES[name.partition(".")[2]]
+    ],
+)
 def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Params, name: str, damage: str) -> None:
     write_everything(tmp_path, params)
     folder = tmp_path / "runs/cpu" / ("" if name == "bench.csv" else expand(params)[0].id)
     (folder / name).write_text(damage)
-    if name.endswith("csv") and not damage:
-        reporting.build("cpu", params, tmp_path)
-        return
     with pytest.raises(UserError, match=f"{name} is damaged"):
         reporting.build("cpu", params, tmp_path)
 
@@ -329,3 +346,19 @@ def test_latex_specials_are_escaped(tmp_path: Path, params: Params) -> None:
     assert r"100 \% of the \textbar{} awkward\_characters" in text
     assert r"\toprule" in text
     assert "±" not in text
+
+
+def test_published_values_stand_apart_with_the_faults_of_their_source(tmp_path: Path, params: Params) -> None:
+    values, sources = published_accuracies(), published_sources()
+    assert len(values) == 48
+    assert not values.duplicated(["source", "mechanism"]).any()
+    assert set(values.source) == set(sources.source)
+    assert sources.notna().all(axis=None)
+    accuracies = values[list(TASKS)]
+    assert ((accuracies > 10) & (accuracies < 100)).all(axis=None)
+    reporting.build("cpu", params, tmp_path)
+    table = (tmp_path / "reports/cpu/tables/published-by-source.md").read_text()
+    assert "38.69 ± 0.59" in table
+    assert all(f"{task} (published)" in table for task in TASKS)
+    index = (tmp_path / "reports/cpu/index.md").read_text()
+    assert all(fault.rstrip(".") in index for fault in sources.faults)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ SOFTMAX = [f"lra-listops-softmax-transformer-{seed}" for seed in (0, 1)]
 @pytest.fixture
 def lease(project: Project) -> Lease:
     """The lease of a grid with one job in each state, half way through its first cell."""
+    shutil.copy(ROOT / "dvc.yaml", project.folder)
     project.set("grid.tasks", ["lra-listops"])
     project.set("grid.kernel.dotf", [])
     made = Lease(Path("logs"))
