@@ -137,6 +137,7 @@ class Estimate:
         scale: float | None = None,
         features: FeatureMap | None = None,
         block: int | None = None,
+        self_attention: bool = False,
     ) -> Tensor:
         """Attend.
 
@@ -147,7 +148,7 @@ class Estimate:
             is_causal: query i sees keys up to i; requires N = M.
             scale: 1 / sqrt(d) where it is None.
             features: from `make`; the draw of `seed` where it is None.
-            block: see `schoenbat.ops.linear.attend`.
+            block, self_attention: see `schoenbat.ops.linear.attend`.
 
         Returns:
             [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
@@ -163,7 +164,7 @@ class Estimate:
                 watcher(self, q, k, value, key_mask, is_causal, positive, features)
         if features is None:
             return self._exact(q, k, value, key_mask, is_causal, positive)
-        return attend(features, q, k, value, key_mask, is_causal, positive, block)
+        return attend(features, q, k, value, key_mask, is_causal, positive, block, self_attention)
 
     def _exact(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float

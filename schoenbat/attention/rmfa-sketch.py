@@ -49,4 +49,5 @@ class RmfaSketch(KernelAttention):
         is_causal: bool = False,
     ) -> Tensor:
         self.features.is_bounded = self.bounded_for_units or not self.gets_units
-        return attend(self.features, query, key, value, key_mask, is_causal, scale=query.shape[-1] ** -0.5)
+        scale, itself = query.shape[-1] ** -0.5, query.shape[2] == key.shape[2]
+        return attend(self.features, query, key, value, key_mask, is_causal, scale, self_attention=itself)

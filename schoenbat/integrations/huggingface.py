@@ -14,7 +14,6 @@ go through the interface: when it is built with one of our names, when it does a
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
 
-import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -271,25 +270,7 @@ def _through(
     if causal and key.shape[2] > query.shape[2]:
         # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
         return extend(features, None, query, key, value, key_mask, scale)[0]
-    if not causal and features.centres and not attends_to_itself:
-        features, key = _without_mean_query(features, key, key_mask)
-    return attend(features, query, key, value, key_mask, causal, scale)
-
-
-def _without_mean_query(features: FeatureMap, key: Tensor, key_mask: Tensor | None) -> tuple[FeatureMap, Tensor]:
-    """Features and keys with which no query has a part in another's output.
-
-    Features of exp are centred by the mean query, which in cross attention would tell a decoder of later tokens. Keys
-    less their own mean change no softmax either.
-    """
-    alone = copy.copy(features)
-    alone.centres = False
-    filled = key.to(torch.promote_types(key.dtype, torch.float32))
-    if key_mask is None:
-        return alone, filled - filled.mean(-2, keepdim=True)
-    counts = key_mask[:, None, :, None]
-    filled = filled.masked_fill(~counts, 0.0)
-    return alone, filled - filled.sum(-2, keepdim=True) / counts.sum(-2, keepdim=True).clamp_min(1)
+    return attend(features, query, key, value, key_mask, causal, scale, self_attention=attends_to_itself)
 
 
 @torch.compiler.assume_constant_result

@@ -94,6 +94,8 @@ class SelfAttention(nn.Module):
                 f"gain {config.gain:g} must stay below {largest_gain(attention, head_dim):.3g}, 0.99 of the kernel's "
                 f"radius at head_dim {head_dim}"
             )
+        if isinstance(attention, KernelAttention):
+            attention.gets_units = self.normalised and config.gain <= 1 and not config.temperature
         self.gain = config.gain
         self.temperature = Temperature(num_heads, head_dim, attention, config.gain) if config.temperature else None
 
