@@ -142,7 +142,7 @@ def run_trained(params: Params, cell: Cell, out: Path) -> None:
     vectors = Vectors(*map(torch.cat, zip(*(scale_and_widen(*seen) for _, seen in layers), strict=True)))
     query, key, _ = vectors
     largest = float((query @ key.mT).abs().max())
-    units = cell.former == "maclauformer" and not params.former[cell.former].temperature
+    units = all(bool((x.norm(dim=-1) < 1 + 1e-5).all()) for _, seen in layers for x in (seen.query, seen.key))
     rows: list[dict[str, Any]] = []
     for dotf in KERNELS.names():
         kernel = KERNELS.get(dotf)()
@@ -312,7 +312,7 @@ def _linear_features(kernel: Kernel) -> Features:
 
 def _output(features: Features, vectors: Vectors) -> Tensor:
     query, key, value = vectors
-    return attend(features, query[None], key[None], value[None])[0]
+    return attend(features, query[None], key[None], value[None], self_attention=True)[0]
 
 
 def _weights(features: Features, vectors: Vectors) -> Tensor:
