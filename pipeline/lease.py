@@ -14,6 +14,10 @@ import time
 from pathlib import Path
 
 LEASE_VARIABLE = "SCHOENBAT_LEASE"
+STAGE_VARIABLE = "DVC_STAGE"
+"""Tells a command which stage it is; DVC sets it too."""
+OUTCOME_VARIABLE = "SCHOENBAT_OUTCOME_FILE"
+"""Names a file into which a failing command writes {"kind": ..., "message": ...}."""
 TOUCH_SECONDS = 2.0
 EXPIRY_SECONDS = 20.0
 STOPPED = 75
@@ -72,7 +76,7 @@ def _watch(path: Path, ended: threading.Event) -> None:
             seen, since = modified, time.monotonic()
         time.sleep(_WATCH_SECONDS)
     ended.set()
-    # Repeated, because DVC ignores SIGINT while a stage runs, and a process that just starts is not ready for it.
+    # Repeated, because a process that just starts is not ready for it.
     end = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < end:
         os.killpg(0, signal.SIGINT)

@@ -1,14 +1,14 @@
 """How a grid is run: the engine, which decides what starts when, and backends, which start it here or elsewhere.
 
-A job is always the same child process, `pipeline.launch.worker`, that takes DVC stages through DVC one after the other;
-so a stage does not know how it was started, and afterwards DVC's own record is complete. Processes find out by a lease
-that their grid has ended, state is in plain files, and DVC's pipeline says what depends on what.
+A job is always the same child process, `pipeline.launch.worker`, that runs the commands of stages one after the other;
+so a stage does not know how it was started. Processes find out by a lease that their grid has ended, state is in plain
+files, and dvc.yaml says what depends on what.
 """
 
-from pipeline.launch._engine import DEVICE_VARIABLE, OUTCOME_VARIABLE, Options, run_jobs
-from pipeline.launch._job import Attempt, Backend, Device, Ended, Event, Job
+from pipeline.launch._engine import DEVICE_VARIABLE, Options, run_jobs
+from pipeline.launch._job import Attempt, Backend, Device, Ended, Event, Job, Work
 from pipeline.launch._state import GridState
-from pipeline.lease import Lease
+from pipeline.lease import OUTCOME_VARIABLE, Lease
 
 __all__ = [
     "DEVICE_VARIABLE",
@@ -22,5 +22,6 @@ __all__ = [
     "Job",
     "Lease",
     "Options",
+    "Work",
     "run_jobs",
 ]

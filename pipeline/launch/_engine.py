@@ -4,20 +4,20 @@ One thread, one loop. All that it knows is also in a file (`GridState`), from wh
 """
 
 import json
+import signal
 import time
 from bisect import insort
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_json
 from pipeline.launch._job import Attempt, Backend, Ended, Event, Job, Kind, State
 from pipeline.launch._placement import Load, place
 from pipeline.launch._state import GridState
-from pipeline.lease import GRACE_SECONDS, LEASE_VARIABLE, STOPPED, Lease
+from pipeline.lease import GRACE_SECONDS, LEASE_VARIABLE, OUTCOME_VARIABLE, STOPPED, Lease
 
-OUTCOME_VARIABLE = "SCHOENBAT_OUTCOME_FILE"
-"""Names a file into which a failing command writes {"kind": ..., "message": ...}; see `pipeline.cli.main`."""
 DEVICE_VARIABLE = "SCHOENBAT_DEVICE"
 """The device of a stage, in place of `run.device`."""
 
@@ -50,6 +50,7 @@ class Options:
         jobs: how many run at once, on all devices together.
         retries: how often a job that crashed or ran out of memory is tried again.
         fail_fast: the first failure stops the grid.
+        holds: says of an exclusive job, which is about to start, whether it has to wait for something else.
     """
 
     logs: Path
@@ -57,6 +58,7 @@ class Options:
     jobs: int = 1
     retries: int = 2
     fail_fast: bool = False
+    holds: Callable[[Job], bool] = lambda job: False
 
 
 def run_jobs(
@@ -159,7 +161,9 @@ class _Engine:
         for position, task in enumerate(self._ready):
             exclusive = task.job.exclusive
             blocked = any(running.job.exclusive for running in self._running.values())
-            last = exclusive and (self._running or self._unfinished > self._count_exclusive())
+            last = exclusive and (
+                bool(self._running) or self._unfinished > self._count_exclusive() or self._options.holds(task.job)
+            )
             load = None if full or blocked or last else place(task.job, self._loads, alone=task.alone or exclusive)
             if load is None:
                 waiting.append(task)
@@ -180,10 +184,10 @@ class _Engine:
         self._outcome(job.name).unlink(missing_ok=True)
         if not task.began:
             log.unlink(missing_ok=True)
-        force = ["--force"] if job.force else []
         device = load.device.name
+        file = self._options.logs / f"{job.name}.job.json"
         attempt = Attempt(
-            arguments=(*force, *job.stages),
+            file=file,
             environment={
                 **self._options.environment,
                 "PYTHONUNBUFFERED": "1",
@@ -199,6 +203,7 @@ class _Engine:
         self._state.set(job.name, "running", device=device, log=str(log), attempt=task.failures + 1)
         task.not_started = None
         try:
+            write_json(file, [asdict(stage) for stage in job.stages])
             task.handle = self._backend.start(job, device, attempt)
         except OSError as error:
             task.not_started = Ended(None, f"could not be started: {error}")
@@ -211,7 +216,10 @@ class _Engine:
     def _poll(self, task: _Task) -> Ended | None:
         if task.not_started is not None:
             return task.not_started
-        if self._backend.waits(task.handle):
+        waits = self._backend.waits(task.handle)
+        if waits != (self._state.jobs()[task.job.name]["state"] == "waiting"):
+            self._state.set(task.job.name, "waiting" if waits else "running")
+        if waits:
             task.began = time.monotonic()
         limit = task.job.timeout_seconds
         if limit is not None and not task.timed_out and time.monotonic() - task.began > limit:
@@ -250,6 +258,8 @@ class _Engine:
             yield Event(name, "retried", f"{kind}: {reason}", log)
             return
         self._unfinished -= 1
+        # For who asks after the grid has ended.
+        self._outcome(name).write_text(json.dumps({"kind": kind, "message": reason, "stage": stage}), encoding="utf-8")
         outcome: State = "unavailable" if kind == "unavailable" else "failed"
         self._state.set(name, outcome, reason=reason, kind=kind, seconds=seconds)
         yield Event(name, outcome, reason, log, stage)
@@ -271,7 +281,7 @@ class _Engine:
     def _why(self, task: _Task, how: Ended) -> tuple[Kind, str, str]:
         """Why an attempt did not succeed: kind, reason, and the stage in which it happened."""
         told = self._told(task.job.name)
-        stage = told.get("stage") or task.job.stages[-1]
+        stage = told.get("stage") or task.job.stages[-1].name
         if task.timed_out:
             assert task.job.timeout_seconds is not None
             return "timeout", f"took more than {task.job.timeout_seconds / 60:g} minutes", stage
@@ -279,10 +289,12 @@ class _Engine:
             # Without a checkpoint it might be cut short for ever.
             kind: Kind = "stopped" if task.job.saves or self._stopping else "crash"
             return kind, how.reason or "stopped itself", stage
+        if how.memory:
+            return "memory", "killed by the system, which had run out of memory", stage
         if how.reason or how.code is None:
             return "crash", how.reason or "lost", stage
         if how.code < 0:
-            return "crash", f"the worker was ended by signal {-how.code}", stage
+            return "crash", f"ended by {signal.Signals(-how.code).name}", stage
         return told.get("kind", "crash"), told.get("message") or _last_line(self._log(task.job.name)), stage
 
     def _told(self, name: str) -> dict[str, Any]:

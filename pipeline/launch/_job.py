@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,31 +14,50 @@ saved) goes back into the queue or ends with the grid, and the others would fail
 
 
 @dataclass(frozen=True)
+class Work:
+    """One stage of DVC, as the start of the grid has fixed it.
+
+    Attributes:
+        name: of the stage.
+        command: a line of shell; a plain `schoenbat-exp ...` is run without starting Python anew.
+        deps: what it reads, with the hash of what is given, such as code, and None for what another stage makes.
+        params: what it depends on of params.yaml.
+        outs: what it makes.
+        persistent: those of `outs` that are not deleted before.
+    """
+
+    name: str
+    command: str
+    deps: Mapping[str, str | None] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    outs: Sequence[str] = ()
+    persistent: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Job:
-    """What one worker does: DVC stages, one after the other, in one process.
+    """What one worker does: stages, one after the other, in one process.
 
     Attributes:
         name: unique in a grid, and the name of the log: the id of a cell, or what else is done.
-        stages: names of DVC stages in the order in which they run.
+        stages: in the order in which they run.
         needs: names of the jobs before it; one that is not in the grid counts as done.
         seconds: how long it is expected to take; the longest are started first.
         memory_mb: its measured peak on the device; None if it has never been measured.
         threads: CPU threads that it uses.
         exclusive: it measures time, so nothing else runs beside it, and it comes after everything else.
         timeout_seconds: an attempt that takes longer is ended; None for no limit.
-        force: run stages that are up to date as well.
         saves: an attempt that is cut short leaves a checkpoint, so that the next one is shorter.
     """
 
     name: str
-    stages: tuple[str, ...]
+    stages: tuple[Work, ...]
     needs: tuple[str, ...] = ()
     seconds: float = 0.0
     memory_mb: float | None = None
     threads: int = 1
     exclusive: bool = False
     timeout_seconds: float | None = None
-    force: bool = False
     saves: bool = False
 
 
@@ -63,20 +82,20 @@ class Attempt:
     """The process that does a job, ready to be started; it is the same wherever it runs.
 
     Attributes:
-        arguments: of the worker.
+        file: holds the stages of the job, for the worker.
         environment: variables to set, besides those of the engine's own process.
         folder: the current folder, absolute; it must be the same files wherever the worker runs.
         log: takes stdout and stderr; append to it.
     """
 
-    arguments: tuple[str, ...]
+    file: Path
     environment: Mapping[str, str]
     folder: Path
     log: Path
 
     def command(self) -> list[str]:
         """The argument vector of the worker as a process of its own."""
-        return [sys.executable, "-P", "-m", "pipeline.launch.worker", *self.arguments]
+        return [sys.executable, "-m", "pipeline.launch.worker", str(self.file.absolute())]
 
 
 @dataclass(frozen=True)
@@ -88,11 +107,13 @@ class Ended:
         reason: what the backend knows and the worker's own files cannot say, such as "node n3 is down".
         resume: the attempt was cut short by the scheduler (walltime, preemption): queue it again, at no cost
             if its job saves.
+        memory: the system has killed it for lack of memory.
     """
 
     code: int | None
     reason: str = ""
     resume: bool = False
+    memory: bool = False
 
 
 class Backend(Protocol):

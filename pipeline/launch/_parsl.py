@@ -20,9 +20,9 @@ from parsl.jobs.error_handlers import windowed_error_handler
 from parsl.launchers import SimpleLauncher
 from parsl.providers import SlurmProvider
 
+from pipeline.grid.params import SlurmParams
 from pipeline.launch._job import Attempt
 from pipeline.launch.slurm_block import BLOCK_END_VARIABLE, END_SECONDS, run_attempt
-from pipeline.params import SlurmParams
 
 _POLL_SECONDS = 10
 _IDLE_SECONDS = 60.0

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-OPEN = ("queued", "running")
+OPEN = ("queued", "waiting", "running")
 """States of a job that has not come to an end."""
 SAVE_SECONDS = 1.0
 

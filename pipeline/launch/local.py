@@ -1,21 +1,29 @@
-"""The backend of this machine: each worker is a child process in a session of its own."""
+"""The backend of this machine: each worker is a child of the standard library's fork server and leads a group."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
+from pipeline.launch._memory import kills_for_memory
+from pipeline.launch.worker import work
 from pipeline.lease import LEASE_VARIABLE
+
+_START_SECONDS, _STUCK_SECONDS = 120.0, 3.0
+"""So long a start may take: in general, and when it is not wanted any more."""
+_SERVER = "multiprocessing.forkserver"
 
 
 @dataclass
@@ -23,14 +31,20 @@ class _Worker:
     """A worker that was asked for.
 
     Attributes:
-        pid: of the leader of its process group; None until the nursery has told.
-        ended: how it ended.
-        doomed: it is to be killed as soon as it is there.
+        started: when its process, which leads a group, has begun.
+        asked: when it was asked for.
+        kills: of processes for lack of memory, up to then.
+        doomed: since when it is to be killed.
+        gone: since when its process is not there any more, though nobody has told how it ended.
     """
 
-    pid: int | None = None
+    process: BaseProcess
+    started: "Future[None]"
+    asked: float
+    kills: int
+    doomed: float | None = None
+    gone: float | None = None
     ended: Ended | None = None
-    doomed: bool = False
 
 
 class LocalBackend:
@@ -44,7 +58,11 @@ class LocalBackend:
     def __init__(self, devices: Sequence[Device], logs: Path) -> None:
         self.devices = devices
         self._logs = logs.absolute()
-        self._nursery: _Nursery | None = None
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pipeline.launch.preload"])
+        self._starter: ThreadPoolExecutor | None = None
+        # Starting a process looks at those before, and two looks at once would take each other's answer.
+        self._looking = threading.Lock()
 
     def clear(self) -> None:
         """Kill the processes of earlier grids, which carry the path of their lease in the environment."""
@@ -59,29 +77,78 @@ class LocalBackend:
     def start(self, job: Job, device: str, attempt: Attempt) -> _Worker:
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **attempt.environment, **_device_environment(device), "PATH": _search_path()}
-        if self._nursery is not None and not self._nursery.is_alive():
-            self._nursery.hear()
-            self._nursery = None
-        if self._nursery is None:
-            self._nursery = _Nursery(environment, attempt.folder)
-        return self._nursery.start(attempt, environment)
+        process = self._context.Process(target=work, args=(attempt.file, environment, attempt.log), daemon=True)
+        # A fork server that is stopped or gone must not stop the engine.
+        self._starter = self._starter or ThreadPoolExecutor(1, thread_name_prefix="start")
+        started = self._starter.submit(self._start, process, attempt.environment.get(LEASE_VARIABLE, ""))
+        return _Worker(process, started, time.monotonic(), kills_for_memory())
+
+    def _start(self, process: BaseProcess, lease: str) -> None:
+        # The fork server and whatever comes from it can be told by the lease.
+        os.environ[LEASE_VARIABLE] = lease
+        try:
+            with self._looking:
+                process.start()
+        finally:
+            del os.environ[LEASE_VARIABLE]
 
     def waits(self, handle: _Worker) -> bool:
-        return handle.pid is None and handle.ended is None
+        return not handle.started.done()
 
     def poll(self, handle: _Worker) -> Ended | None:
-        if handle.ended is None and self._nursery is not None:
-            self._nursery.hear()
+        if handle.ended is None:
+            handle.ended = self._look(handle)
         return handle.ended
 
+    def _look(self, handle: _Worker) -> Ended | None:
+        if not handle.started.done():
+            limit = _START_SECONDS if handle.doomed is None else _STUCK_SECONDS
+            if time.monotonic() - (handle.doomed or handle.asked) > limit:
+                _kill_servers()
+            return None
+        error = handle.started.exception()
+        if error is not None:
+            return Ended(None, f"could not be started: {error or type(error).__name__}")
+        pid = handle.process.pid
+        assert pid is not None
+        if handle.doomed is not None:
+            _kill_group(pid)
+            if not _is_running(pid):
+                return Ended(-signal.SIGKILL)
+        if not self._looking.acquire(blocking=False):
+            return None
+        try:
+            code = handle.process.exitcode
+        finally:
+            self._looking.release()
+        if code is None:
+            return self._look_for_itself(handle, pid)
+        # A worker that was killed cannot take its stage along; of one whose fork server is gone nothing is known.
+        _kill_group(pid)
+        if code == 255:
+            return Ended(None, "the process that starts workers has ended")
+        return Ended(code, memory=code == -signal.SIGKILL and kills_for_memory() > handle.kills)
+
+    def _look_for_itself(self, handle: _Worker, pid: int) -> Ended | None:
+        """How a worker has ended of whose end its fork server has not told in time."""
+        if _is_running(pid):
+            handle.gone = None
+            return None
+        handle.gone = handle.gone or time.monotonic()
+        if time.monotonic() - handle.gone < _STUCK_SECONDS:
+            return None
+        _kill_servers()
+        _kill_group(pid)
+        return Ended(None, "the process that starts workers does not answer")
+
     def kill(self, handle: _Worker) -> None:
-        handle.doomed = True
-        if handle.pid is not None and handle.ended is None:
-            _kill_group(handle.pid)
+        if handle.doomed is None:
+            handle.doomed = time.monotonic()
 
     def close(self) -> None:
-        if self._nursery is not None:
-            self._nursery.close()
+        if self._starter is not None:
+            _kill_servers()
+            self._starter.shutdown()
 
     def _is_leftover(self, process: psutil.Process) -> bool:
         try:
@@ -91,60 +158,15 @@ class LocalBackend:
         return lease is not None and process.pid != os.getpid() and Path(lease).parent == self._logs
 
 
-class _Nursery:
-    """The process that forks workers, and those that have not ended.
-
-    Args:
-        environment: with the lease, by which whatever comes from this process can be told.
-    """
-
-    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
-        self._connection, theirs = Pipe()
-        self._workers: list[_Worker] = []
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipeline.launch.nursery", str(theirs.fileno())],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def start(self, attempt: Attempt, environment: Mapping[str, str]) -> _Worker:
-        worker = _Worker()
-        self._connection.send((len(self._workers), attempt.arguments, environment, attempt.log))
-        self._workers.append(worker)
-        return worker
-
-    def hear(self) -> None:
-        """Take note of what the nursery has told, and of its end."""
-        try:
-            while self._connection.poll():
-                number, pid, status = self._connection.recv()
-                worker = self._workers[number]
-                worker.pid = pid
-                if status is not None:
-                    # A worker that was killed cannot take its stage along.
-                    _kill_group(pid)
-                    worker.ended = Ended(status)
-                elif worker.doomed:
-                    _kill_group(pid)
-        except (EOFError, ConnectionError):
-            status = self._process.wait()
-            for worker in self._workers:
-                if worker.ended is None:
-                    if worker.pid is not None:
-                        _kill_group(worker.pid)
-                    worker.ended = Ended(None, f"the process that starts workers ended with status {status}")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
+def _kill_servers() -> None:
+    """End the fork server of this process, which begins another one when it needs it."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(_SERVER in word for word in child.cmdline()):
+                child.kill()
+                # Not waited for: multiprocessing does that, when it begins another one.
+                while _is_running(child.pid):
+                    time.sleep(0.01)
 
 
 def _kill_group(leader: int) -> None:
@@ -153,19 +175,27 @@ def _kill_group(leader: int) -> None:
         try:
             os.killpg(leader, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
+            # It has not made its group yet, or there is nothing left of it.
+            if _is_running(leader):
+                os.kill(leader, signal.SIGKILL)
             return
-        if not _members(leader):
+        if not any(True for _ in _members(leader)):
             return
         time.sleep(0.01)
 
 
-def _members(group: int) -> list[psutil.Process]:
-    found = []
+def _members(group: int) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                yield process
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _device_environment(device: str) -> dict[str, str]:

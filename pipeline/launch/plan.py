@@ -3,121 +3,90 @@
 import os
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
 
-from pipeline.cells import Cell, download_stage, preprocess_stage
 from pipeline.devices import get_device
-from pipeline.dvc_lock import read_blocks
-from pipeline.files import read_json
-from pipeline.launch._job import Device, Job
+from pipeline.grid.cells import Cell
+from pipeline.grid.graph import Graph, Stage, lookup
+from pipeline.grid.params import Params
+from pipeline.hashes import Hashes
+from pipeline.launch._job import Device, Job, Work
 from pipeline.launch._placement import number_of_jobs
-from pipeline.params import Params
+from pipeline.results import CellResults, Resources
+from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 
 _USABLE_SHARE = 0.9
 """Of a device's free memory."""
 _TOKENS_PER_SECOND, _PAIRS_PER_SECOND = 2e4, 2e7
+_QUADRATIC = ("softmax", "kernelized")
 """Guesses for cells of which no like has run: they decide nothing but the order."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one like it took.
-
-    Attributes:
-        seconds_per_step: of training.
-        memory_mb: the peak, on the kind of device that it ran on.
-        device: "cpu" or "cuda".
-    """
-
-    seconds_per_step: float
-    memory_mb: float
-    device: str
-
-
-def changed_stages(stages: Sequence[str]) -> set[str]:
-    """Those of `stages` that have to run: DVC is asked once, and not at all if it has never seen any of them."""
-    recorded = read_blocks()
-    known = {stage for stage in stages if stage in recorded}
-    if not known:
-        return set(stages)
-    from pipeline.dvc_project import changed_stages, drop_stale_rwlock
-
-    drop_stale_rwlock()
-    return (set(stages) - known) | (known & changed_stages())
-
-
-def due_stages(graph: Mapping[str, Sequence[str]], changed: set[str]) -> dict[str, list[str]]:
-    """The part of `graph` that is changed or comes after something changed."""
-    due: dict[str, list[str]] = {}
-    for stage, needs in graph.items():
-        if stage in changed or any(need in due for need in needs):
-            due[stage] = list(needs)
-    return due
-
-
-def data_job(task: str) -> str:
-    """The name of the job that gets and prepares the data of a task."""
-    return f"data-{task}"
-
-
 def plan_jobs(
-    params: Params, cells: Sequence[Cell], due: Mapping[str, Sequence[str]], *, device: str, force: bool = False
+    params: Params,
+    cells: Sequence[Cell],
+    graph: Graph,
+    due: Collection[str],
+    settings: Mapping[str, Any],
+    hashes: Hashes,
+    *,
+    device: str,
 ) -> list[Job]:
     """The jobs that do the stages of `due`: one per task for its data, one per cell, one for anything else.
 
+    What is neither data nor a cell measures the machine, so it gets the machine; what gathers the results of others
+    comes after everything else, whatever became of it.
+
     Args:
+        settings: the content of params.yaml, which is fixed for the grid, as is the code.
         device: the kind of device they run on, "cpu" or "cuda": memory is known for the kind it was measured on.
-        force: do the cells' stages even if DVC finds nothing to do.
     """
-    profile, threads = params.profile, params.run.threads
-    minutes = params.run.timeout_minutes
-    timeout = None if minutes is None else minutes * 60
-    jobs: list[Job] = []
-    planned: set[str] = set()
-
-    def due_of(*stages: str) -> tuple[str, ...]:
-        planned.update(stages)
-        return tuple(stage for stage in stages if stage in due)
-
-    for task in dict.fromkeys(cell.task for cell in cells):
-        stages = due_of(download_stage(task), preprocess_stage(profile, task))
-        if stages:
-            jobs.append(Job(data_job(task), stages, threads=threads, seconds=float("inf")))
+    job_of: dict[str, str] = {}
+    stages: dict[str, list[Work]] = {}
+    for name, stage in graph.stages.items():
+        if name in due:
+            job_of[name] = stage.cell or (f"data-{stage.axes['task']}" if "task" in stage.axes else name)
+            stages.setdefault(job_of[name], []).append(_work(stage, graph, settings, hashes))
     known = _Measured(params, cells, device)
-    for cell in cells:
-        stages = due_of(cell.stage("train", profile), cell.stage("evaluate", profile))
-        if stages:
-            seconds, memory = known.expected(cell)
-            jobs.append(
-                Job(
-                    cell.id,
-                    stages,
-                    needs=(data_job(cell.task),),
-                    seconds=seconds,
-                    memory_mb=memory,
-                    threads=threads,
-                    timeout_seconds=timeout,
-                    force=force,
-                    saves=True,
-                )
-            )
-    # What is neither data nor a cell measures the machine, so it gets the machine.
-    job_of = {stage: job.name for job in jobs for stage in job.stages}
-    for stage, before in due.items():
-        if stage not in planned:
-            needs = tuple(job_of[other] for other in before if other in job_of)
-            jobs.append(Job(stage, (stage,), needs=needs, threads=threads, exclusive=True))
+    by_id = {cell.id: cell for cell in cells}
+    minutes = params.run.timeout_minutes
+    jobs = []
+    for name, work in stages.items():
+        needs = (job_of[other] for stage in work for other in graph.needs[stage.name] if other in job_of)
+        job = Job(
+            name,
+            tuple(work),
+            needs=tuple(dict.fromkeys(other for other in needs if other != name)),
+            seconds=float("inf"),
+            threads=params.run.threads,
+            timeout_seconds=None if minutes is None else minutes * 60,
+        )
+        if name in by_id:
+            seconds, memory = known.expected(by_id[name])
+            job = replace(job, seconds=seconds, memory_mb=memory, saves=True)
+        elif any(graph.gathers[stage.name] for stage in work):
+            job = replace(job, seconds=-1.0, exclusive=True)
+        elif name in graph.stages:
+            job = replace(job, seconds=0.0, exclusive=True)
+        jobs.append(job)
     return jobs
 
 
-def report_job(stage: str) -> Job:
-    """The job that builds the report: after everything else, whatever became of it."""
-    return Job(stage, (stage,), exclusive=True, seconds=-1.0)
+def _work(stage: Stage, graph: Graph, settings: Mapping[str, Any], hashes: Hashes) -> Work:
+    given = graph.given[stage.name]
+    return Work(
+        stage.name,
+        stage.command,
+        deps={dep: hashes.of(dep) if dep in given else None for dep in stage.deps},
+        params={key: lookup(settings, key) for key in stage.params},
+        outs=stage.outs,
+        persistent=tuple(stage.persistent),
+    )
 
 
 def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[list[Device], int]:
@@ -172,7 +141,6 @@ class _Measured:
         self._of_kind: dict[tuple[str, ...], list[Resources]] = {}
         for cell, taken in self._of_cell.items():
             self._of_kind.setdefault(_kind(cell), []).append(taken)
-        self._quadratic: set[str] | None = None
 
     def expected(self, cell: Cell) -> tuple[float, float | None]:
         """Seconds, and MB or None: from the cell's own last run, else from its like with another seed, else a guess."""
@@ -180,19 +148,16 @@ class _Measured:
         alike = [self._of_cell[cell]] if cell in self._of_cell else self._of_kind.get(_kind(cell), [])
         if not alike:
             return self._guess(cell), None
-        memory = [taken.memory_mb for taken in alike if taken.device == self._device]
-        seconds = statistics.fmean(taken.seconds_per_step for taken in alike) * training.steps
+        memory = [taken.peak_memory_mb for taken in alike if _kind_of_device(taken) == self._device]
+        seconds = statistics.fmean(1 / taken.steps_per_second for taken in alike) * training.steps
         return seconds, max(memory, default=None)
 
     def _guess(self, cell: Cell) -> float:
-        if self._quadratic is None:
-            from pipeline.stages.bench import quadratic_mechanisms
-
-            self._quadratic = quadratic_mechanisms(self._params)
         task = self._params.task[cell.task]
         length = task.data.max_length
         tokens = task.training.steps * task.training.batch_size * length
-        pairs = tokens * length if cell.attn in self._quadratic else 0
+        unstated = "quadratic" if cell.attn in _QUADRATIC else "linear"
+        pairs = tokens * length if getattr(ATTENTIONS.get(cell.attn), "cost", unstated) == "quadratic" else 0
         return task.model.num_layers * (tokens / _TOKENS_PER_SECOND + pairs / _PAIRS_PER_SECOND)
 
 
@@ -201,13 +166,13 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 
 def _taken(cell: Cell, profile: str) -> Resources | None:
-    folder = cell.run_folder(profile)
     try:
-        resources: dict[str, Any] = read_json(folder / "resources.json")
-    except FileNotFoundError:
+        return CellResults(profile, cell.id).resources()
+    except UserError:
+        # It decides nothing but the order.
         return None
-    return Resources(
-        seconds_per_step=1 / resources["steps_per_second"],
-        memory_mb=resources["peak_memory_mb"],
-        device=resources["device"].partition(":")[0].partition(" ")[0],
-    )
+
+
+def _kind_of_device(taken: Resources) -> str:
+    """ "cpu" or "cuda"."""
+    return taken.device.partition(":")[0].partition(" ")[0]

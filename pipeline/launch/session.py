@@ -1,18 +1,22 @@
 """One grid at a time in a checkout, and what its user asks for by signals."""
 
 import errno
-import fcntl
+import io
 import os
 import signal
-import time
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO, TypeVar
+
+from filelock import FileLock, Timeout
 
 from schoenbat.errors import UserError
 
-_WAIT_SECONDS = 0.5
+T = TypeVar("T")
+
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -27,34 +31,26 @@ def only_grid(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         UserError: the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "grid.lock"
-    with path.open("a+", encoding="utf-8") as file:
-        told = False
-        while not _lock(file.fileno(), path):
-            if not told:
-                file.seek(0)
-                say(f"another grid runs in this checkout (process {file.read().strip() or '?'}); waiting for its end")
-                told = True
-            time.sleep(_WAIT_SECONDS)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _lock(descriptor: int, path: Path) -> bool:
+    lock, owner = FileLock(folder / "grid.lock"), folder / "grid.pid"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            number = owner.read_text(encoding="utf-8") if owner.exists() else "?"
+            say(f"another grid runs in this checkout (process {number}); waiting for its end")
+            lock.acquire()
     except OSError as error:
         if error.errno in _NO_LOCKS:
             raise UserError(
-                f"the file system of {path.parent.absolute()} has no file locks ({error.strerror}), so grids and DVC "
+                f"the file system of {folder.absolute()} has no file locks ({error.strerror}), so grids and DVC "
                 "could damage each other's files; put the checkout on one that has"
             ) from error
         raise
-    return True
+    with lock:
+        # Released once for each time that it was acquired.
+        lock.release()
+        owner.write_text(str(os.getpid()), encoding="utf-8")
+        yield
 
 
 class StopSignals:
@@ -78,3 +74,39 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+
+
+def outlive_readers() -> None:
+    """Go on without output when whoever reads it goes away, as `head` does."""
+    sys.stdout = _Patient(sys.stdout)
+
+
+class _Patient(io.TextIOBase):
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text), len(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush, None)
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def _try(self, action: Callable[[], T], otherwise: T) -> T:
+        try:
+            return action()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            print("nobody reads the output any more; the grid goes on (schoenbat-exp status)", file=sys.stderr)
+            return otherwise

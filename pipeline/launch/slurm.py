@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.grid.params import RunParams
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch.local import LocalBackend
 from pipeline.lease import LEASE_VARIABLE
-from pipeline.params import RunParams
 from schoenbat.errors import UserError
 
 _COMMENT = "schoenbat "
@@ -94,7 +94,7 @@ class SlurmBackend:
     def __init__(self, run: RunParams, devices: Sequence[Device], logs: Path) -> None:
         self.devices = devices
         self._run, self._logs = run, logs.absolute()
-        self._folder = self._logs / "slurm"
+        self._folder = self._logs / ".slurm"
         self._lease = Path()
         self._pool: Any = None
         self._count = 0

@@ -5,6 +5,7 @@ is gone. By itself it would stay, and with it the Slurm job. It outlives the lea
 """
 
 import ctypes
+import json
 import os
 import runpy
 import signal
@@ -17,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.launch._engine import DEVICE_VARIABLE
-from pipeline.lease import EXPIRY_SECONDS, GRACE_SECONDS
+from pipeline.launch._memory import kills_for_memory
+from pipeline.lease import EXPIRY_SECONDS, GRACE_SECONDS, OUTCOME_VARIABLE
 
 BLOCK_END_VARIABLE = "SCHOENBAT_BLOCK_END"
 """When the walltime of the Slurm job is over, in seconds since 1970."""
@@ -60,11 +62,16 @@ def run_attempt(
             start_new_session=True,
             preexec_fn=_stop_with_parent,
         )
-    killed = Path(f"{claim}.kill")
+    killed, kills = Path(f"{claim}.kill"), kills_for_memory()
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return worker.wait(_LOOK_SECONDS), time.time() > stop_at
+                code = worker.wait(_LOOK_SECONDS)
+                if code == -signal.SIGKILL and kills_for_memory() > kills:
+                    told = {"kind": "memory", "message": "killed by the system, which had run out of memory"}
+                    Path(environment[OUTCOME_VARIABLE]).write_text(json.dumps(told), encoding="utf-8")
+                    return 1, False
+                return code, time.time() > stop_at
             if killed.exists() or time.time() > stop_at + GRACE_SECONDS:
                 os.killpg(worker.pid, signal.SIGKILL)
             elif time.time() > stop_at:

@@ -1,146 +1,158 @@
-"""The process that does one job: `python -m pipeline.launch.worker [--force] STAGE...`, or a fork of the nursery.
+"""The process that does one job: a child of the fork server, or `python -m pipeline.launch.worker FILE`.
 
-It is `dvc --wait-for-lock repro --single-item --no-run-cache STAGE...` with four differences: it stops when the grid's
-lease ends, it says in the outcome file why a stage failed, it reads and writes DVC's lock file stage by stage, and the
-project's own commands are run by forks. It leads a process group; whoever ends that group ends the stage with it.
+It runs the commands of stages one after the other and knows nothing of DVC. After each it leaves a receipt, with the
+hashes of what the stage was made from and of what it made, by which the engine puts it on record. It leads a process
+group; whoever ends that group ends the stage with it.
 """
 
+import contextlib
 import json
 import os
-import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
-from pipeline.launch import OUTCOME_VARIABLE
-from pipeline.launch._forks import fork, name_process, preload, set_environment
-from pipeline.lease import STOPPED, watch
+from pipeline.files import read_json
+from pipeline.hashes import Hashes, hash_of
+from pipeline.launch import OUTCOME_VARIABLE, Work
+from pipeline.lease import STAGE_VARIABLE, STOPPED, watch
+from pipeline.record.freshness import receipt_file, write_receipt
+from pipeline.record.lock_file import Entry
 
-_EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
-_COMMAND = "schoenbat-exp"
-_NAME = "schoenbat-work"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Do a job in a process of its own; the status of `lead`."""
-    preload()
-    return lead(arguments)
+_PROGRAM = "schoenbat-exp"
 
 
-def lead(arguments: Sequence[str]) -> int:
-    """Do a job: one fork takes the stages through DVC, and others run their commands.
+def work(file: Path, environment: Mapping[str, str], log: Path) -> None:
+    """Do a job in a process of the fork server, which ends with the status of `do_job`."""
+    status = 1
+    try:
+        with contextlib.suppress(PermissionError):
+            os.setpgid(0, 0)
+        with log.open("ab") as output:
+            os.dup2(output.fileno(), sys.stdout.fileno())
+            os.dup2(output.fileno(), sys.stderr.fileno())
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.environ.clear()
+        os.environ.update(environment)
+        status = do_job(file)
+    except BaseException:  # noqa: BLE001 - as at the end of any process: shown, and then it is over
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
-    DVC has threads, so it cannot fork; this process has one.
+
+def do_job(file: Path) -> int:
+    """Run the stages that `file` holds.
 
     Returns:
-        0 when all stages are done, STOPPED when asked to stop, 1 otherwise. If DVC is killed, this process dies alike.
+        0 when all are done, STOPPED when asked to stop, 1 otherwise.
     """
-    name_process(_NAME)
-    if os.getpgrp() != os.getpid():
-        os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt_group)
-    ours, theirs = Pipe()
-    dvc = fork("schoenbat-dvc", lambda: _take_stages(arguments, theirs), ours)
-    theirs.close()
-    while True:
-        try:
-            words, environment, folder = ours.recv()
-        except EOFError:
-            ended, status = os.waitpid(dvc, 0)
-            break
-        fork(_COMMAND, lambda: _run_command(words, environment, folder), ours)  # noqa: B023 - called at once
-        ended, status = os.waitpid(-1, 0)
-        if ended == dvc:
-            break
-        ours.send(os.waitstatus_to_exitcode(status))
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        os.kill(os.getpid(), -code)
-    return code
-
-
-def _take_stages(arguments: Sequence[str], leader: Connection) -> int:
-    signal.signal(signal.SIGTERM, _interrupt_group)
+    if sys.platform == "linux":
+        Path("/proc/self/comm").write_text(_PROGRAM)
+    stages = [Work(**stage) for stage in read_json(file)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
     lease_ended = watch()
-    from dvc.exceptions import DvcException
-
-    from pipeline.dvc_project import drop_damaged_rwlock, project, run_commands
-
-    def run_command(words: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
-        leader.send((words, environment, folder))
-        return leader.recv()
-
-    run_commands(_COMMAND, run_command)
-    force = arguments[:1] == ["--force"]
-    stage, killed_before = "", _kills_for_memory()
+    name = ""
     try:
-        drop_damaged_rwlock()
-        with project() as repo:
-            for stage in arguments[force:]:
-                # DVC could restore results that it has seen before, but not what the stage tells MLflow.
-                repo.reproduce(stage, single_item=True, force=force, run_cache=False)
+        for stage in stages:
+            name = stage.name
+            status = _run(stage)
+            if status != 0:
+                if status == STOPPED or lease_ended.is_set():
+                    _tell("stopped", "stopped", name)
+                    return STOPPED
+                _tell("crash", _signal_name(status) if status < 0 or status > 128 else "", name)
+                return 1
     except KeyboardInterrupt:
-        _tell("stopped", "stopped between two stages", stage)
+        _tell("stopped", "stopped between two stages", name)
         return STOPPED
-    except DvcException as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        found = _EXIT_STATUS.search(reason)
-        status = int(found[1]) if found else 1
-        if status == STOPPED or lease_ended.is_set():
-            _tell("stopped", "stopped", stage)
-            return STOPPED
-        if status in (-signal.SIGKILL, 128 + signal.SIGKILL) and _kills_for_memory() > killed_before:
-            _tell("memory", "killed by the system, which had run out of memory", stage)
-        elif status < 0 or status > 128:
-            _tell("crash", f"ended by {_signal_name(status)}", stage)
-        else:
-            # What the command itself printed last says more than that it failed.
-            _tell("crash", "" if found else reason, stage)
+    except (OSError, MemoryError) as error:
+        kind = "memory" if isinstance(error, MemoryError) else "crash"
+        print(f"error: {error}", file=sys.stderr)
+        _tell(kind, str(error) or "out of memory", name)
+        return 1
+    except Exception as error:  # noqa: BLE001 - whatever a stage raises that is no outcome is told, and ends the job
+        traceback.print_exc()
+        _tell("failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", name)
         return 1
     return 0
 
 
-def _run_command(words: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
-    set_environment(environment)
-    os.chdir(folder)
-    sys.argv = list(words)
-    from pipeline.cli import main
+def _run(stage: Work) -> int:
+    """Run the command of a stage, and leave its receipt if it succeeds."""
+    from pipeline.grid.code import fix
 
-    main(sys.argv[1:])
+    receipt_file(stage.name).unlink(missing_ok=True)
+    hashes = Hashes()
+    deps = {path: hashes.of(path) for path in stage.deps}
+    for path, fixed in stage.deps.items():
+        if not deps[path] or (fixed is not None and deps[path] != fixed):
+            what = "has changed since the grid started; run again to use it as it is" if deps[path] else "is missing"
+            print(f"error: {stage.name}: {path} {what}", file=sys.stderr)
+            _tell("usage", f"{path} {what}", stage.name)
+            return 2
+    for out in stage.outs:
+        if out not in stage.persistent:
+            _remove(Path(out))
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    os.environ[STAGE_VARIABLE] = stage.name
+    print(f"> {stage.command}", flush=True)
+    fixed_code = {path: fixed for path, fixed in stage.deps.items() if fixed is not None}
+    words = shlex.split(stage.command)
+    if words[0] == _PROGRAM:
+        from pipeline.commands import run_command
+
+        fix(fixed_code)
+        status = run_command(words[1:])
+    else:
+        status = subprocess.run(stage.command, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
+        if status == 0 and (changed := [path for path, fixed in fixed_code.items() if hash_of(path) != fixed]):
+            _tell("usage", f"{changed[0]} has changed while it ran; run again", stage.name)
+            return 2
+    if status == 0:
+        outs = {out: hash_of(out) for out in stage.outs}
+        if absent := [out for out, digest in outs.items() if not digest]:
+            _tell("failed", f"{absent[0]} was not made", stage.name)
+            return 1
+        write_receipt(stage.name, Entry(" ".join(stage.command.split()), deps, stage.params, outs))
+    return status
 
 
-def _interrupt_group(number: int, frame: FrameType | None) -> None:
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
     os.killpg(0, signal.SIGINT)
 
 
 def _tell(kind: str, message: str, stage: str) -> None:
     """Add to what the stage's own command said, if it said anything, which of the stages it was."""
     path = Path(os.environ[OUTCOME_VARIABLE])
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"kind": kind, "message": message}
+    told = {"kind": kind, "message": message}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        told = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**told, "stage": stage}), encoding="utf-8")
-
-
-def _kills_for_memory() -> int:
-    """How many processes of this machine Linux has killed for lack of memory; 0 where it cannot be told."""
-    try:
-        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _signal_name(status: int) -> str:
     number = -status if status < 0 else status - 128
     try:
-        return signal.Signals(number).name
+        return f"ended by {signal.Signals(number).name}"
     except ValueError:
-        return f"signal {number}"
+        return f"ended by signal {number}"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(do_job(Path(sys.argv[1])))

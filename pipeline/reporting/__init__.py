@@ -14,7 +14,7 @@ from typing import ClassVar
 import matplotlib.style
 import pandas as pd
 
-from pipeline.params import Params
+from pipeline.grid.params import Params
 from pipeline.reporting._collect import Setting, collect
 from pipeline.reporting._output import STYLE, Figure, Table, write_figure, write_table
 from schoenbat.registry import Registry
@@ -70,7 +70,7 @@ def _write_overview(folder: Path) -> None:
     """List all profiles that have a report, in reports/index.md."""
     lines = ["# Reports", ""]
     for index in sorted(folder.glob("[!.]*/index.md")):
-        note = index.read_text(encoding="utf-8").splitlines()[2]
+        note = (index.read_text(encoding="utf-8", errors="replace").splitlines()[2:] or ["not readable"])[0]
         lines.append(f"- [{index.parent.name}]({index.parent.name}/index.md): {note}")
     temporary = folder / ".index.md.new"
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

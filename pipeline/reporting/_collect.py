@@ -1,6 +1,5 @@
 """Read what the stages of a profile have left, as one tidy frame and the setting in which it came about."""
 
-import csv
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.cells import Cell, expand, summary_file
 from pipeline.files import read_json
-from pipeline.params import Params
+from pipeline.grid.cells import Cell, expand, settings_fingerprint, summary_file
+from pipeline.grid.params import Params
+from pipeline.results import CellResults, read_rows
 from schoenbat.kernels import KERNELS
 from schoenbat.tasks import TASKS
 
@@ -31,9 +31,16 @@ Quantities by where they come from:
 """
 
 BENCH_VALUES = ("milliseconds", "spread", "peak_memory_mb", "relative_error", "speedup_vs_sdpa")
-ERROR_VALUES = ("kernel_error", "kernel_spread", "output_error", "output_spread")
+ERROR_VALUES = (
+    "kernel_error",
+    "kernel_spread",
+    "output_error",
+    "output_spread",
+    "unexplained",
+    "unexplained_spread",
+)
 ERROR_SETTING = ("tokens", "draws", "head_dim", "torch", "git_revision")
-BENCH_SETTING = ("batch", "heads", "head_dim", "num_features", "threads", "device", "torch", "git_revision")
+BENCH_SETTING = ("batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision")
 
 
 @dataclass
@@ -144,7 +151,8 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
         else:
             setting.unavailable[task] = TASKS.get(task).how_to_get
     for cell in cells:
-        rows += _cell_rows(cell, root / cell.run_folder(profile), fingerprints.get(cell.task), setting)
+        wanted = (settings_fingerprint(cell, params), fingerprints.get(cell.task))
+        rows += _cell_rows(cell, CellResults(profile, cell.id, root), wanted, setting)
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
     rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
@@ -166,32 +174,34 @@ def _data_rows(task: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> list[dict[str, Any]]:
+def _cell_rows(
+    cell: Cell, results: CellResults, wanted: tuple[str, str | None], setting: Setting
+) -> list[dict[str, Any]]:
     """Observations on one cell; notes in `setting` where it stands."""
     key = dataclasses.asdict(cell) | {"dotf": cell.dotf or ""}
     values = dict.fromkeys(
         ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters"), float("nan")
     )
     rows = []
-    metrics = _read(folder / "metrics.json")
-    test = _read(folder / "test.json")
-    current = (
-        metrics is not None and metrics["steps"] == setting.steps[cell.task] and metrics["data_fingerprint"] == data
-    )
+    metrics, test = results.metrics(), results.test()
+    current = metrics is not None and (metrics.fingerprint.settings, metrics.fingerprint.data) == wanted
     if metrics is not None and current:
         values |= {
-            "dev_accuracy": metrics["best_dev_accuracy"],
-            "dev_loss": metrics["best_dev_loss"],
-            "best_step": metrics["best_step"],
-            "num_parameters": metrics["num_parameters"],
+            "dev_accuracy": metrics.best_dev_accuracy,
+            "dev_loss": metrics.best_dev_loss,
+            "best_step": metrics.best_step,
+            "num_parameters": metrics.num_parameters,
         }
-        rows += _curve_rows(key, folder / "curves.csv")
-        resources = read_json(folder / "resources.json")
-        threads = resources["threads"]
-        setting.devices.add(f"{resources['device']}, {threads} thread{'s' if threads > 1 else ''}")
-        setting.revisions.add(resources["git_revision"])
-    if metrics is not None and current and test is not None and test["best_step"] == metrics["best_step"]:
-        values |= {"test_accuracy": test["accuracy"], "test_loss": test["loss"]}
+        rows += [
+            {**key, "step": int(row["step"]), "quantity": f"curve_{name}", "value": value}
+            for row in results.curve()
+            for name, value in row.items()
+            if name != "step"
+        ]
+        setting.devices.add(f"{metrics.device}, {metrics.threads} thread{'s' if metrics.threads > 1 else ''}")
+        setting.revisions.add(metrics.git_revision)
+    if metrics is not None and current and test is not None and test.fingerprint == metrics.fingerprint:
+        values |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
     elif metrics is not None and not current:
         setting.outdated.append(cell.id)
     else:
@@ -199,24 +209,12 @@ def _cell_rows(cell: Cell, folder: Path, data: str | None, setting: Setting) -> 
     return [*rows, *({**key, "quantity": name, "value": value} for name, value in values.items())]
 
 
-def _curve_rows(key: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {**key, "step": int(row["step"]), "quantity": f"curve_{name}", "value": float(value)}
-            for row in csv.DictReader(file)
-            for name, value in row.items()
-            if name != "step"
-        ]
-
-
 def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        timings = list(csv.DictReader(file))
+    timings = read_rows(path, ("length", *BENCH_VALUES))
     for name in BENCH_SETTING:
         setting.bench[name] = list(dict.fromkeys(timing[name] for timing in timings if timing[name]))
-    setting.bench["repeats"] = [str(params.bench.repeats)]
     return [
         {
             "attn": timing["attn"],
@@ -226,7 +224,7 @@ def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, 
             "num_features": int(timing["num_features"] or 0),
             "threads": int(timing["threads"]),
             "quantity": f"bench_{name}",
-            "value": float(timing[name]) if timing[name] else float("nan"),
+            "value": timing[name],
         }
         for timing in timings
         for name in BENCH_VALUES
@@ -236,11 +234,10 @@ def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, 
 def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str, Any]]:
     trained = [folder / "errors" / f"{cell}.csv" for cell in params.errors.trained]
     setting.errors_missing = [path.stem for path in trained if not path.is_file()]
-    found: list[dict[str, str]] = []
+    found: list[dict[str, Any]] = []
     for path in (folder / "errors.csv", *trained):
         if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                found += csv.DictReader(file)
+            found += read_rows(path, ERROR_VALUES)
     for name in ERROR_SETTING:
         setting.errors[name] = list(dict.fromkeys(row[name] for row in found))
     return [
@@ -250,12 +247,8 @@ def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str
             "num_features": int(row["num_features"]),
             "direction": f"{row['points']}; {row['argument']}",
             "quantity": f"error_{name}",
-            "value": float(row[name]),
+            "value": row[name],
         }
         for row in found
         for name in ERROR_VALUES
     ]
-
-
-def _read(path: Path) -> Any | None:
-    return read_json(path) if path.is_file() else None

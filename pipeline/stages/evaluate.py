@@ -1,13 +1,16 @@
 """Stage `evaluate`: the test accuracy of one trained cell."""
 
+import os
 from typing import Any
 
 from pipeline import tracking
-from pipeline.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.devices import get_device, prepare_host
-from pipeline.files import write_json
-from pipeline.params import Params, task_section
-from pipeline.progress import Meter, ProgressFile
+from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
+from pipeline.grid.code import check_code
+from pipeline.grid.params import Params, task_section
+from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
+from pipeline.monitor.progress import Meter, ProgressFile
+from pipeline.results import CellResults, Fingerprint, TestScore
 from pipeline.stages.train import description, flat, model_of
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
@@ -20,7 +23,8 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     Raises:
         UserError: the cell has not been trained, or best.pt belongs to other settings or other data than today's.
     """
-    best = cell.run_folder(params.profile) / "best.pt"
+    results = CellResults(params.profile, cell.id)
+    best = results.best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
     device = get_device(device_name)
@@ -28,6 +32,12 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     meta = data_meta(cell, params)
     state, described = load_model(best)
     _check_description(cell, described, description(cell, params, meta))
+    check_code()
+    identity = fingerprint(cell, params)
+    _check_code_of(cell, results, identity)
+    if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
+        # DVC has put the training on record by now.
+        (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
     model = model_of(cell, params, meta)
     model.load_state_dict(state)
     dataset = Dataset(data_folder(params.profile, cell.task))
@@ -49,18 +59,21 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
             device=device,
             on_batch=on_batch,
         )
-    with tracking.attach(cell, fingerprint(cell, params), params.profile) as tracked:
-        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss})
-    result = {
-        "cell": cell.id,
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "examples": score.examples,
-        "best_step": described["best_step"],
-    }
-    write_json(best.with_name("test.json"), result)
+    with tracking.attach(cell, str(identity), params.profile) as tracked:
+        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss}, described["best_step"])
+    results.write_test(TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity))
     shown.unlink(missing_ok=True)
     print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
+
+
+def _check_code_of(cell: Cell, results: CellResults, identity: Fingerprint) -> None:
+    """Weights are tested with the code that has trained them."""
+    metrics = results.metrics()
+    if metrics is not None and metrics.fingerprint.code != identity.code:
+        raise UserError(
+            f"best.pt of {cell.id} was trained with other code; train again: schoenbat-exp train "
+            f"{' '.join(cell.arguments())}"
+        )
 
 
 def _check_description(cell: Cell, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

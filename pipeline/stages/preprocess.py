@@ -1,8 +1,8 @@
 """Stage `preprocess`: the arrays of one task that training reads."""
 
-from pipeline.cells import data_folder, raw_folder, summary_file
 from pipeline.files import write_json
-from pipeline.params import Params, task_section
+from pipeline.grid.cells import data_folder, raw_folder, summary_file
+from pipeline.grid.params import Params, task_section
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
 from schoenbat.tasks import TASKS

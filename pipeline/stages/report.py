@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline import reporting
-from pipeline.params import Params
+from pipeline.grid.params import Params
 
 
 def run(params: Params) -> None:

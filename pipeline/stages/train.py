@@ -1,26 +1,39 @@
 """Stage `train`: one cell, from prepared data to its best weights, its learning curve and its figures."""
 
+import contextlib
 import dataclasses
+import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from pipeline import tracking
-from pipeline.cells import Cell, data_folder, data_meta, fingerprint, settings
 from pipeline.devices import describe_device, get_device, prepare_host
-from pipeline.files import git_revision, remove_unfinished, write_csv, write_json
-from pipeline.params import Params, task_section
-from pipeline.progress import Meter, ProgressFile
+from pipeline.files import git_revision, remove_unfinished
+from pipeline.grid.cells import (
+    Cell,
+    data_folder,
+    data_meta,
+    fingerprint,
+    settings,
+    settings_fingerprint,
+)
+from pipeline.grid.code import check_code
+from pipeline.grid.params import Params, load_params, task_section
+from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
+from pipeline.monitor.progress import Meter, ProgressFile
+from pipeline.results import CellResults, Fingerprint, Metrics, Resources
 from pipeline.stopping import Stopped, stop_request
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.nn.encoder import Classifier, build_model
-from schoenbat.training import CURVE_FIELDS, Evaluation, FitResult, StepReport, fit, save_model
+from schoenbat.training import Evaluation, FitResult, StepReport, fit, save_model
 
 
 def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool) -> None:
@@ -28,8 +41,9 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
 
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
-    Writes best.pt, curves.csv, resources.json and, last, metrics.json into the cell's run folder, each complete or not
-    at all, and then drops the checkpoint. With `save` false nothing is written or logged.
+    Writes best.pt, curves.csv and, last, metrics.json into the cell's run folder, each complete or not at all. Then the
+    checkpoint goes, unless a grid or DVC is about to put the results on record: it stays until that is done. With
+    `save` false nothing is written or logged.
 
     Args:
         restart: discard a checkpoint of an interrupted run.
@@ -57,29 +71,57 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     for folder in (checkpoint.parent, cell.run_folder(params.profile)):
         remove_unfinished(folder)
     described = description(cell, params, meta)
+    check_code()
     identity = fingerprint(cell, params)
     stop = Event()
     with (
         stop_request(stop.set),
-        tracking.cell_run(cell, identity, params.profile, flat(described)) as tracked,
+        _alone(checkpoint.with_name("train.lock"), cell),
+        tracking.cell_run(cell, str(identity), params.profile, flat(described)) as tracked,
     ):
         result = _fit(cell, params, model, dataset, device, checkpoint, tracked, stop.is_set)
         tracked.log_evaluations(result.evaluations)
-        folder = cell.run_folder(params.profile)
-        best = folder / "best.pt"
-        save_model(best, model, described | {"best_step": result.best_step})
-        write_csv(
-            folder / "curves.csv",
-            CURVE_FIELDS,
-            [[getattr(evaluation, name) for name in CURVE_FIELDS] for evaluation in result.evaluations],
+        results = CellResults(params.profile, cell.id)
+        save_model(results.best, model, described | {"best_step": result.best_step})
+        resources = _resources(result, device, tracked.run_id or "")
+        metrics = _metrics(cell, params, meta, model, result, identity, device)
+        results.write_training(result.evaluations, resources, metrics)
+        tracked.log_best(
+            step=result.best_step,
+            dev_accuracy=result.best_dev_accuracy,
+            dev_loss=result.best_dev_loss,
+            num_parameters=_num_parameters(model),
         )
-        resources = _resources(result, device, tracked.run_id)
-        write_json(folder / "resources.json", resources)
-        write_json(folder / "metrics.json", _metrics(cell, params, meta, model, result))
-        tracked.log_model(model, best)
-        tracked.log_resources(resources)
-    checkpoint.unlink(missing_ok=True)
+        tracked.log_model(
+            model, results.best, name=cell.id, num_texts=meta["num_texts"], num_classes=meta["num_classes"]
+        )
+        tracked.log_resources(dataclasses.asdict(resources))
+    if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
+        checkpoint.unlink(missing_ok=True)
+    elif LEASE_VARIABLE not in os.environ:
+        _check_unchanged(cell, params, identity)
     _print_result(cell, result)
+
+
+@contextlib.contextmanager
+def _alone(path: Path, cell: Cell) -> Iterator[None]:
+    """Wait until no other process trains the cell, and keep others waiting inside the block."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{cell.id}: another process trains it; waiting for its end", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_unchanged(cell: Cell, params: Params, identity: Fingerprint) -> None:
+    """DVC would put on record what is there now as what the results were made from."""
+    if fingerprint(cell, params) != identity or settings_fingerprint(cell, load_params()) != identity.settings:
+        raise UserError(f"code, settings or data of {cell.id} have changed while it was trained; run again")
 
 
 def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
@@ -156,7 +198,7 @@ def _fit(
                 seed=cell.seed,
                 device=device,
                 checkpoint=checkpoint,
-                fingerprint=fingerprint(cell, params),
+                fingerprint=str(fingerprint(cell, params)),
                 on_step=on_step,
                 on_evaluation=on_evaluation,
                 stop=stop,
@@ -196,40 +238,47 @@ def _gpu_use(device: torch.device) -> dict[str, int]:
         return {}
 
 
-def _metrics(cell: Cell, params: Params, meta: dict[str, Any], model: Classifier, result: FitResult) -> dict[str, Any]:
-    """The figures of a training that do not depend on how fast it ran."""
-    return {
-        "cell": cell.id,
-        "profile": params.profile,
+def _metrics(
+    cell: Cell,
+    params: Params,
+    meta: dict[str, Any],
+    model: Classifier,
+    result: FitResult,
+    identity: Fingerprint,
+    device: torch.device,
+) -> Metrics:
+    return Metrics(
+        cell=cell.id,
+        profile=params.profile,
         **dataclasses.asdict(cell),
-        "steps": result.steps_run,
-        "best_step": result.best_step,
-        "best_dev_accuracy": result.best_dev_accuracy,
-        "best_dev_loss": result.best_dev_loss,
-        "final_train_loss": result.final_train_loss,
-        "num_parameters": _num_parameters(model),
-        "train_examples": meta["splits"]["train"],
-        "dev_examples": meta["splits"]["dev"],
-        "data": meta["label"],
-        "data_fingerprint": meta["fingerprint"],
-        "attention": params.attention[cell.attn],
-    }
+        steps=result.steps_run,
+        best_step=result.best_step,
+        best_dev_accuracy=result.best_dev_accuracy,
+        best_dev_loss=result.best_dev_loss,
+        final_train_loss=result.final_train_loss,
+        num_parameters=_num_parameters(model),
+        train_examples=meta["splits"]["train"],
+        dev_examples=meta["splits"]["dev"],
+        data=meta["label"],
+        attention=params.attention[cell.attn],
+        device=describe_device(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        git_revision=git_revision(),
+        fingerprint=identity,
+    )
 
 
-def _resources(result: FitResult, device: torch.device, run_id: str) -> dict[str, Any]:
-    """What the training took, and where it ran."""
-    return {
-        "device": describe_device(device),
-        "threads": torch.get_num_threads(),
-        "seconds": result.seconds,
-        "steps_per_second": result.steps_run / result.seconds,
-        "tokens_per_second": result.tokens / result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "git_revision": git_revision(),
-        "torch": torch.__version__,
-        "resumed": result.resumed,
-        "run_id": run_id,
-    }
+def _resources(result: FitResult, device: torch.device, run_id: str) -> Resources:
+    return Resources(
+        device=describe_device(device),
+        seconds=result.seconds,
+        steps_per_second=result.steps_run / result.seconds,
+        tokens_per_second=result.tokens / result.seconds,
+        peak_memory_mb=result.peak_memory_mb,
+        resumed=result.resumed,
+        run_id=run_id,
+    )
 
 
 def _num_parameters(model: Classifier) -> int:

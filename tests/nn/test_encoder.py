@@ -115,6 +115,10 @@ def test_texts_of_a_pair_go_through_the_same_encoder() -> None:
         ({"model": replace(SMALL, pooling="cls"), "per_position": True}, "pooling 'cls' needs a task that classifies"),
         ({"model": replace(SMALL, pooling="cls"), "causal": True}, "pooling 'cls' needs a task that classifies"),
         (
+            {"attn": "linformer", "dotf": None, "attention": {"max_length": 10}},
+            "attn 'linformer' was made for 10 tokens at most",
+        ),
+        (
             {"former": "transformer", "former_config": FormerConfig(temperature=True)},
             "former 'transformer' has no SBN, so it takes no option 'temperature'",
         ),

@@ -15,7 +15,7 @@ from mlflow_server import Server
 from slurm_node import Node
 from small_grid import processes_of
 
-STAGES, WORKERS = "schoenbat-exp", "schoenbat-work"
+STAGES, SERVER = "schoenbat-exp", "multiprocessing.forkserver"
 POOLS, INTERCHANGE = "parsl.executors.high_throughput.process_worker_pool", "HTEX interchange"
 SLURM_SECONDS = 60
 """Slurm looks every half minute whether the time of a job is over, and then lets it end in peace."""
@@ -47,6 +47,9 @@ class Scene:
         found = []
         for process in processes_of(self.folder):
             with contextlib.suppress(psutil.Error):
+                # Workers have the command of the fork server that they come from, but a name of their own.
+                if part == SERVER and process.name() == STAGES:
+                    continue
                 if part in process.name() or part in " ".join(process.cmdline()):
                     found.append(process)
         return found
@@ -118,9 +121,20 @@ def hold_database(scene: Scene) -> bool:
 
 def damage_rwlock(scene: Scene) -> bool:
     """What DVC leaves when it is killed while it writes this file, struck together with the kill."""
-    if not kill_grid_and(WORKERS)(scene):
+    if not kill_grid_and(STAGES)(scene):
         return False
     (scene.folder / ".dvc/tmp/rwlock").write_text("")
+    return True
+
+
+def tear_lock(scene: Scene) -> bool:
+    """What DVC leaves when it is killed while it writes its lock file, struck together with the kill."""
+    lock = scene.folder / "dvc.lock"
+    if not lock.exists() or not kill_grid_and(STAGES)(scene):
+        return False
+    whole = lock.read_bytes()
+    (scene.folder / ".dvc/tmp/dvc.lock.before").write_bytes(whole)
+    lock.write_bytes(whole[: scene.moments.randrange(len(whole))])
     return True
 
 
@@ -134,10 +148,12 @@ def restart_server(scene: Scene) -> bool:
 
 FAULTS: dict[str, Strike] = {
     "kill -9 of the stages": signal_children(STAGES, signal.SIGKILL),
-    "kill -9 of the workers": signal_children(WORKERS, signal.SIGKILL),
+    "kill -9 of the process that makes workers": signal_children(SERVER, signal.SIGKILL),
+    "the process that makes workers hangs": signal_children(SERVER, signal.SIGSTOP),
     "kill -9 of the parent": signal_grid(signal.SIGKILL),
-    "kill -9 of parent and workers": kill_grid_and(WORKERS),
+    "kill -9 of parent and stages": kill_grid_and(STAGES),
     "kill -9 while DVC writes its locks": damage_rwlock,
+    "kill -9 while DVC writes its record": tear_lock,
     "Ctrl-C": signal_grid(signal.SIGINT),
     "Ctrl-C twice": signal_grid(signal.SIGINT, signal.SIGINT),
     "SIGTERM": signal_grid(signal.SIGTERM),
@@ -229,8 +245,8 @@ SLURM_FAULTS: dict[str, Strike] = {
     "slurmd killed and restarted": restart_daemon("slurmd"),
     "slurmctld killed and restarted": restart_daemon("slurmctld"),
     "kill -9 of the parent, on Slurm": signal_grid(signal.SIGKILL),
-    "kill -9 of parent and workers, on Slurm": kill_grid_and(WORKERS),
-    "kill -9 of the workers, on Slurm": signal_children(WORKERS, signal.SIGKILL),
+    "kill -9 of parent and stages, on Slurm": kill_grid_and(STAGES),
+    "kill -9 of the stages, on Slurm": signal_children(STAGES, signal.SIGKILL),
     "kill -9 of Parsl's worker pools": signal_children(POOLS, signal.SIGKILL),
     "kill -9 of Parsl's interchange": signal_children(INTERCHANGE, signal.SIGKILL),
 }

@@ -1,11 +1,18 @@
 """A small project folder for tests: a params file that can be bent, and the real dvc.yaml."""
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pipeline.grid.axes import Cell
+from pipeline.grid.graph import read_graph
+from pipeline.launch import Job, Work
+from pipeline.results import CellResults, Fingerprint, Metrics, Resources, TestScore
+from schoenbat.training import Evaluation
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +87,33 @@ class Project:
     def add_dvc(self) -> None:
         self.add_code()
         init_dvc(self.folder)
+
+
+def write_results(
+    results: CellResults, cell: Cell, made_from: Fingerprint, accuracy: float, test_code: str = "code"
+) -> None:
+    """What a cell leaves that was trained for 100 steps and tested."""
+    evaluations = [
+        Evaluation(step, 0, 1e-3, 0.7, 0.5, 0.69, 0.5 + (accuracy - 0.49) * step / 100) for step in (25, 50, 75, 100)
+    ]
+    resources = Resources("cpu (made up)", 10.0, 10.0, 100.0, 300.0, 0, "none")
+    axes = {"cell": cell.id, "profile": results.profile, **dataclasses.asdict(cell)}
+    figures = {"steps": 100, "best_step": 100, "best_dev_accuracy": accuracy + 0.01, "best_dev_loss": 0.6}
+    where = {"device": "cpu (made up)", "threads": 2, "torch": "2.13.0", "git_revision": "abc123"}
+    counts = {"num_parameters": 12345, "train_examples": 2000, "dev_examples": 200}
+    metrics = Metrics(
+        **axes, **figures, **counts, **where, final_train_loss=0.6, data="made up", attention={}, fingerprint=made_from
+    )
+    results.write_training(evaluations, resources, metrics)
+    tested = dataclasses.replace(made_from, code=test_code)
+    results.write_test(TestScore(cell.id, accuracy, 0.6, 200, 100, tested))
+
+
+def job(name: str, stages: tuple[str, ...], **options: Any) -> Job:
+    """A job of stages of the dvc.yaml in the current folder."""
+    graph = read_graph({})
+    work = (Work(stage.name, stage.command, outs=stage.outs) for stage in map(graph.stages.__getitem__, stages))
+    return Job(name, tuple(work), **options)
 
 
 def init_dvc(folder: Path) -> None:

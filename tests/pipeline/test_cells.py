@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.cells import Cell, check_models, expand, fingerprint, make_cell, select, stage_graph
-from pipeline.params import load_params
+from pipeline.grid.cells import Cell, check_models, expand, fingerprint, make_cell, select
+from pipeline.grid.params import load_params
 from schoenbat.errors import UserError
 
 
@@ -41,8 +41,6 @@ def test_a_cell_has_one_name_everywhere(project: Project) -> None:
     kernel = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
     assert plain.id == "lra-text-softmax-transformer-42"
     assert kernel.id == "lra-text-rmfa-exp-maclauformer-42"
-    assert plain.stage("train", "quick") == "train@quick-lra-text-softmax-transformer-42"
-    assert kernel.stage("evaluate", "quick") == "evaluate_kernel@quick-lra-text-rmfa-exp-maclauformer-42"
     assert kernel.run_folder("quick") == Path("runs/quick/lra-text-rmfa-exp-maclauformer-42")
 
 
@@ -77,23 +75,13 @@ def test_a_combination_that_fits_no_cell_is_refused(project: Project) -> None:
         select(expand(load_params()), attn=["softmax"], dotf=["exp"])
 
 
-def test_stages_come_after_what_they_need(project: Project) -> None:
-    params = load_params()
-    graph = stage_graph(params, expand(params))
-    assert len(graph) == 2 + 2 + 16 + 16
-    seen: set[str] = set()
-    for stage, needs in graph.items():
-        assert seen.issuperset(needs)
-        seen.add(stage)
-
-
 def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> None:
     params = load_params()
     assert make_cell(params, "lra-text", "mean", None, "transformer", None).seed == 0
     for arguments, message in (
         (("lra-text", "rmfa", None, "maclauformer", 0), "needs a kernel; choose dotf from: exp"),
         (("lra-text", "mean", "exp", "transformer", 0), "takes no kernel; leave out dotf 'exp'"),
-        (("lra-text", "mean", None, "transformer", -1), "--seed must not be negative"),
+        (("lra-text", "mean", None, "transformer", -1), "--seed must lie between 0 and 9223372036854775807, not -1"),
         (("lra-retrieval", "mean", None, "transformer", 0), "missing section task.lra-retrieval"),
         (("lra-text", "taylor1", "exp", "maclauformer", 0), "missing section attention.taylor1"),
     ):

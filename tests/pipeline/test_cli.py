@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline import cli
+from pipeline import commands
 from schoenbat.errors import OutOfMemory, TrainingFailed
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -24,7 +24,7 @@ KERNEL = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-image, lra-listops"),
+        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-text, "),
         (("train", *PLAIN, "--attn", "sofmax"), "unknown attn 'sofmax'; choose one of: "),
         (("train", *PLAIN, "--former", "macformer"), "unknown former 'macformer'; choose one of: maclauformer"),
         (("train", *KERNEL, "--dotf", "expo"), "unknown dotf 'expo'; choose one of: exp, inverse"),
@@ -89,10 +89,10 @@ def test_outside_a_project_the_missing_file_is_named(
 def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
 ) -> None:
-    def fail() -> None:
+    def fail(profile: str | None = None) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load_params", fail)
+    monkeypatch.setattr(commands, "load", fail)
     outcome = project.folder / "outcome.json"
     monkeypatch.setenv("SCHOENBAT_OUTCOME_FILE", str(outcome))
     assert invoke("report") == (1, "", line)
@@ -124,11 +124,17 @@ def test_help_and_names_are_quick_and_need_neither_torch_nor_mlflow(project: Pro
 def test_list_names_everything_that_can_be_used(project: Project, invoke: Invoke) -> None:
     Path("profiles").mkdir()
     Path("profiles/tiny.yaml").write_bytes(Path("params.yaml").read_bytes())
-    assert invoke("list", "dotf")[1].split() == ["exp", "inverse", "log", "sqrt", "trigh"]
-    assert invoke("list", "profiles")[1] == "tiny\n"
-    out = invoke("list")[1]
-    assert "former: maclauformer transformer\n" in out
-    assert "lra-retrieval" in out
+    lines = invoke("list", "dotf")[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["exp", "inverse", "log", "sqrt", "trigh"]
+    assert lines[0] == "  exp      exp(x): normalised, it is softmax attention."
+    assert invoke("list", "profiles")[1] == "  tiny  For tests.\n"
+    code, out, _ = invoke("list", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert list(listed) == ["tasks", "attn", "dotf", "former", "profiles"]
+    assert [name["name"] for name in listed["former"]] == ["maclauformer", "transformer"]
+    assert all(name["about"] for names in listed.values() for name in names)
+    assert invoke("list")[1].startswith("tasks:\n  lra-listops ")
 
 
 def test_use_puts_a_valid_profile_into_params_and_never_loses_edits(project: Project, invoke: Invoke) -> None:
@@ -161,7 +167,7 @@ def test_one_cell_from_data_to_test_accuracy(prepared: Project, invoke: Invoke) 
     code, out, err = invoke("train", *KERNEL, "--seed", "1")
     assert code == 0, err
     folder = Path("runs/tiny/lra-listops-rmfa-exp-maclauformer-1")
-    assert {path.name for path in folder.iterdir()} == {"best.pt", "curves.csv", "metrics.json", "resources.json"}
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "curves.csv", "metrics.json"}
     assert not Path("checkpoints/tiny/lra-listops-rmfa-exp-maclauformer-1/last.pt").exists()
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["cell"] == "lra-listops-rmfa-exp-maclauformer-1"
@@ -170,8 +176,8 @@ def test_one_cell_from_data_to_test_accuracy(prepared: Project, invoke: Invoke) 
     curves = (folder / "curves.csv").read_text().splitlines()
     assert curves[0] == "step,epoch,learning_rate,train_loss,train_accuracy,dev_loss,dev_accuracy"
     assert [line.split(",")[0] for line in curves[1:]] == ["3", "6"]
-    resources = json.loads((folder / "resources.json").read_text())
-    assert resources["threads"] == 1
+    assert metrics["threads"] == 1
+    resources = json.loads(Path("checkpoints/tiny", folder.name, "resources.json").read_text())
     assert resources["resumed"] == 0
 
     code, out, err = invoke("eval", *KERNEL, "--seed", "1")

@@ -5,10 +5,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from project_folder import Project
+from project_folder import ROOT, Project
 
-from pipeline.components import link_components
-from pipeline.grid import Cell, sources
+from pipeline.grid.axes import Cell
+from pipeline.grid.components import link_components
+from pipeline.grid.graph import cell_sources
 from schoenbat import registry
 from schoenbat.errors import UserError
 
@@ -39,7 +40,8 @@ def links() -> dict[str, str]:
 def test_a_component_has_its_file_where_the_sources_of_a_cell_are_looked_for(offer: Offer) -> None:
     offer({"k": "plugin_a"})
     link_components()
-    (file,) = [path for path in sources(Cell("lra-text", "rmfa", "k", "maclauformer", 0)) if path.stem == "k"]
+    cell = Cell("lra-text", "rmfa", "k", "maclauformer", 0)
+    (file,) = [Path(path) for path in cell_sources(cell, "train", "tiny", ROOT / "dvc.yaml") if path.endswith("/k.py")]
     assert file.read_text() == "# plugin_a\n"
     assert (FOLDER / ".gitignore").read_text().splitlines()[1:] == ["/.gitignore", "/k.py"]
     assert not Path("schoenbat/attention/.gitignore").exists()

@@ -88,7 +88,7 @@ def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Proje
             time.sleep(0.05)
         # The state of a grid is written once a second.
         while (state := state_of(cell, invoke)) != "running":
-            assert state in ("to run", "queued", "interrupted")
+            assert state in ("to run", "queued", "waiting", "interrupted")
             assert grid.poll() is None, grid.communicate()
         grid.send_signal(number)
         out, _ = grid.communicate()
@@ -103,7 +103,7 @@ def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Proje
     grid = start_grid(small.folder, "--cell", cell)
     out, _ = grid.communicate()
     assert grid.returncode == 0, out
-    resources = json.loads((small.folder / "runs/tiny" / cell / "resources.json").read_bytes())
+    resources = json.loads((small.folder / "checkpoints/tiny" / cell / "resources.json").read_bytes())
     assert resources["resumed"] == len(stops)
     assert tracked_runs(small.folder) == {cell: [4000, 8000, 12000]}
     found = numbers(small.folder, (cell,))

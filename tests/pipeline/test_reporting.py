@@ -3,17 +3,21 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from project_folder import write_results
 
 from pipeline import reporting
-from pipeline.cells import Cell, expand
-from pipeline.params import Params, load_params
+from pipeline.grid.cells import Cell, expand, settings_fingerprint
+from pipeline.grid.params import Params, load_params
 from pipeline.reporting._output import escape_latex
+from pipeline.reporting.cost import leads_from
 from pipeline.reporting.published import TASKS, published_accuracies, published_sources
-from schoenbat.training import CURVE_FIELDS
+from pipeline.results import CellResults, Fingerprint
+from schoenbat.errors import UserError
 
 PARAMS = """
 profile: cpu
@@ -35,6 +39,7 @@ task:
 attention: {softmax: {}, mean: {}, kernelized: {}, rmfa: {num_features: 128, max_degree: 20}}
 former: {transformer: {}, maclauformer: {power: false}}
 bench: {lengths: [512, 1024], repeats: 5}
+errors: {num_features: [16], tokens: 8, draws: 2, trained: []}
 """
 
 
@@ -66,25 +71,10 @@ def made_up_accuracy(cell: Cell) -> float:
     return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) / 2**16 / 10
 
 
-def write_cell(root: Path, cell: Cell, *, steps: int = 100, test_step: int = 100) -> None:
-    folder = root / cell.run_folder("cpu")
-    folder.mkdir(parents=True)
+def write_cell(root: Path, cell: Cell, params: Params, *, test_code: str = "code") -> None:
     accuracy = made_up_accuracy(cell)
-    metrics = {
-        "steps": steps,
-        "best_step": 100,
-        "best_dev_accuracy": accuracy + 0.01,
-        "best_dev_loss": 0.6,
-        "num_parameters": 12345,
-        "data_fingerprint": f"data of {cell.task}",
-    }
-    resources = {"device": "cpu (made up)", "threads": 2, "git_revision": "abc123"}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "resources.json").write_text(json.dumps(resources))
-    test = {"accuracy": accuracy, "loss": 0.6, "best_step": test_step}
-    (folder / "test.json").write_text(json.dumps(test))
-    rows = [[step, 0, 1e-3, 0.7, 0.5, 0.69, 0.5 + (accuracy - 0.49) * step / 100] for step in (25, 50, 75, 100)]
-    pd.DataFrame(rows, columns=list(CURVE_FIELDS)).to_csv(folder / "curves.csv", index=False)
+    made_from = Fingerprint("code", settings_fingerprint(cell, params), f"data of {cell.task}")
+    write_results(CellResults("cpu", cell.id, root), cell, made_from, accuracy, test_code=test_code)
 
 
 def write_bench(root: Path) -> None:
@@ -94,7 +84,7 @@ def write_bench(root: Path) -> None:
             "dotf": dotf,
             "length": length,
             "direction": direction,
-            "milliseconds": (length / 512) ** power * factor * (1 if direction == "forward" else 2.5),
+            "milliseconds": (length / 512) ** power * factor * (2.5 if "backward" in direction else 1),
             "spread": 0.1,
             "peak_memory_mb": 4 * (length / 512) ** power * factor,
             "relative_error": error,
@@ -104,6 +94,7 @@ def write_bench(root: Path) -> None:
             "heads": 2,
             "head_dim": 32,
             "num_features": num_features or "",
+            "repeats": 5,
             "device": "cpu (made up)",
             "torch": "2.13.0",
             "git_revision": "abc123",
@@ -116,7 +107,7 @@ def write_bench(root: Path) -> None:
             ("rmfa", "exp", 128, 1, 1.5, 2e-2),
             ("rmfa", "exp", 256, 1, 3.0, 1e-2),
         )
-        for direction in ("forward", "forward+backward")
+        for direction in ("forward", "forward+backward", "causal forward", "causal forward+backward")
         for length in (512, 1024)
     ]
     (root / "runs/cpu").mkdir(parents=True, exist_ok=True)
@@ -127,7 +118,7 @@ def write_everything(root: Path, params: Params) -> None:
     for task in params.grid.tasks:
         write_data(root, task)
     for cell in expand(params):
-        write_cell(root, cell)
+        write_cell(root, cell, params)
     write_bench(root)
 
 
@@ -151,7 +142,17 @@ def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: 
 
 
 ENDS = ("md", "csv", "tex")
-TABLES = ("accuracy", "allocation", "allocation-error", "cells", "cost", "data", "published", "published-by-source")
+TABLES = (
+    "accuracy",
+    "allocation",
+    "allocation-error",
+    "cells",
+    "cost",
+    "cost-lead",
+    "data",
+    "published",
+    "published-by-source",
+)
 FIGURES = (
     "allocation-32",
     "allocation-error-32",
@@ -159,10 +160,44 @@ FIGURES = (
     "curves-lra-text",
     "bench-time",
     "bench-memory",
+    "bench-causal-time",
+    "bench-causal-memory",
     "bench-features",
     "tradeoff-lra-listops",
     "tradeoff-lra-text",
 )
+
+
+def test_the_length_from_which_a_mechanism_is_faster_is_told_with_its_spread(tmp_path: Path, params: Params) -> None:
+    """The times made up here are powers of the length: rmfa's, 1.5 (N / 512), meets torch's, (N / 512)^2, at 768."""
+    write_bench(tmp_path)
+    reporting.build("cpu", params, tmp_path)
+    table = pd.read_csv(tmp_path / "reports/cpu/tables/cost-lead.csv").set_index(["attn", "num_features", "direction"])
+    for direction in ("forward", "causal forward+backward"):
+        rmfa = table.loc[("rmfa", 128, direction)]
+        assert rmfa.from_length == pytest.approx(768)
+        assert 512 < rmfa.from_low < 768 < rmfa.from_high < 1024
+        assert table.loc[("rmfa", 256, direction)].from_length == math.inf
+        assert table.loc[("mean", 0, direction)].from_length == 0
+        assert table.loc[("kernelized", 0, direction)].from_length == math.inf
+    shown = (tmp_path / "reports/cpu/tables/cost-lead.md").read_text()
+    assert "| 768 (7" in shown
+    assert "| below 512 " in shown
+    assert "| never up to 1,024 " in shown
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([0.5, 0.5, 0.5], 0),
+        ([2, 2, 1], math.inf),
+        ([2, 0.5, 0.5], 200),
+        ([0.5, 4, 0.5], 400 * 2 ** (2 * 2 / 3)),
+        ([1, 0.5, 0.5], 100),
+    ],
+)
+def test_a_mechanism_leads_from_where_it_is_no_longer_overtaken(ratios: list[float], expected: float) -> None:
+    assert leads_from([100, 400, 1600], ratios) == pytest.approx(expected)
 
 
 def test_features_by_degree_are_those_of_the_mechanism(tmp_path: Path, params: Params) -> None:
@@ -171,16 +206,19 @@ def test_features_by_degree_are_those_of_the_mechanism(tmp_path: Path, params: P
     reporting.build("cpu", params, tmp_path)
     table = pd.read_csv(tmp_path / "reports/cpu/tables/allocation.csv")
     assert set(table.budget) == {16, 32, 64, 100, 128, 256, 512, 1024}
-    assert set(table.kernel) == {"exp", "inverse", "log", "sqrt", "trigh"}
-    assert (
-        table.groupby(["kernel", "budget"]).num_features.sum() == table.groupby(["kernel", "budget"]).budget.first()
-    ).all()
+    assert set(table.kernel) == {"exp", "inverse", "log", "power2", "sqrt", "trigh", "yat"}
+    used = table.groupby(["kernel", "budget"]).num_features.sum().to_dict()
+    # x^2 has 32 * 33 / 2 monomials. Below, it takes a constant and the 32 * 31 / 2 products of different coordinates.
+    exhausted = {("power2", 512): 497, ("power2", 1024): 528}
+    assert used == {(kernel, budget): exhausted.get((kernel, budget), budget) for kernel, budget in used}
     own = table[(table.kernel == "exp") & (table.budget == 100)]
     assert own[["degree", "num_features", "of"]].to_numpy().tolist() == [[0, 1, 1], [1, 32, 32], [2, 67, 496]]
     shown = (tmp_path / "reports/cpu/tables/allocation.md").read_text()
     assert "Features of each degree at 100 features" in shown
     errors = pd.read_csv(tmp_path / "reports/cpu/tables/allocation-error.csv")
-    assert (errors.groupby("kernel").expected_error.diff().dropna() < 0).all(), "more features, less error"
+    assert errors[errors.kernel == "power2"].root_mean_square.iloc[0] == pytest.approx((3 / (32 * 34)) ** 0.5 / 32)
+    change = errors.groupby("kernel").expected_error.diff()
+    assert ((change < 0) | change.isna()).all(), "more features, less error"
 
     narrow = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"max_degree": 1}})
     reporting.build("cpu", narrow, tmp_path)
@@ -236,7 +274,7 @@ def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path,
     write_data(tmp_path, "lra-listops")
     cells = [cell for cell in expand(params) if cell.task == "lra-listops"]
     for cell in cells[1:]:
-        write_cell(tmp_path, cell)
+        write_cell(tmp_path, cell, params)
     reporting.build("cpu", params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "11 of 24 cells are finished" in index
@@ -254,12 +292,33 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
         for file in (tmp_path / cell.run_folder("cpu")).iterdir():
             file.unlink()
         (tmp_path / cell.run_folder("cpu")).rmdir()
-    write_cell(tmp_path, first, steps=50)
-    write_cell(tmp_path, second, test_step=75)
+    section = params.task[first.task]
+    wider = dataclasses.replace(section, model=dataclasses.replace(section.model, width=32))
+    write_cell(tmp_path, first, dataclasses.replace(params, task={**params.task, first.task: wider}))
+    write_cell(tmp_path, second, params, test_code="other code")
     reporting.build("cpu", params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert f"Left out because they are out of date: `{first.id}`." in index
     assert f"Not finished: `{second.id}`." in index
+
+
+DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "step,loss\n1,x\n"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in ("metrics.json", "test.json", "curves.csv", "bench.csv")
+        for damage in DAMAGES[name.partition(".")[2]]
+    ],
+)
+def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Params, name: str, damage: str) -> None:
+    write_everything(tmp_path, params)
+    folder = tmp_path / "runs/cpu" / ("" if name == "bench.csv" else expand(params)[0].id)
+    (folder / name).write_text(damage)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        reporting.build("cpu", params, tmp_path)
 
 
 def test_cells_outside_the_grid_are_left_out(tmp_path: Path, params: Params) -> None:

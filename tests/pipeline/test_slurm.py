@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project_folder import Project, init_dvc
+from project_folder import Project, init_dvc, job
 from small_grid import numbers, processes_of, start_grid
 
-from pipeline.cells import expand
+from pipeline.grid.cells import expand
+from pipeline.grid.params import RunParams, SlurmParams, load_params
 from pipeline.launch import Event, GridState, Job, Lease, Options, run_jobs
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from pipeline.launch.slurm_block import pinned
-from pipeline.params import RunParams, SlurmParams, load_params
 from schoenbat.errors import UserError
 from schoenbat.registry import build_config
 
@@ -111,8 +111,8 @@ def run(run_params: RunParams, *jobs: Job, on_event: Callable[[Event], object] =
 
 @needs_parsl
 def test_each_job_ends_for_itself(stages: Path) -> None:
-    slow = Job("slow", ("slow",), timeout_seconds=10)
-    events = run(RUN, Job("good", ("good",)), Job("broken", ("broken",)), slow)
+    slow = job("slow", ("slow",), timeout_seconds=10)
+    events = run(RUN, job("good", ("good",)), job("broken", ("broken",)), slow)
     ended = {event.job: event for event in events}
     assert {name: event.state for name, event in ended.items()} == {
         "good": "done",
@@ -126,7 +126,7 @@ def test_each_job_ends_for_itself(stages: Path) -> None:
 @needs_parsl
 def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(stages: Path) -> None:
     short = dataclasses.replace(RUN, slurm=SlurmParams(walltime_minutes=2))
-    events = run(short, Job("saving", ("saving",), saves=True))
+    events = run(short, job("saving", ("saving",), saves=True))
     assert [event.state for event in events] == ["queued", "started", "retried", "started", "done"]
     assert "walltime" in events[2].text
     assert Path("saved.txt").read_text() == "half"
@@ -135,7 +135,7 @@ def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(sta
 @needs_parsl
 def test_blocks_that_cannot_start_workers_are_a_failure_with_a_reason(stages: Path) -> None:
     wrong = dataclasses.replace(RUN, slurm=SlurmParams(worker_init="echo no such module >&2; exit 1"))
-    (*_, last) = run(wrong, Job("good", ("good",)))
+    (*_, last) = run(wrong, job("good", ("good",)))
     assert last.state == "failed"
     assert "no such module" in last.text
 
@@ -150,7 +150,7 @@ def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -
 
     killer = threading.Thread(target=kill_pool)
     killer.start()
-    (*_, last) = run(RUN, Job("slow", ("slow",)))
+    (*_, last) = run(RUN, job("slow", ("slow",)))
     killer.join()
     assert last.state == "failed"
     assert last.text.startswith("Slurm job")
@@ -161,8 +161,8 @@ def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -
 def test_an_attempt_that_cannot_even_be_handed_over_is_a_failure_with_a_reason(stages: Path) -> None:
     Path("logs").mkdir()
     # A file where a folder is needed.
-    Path("logs/slurm").write_text("")
-    (*_, last) = run(RUN, Job("good", ("good",)))
+    Path("logs/.slurm").write_text("")
+    (*_, last) = run(RUN, job("good", ("good",)))
     assert last.state == "failed"
     assert last.text.startswith("could not be started")
 
@@ -269,7 +269,9 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     assert grid.process.wait() == 0, grid.said()
     assert f"all {len(CELLS)} cells of profile tiny are done" in grid.said()
     wait_until(lambda: not slurm_jobs(), seconds=60)
-    assert sum(json.loads(path.with_name("resources.json").read_text())["resumed"] for path in finished(cluster)) >= 1
+    assert (
+        sum(json.loads(path.read_text())["resumed"] for path in cluster.glob("checkpoints/tiny/*/resources.json")) >= 1
+    )
 
     found = numbers(cluster, CELLS)
     for cell in expand(load_params()):

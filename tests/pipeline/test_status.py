@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,9 +12,9 @@ import pytest
 from project_folder import ROOT, Project
 from rich.console import Console
 
-from pipeline import view
 from pipeline.launch import GridState, Lease
-from pipeline.status import take_snapshot
+from pipeline.monitor import view
+from pipeline.monitor.status import take_snapshot
 
 MEAN = [f"lra-listops-mean-transformer-{seed}" for seed in (0, 1)]
 SOFTMAX = [f"lra-listops-softmax-transformer-{seed}" for seed in (0, 1)]
@@ -22,6 +23,7 @@ SOFTMAX = [f"lra-listops-softmax-transformer-{seed}" for seed in (0, 1)]
 @pytest.fixture
 def lease(project: Project) -> Lease:
     """The lease of a grid with one job in each state, half way through its first cell."""
+    shutil.copy(ROOT / "dvc.yaml", project.folder)
     project.set("grid.tasks", ["lra-listops"])
     project.set("grid.kernel.dotf", [])
     made = Lease(Path("logs"))
@@ -84,8 +86,7 @@ def test_of_a_grid_that_has_died_the_files_of_its_cells_tell(lease: Lease) -> No
 
 
 def test_asking_imports_nothing_that_takes_long() -> None:
-    code = (
-        "import sys, pipeline.cli, pipeline.status, pipeline.view; print({'torch', 'mlflow', 'dvc'} & set(sys.modules))"
-    )
+    modules = "pipeline.cli, pipeline.monitor.status, pipeline.monitor.view"
+    code = f"import sys, {modules}; print({{'torch', 'mlflow', 'dvc'}} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout == "set()\n"

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.freshness import finished_cells
-from pipeline.grid import PARAMS_FILE, Cell, GridParams, expand_grid, read_yaml
+from pipeline.grid.axes import Cell, GridParams, expand_grid
+from pipeline.grid.checked import ensure_checked
+from pipeline.grid.graph import read_graph
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.hashes import Hashes
 from pipeline.lease import EXPIRY_SECONDS
-from schoenbat.errors import UserError
+from pipeline.record.freshness import stage_states
 from schoenbat.registry import build_config
 
 STATE_FILE = "grid.json"
@@ -26,7 +29,8 @@ class Row:
     """One cell.
 
     Attributes:
-        state: "done", "to run", "queued", "running", "failed", "unavailable", "skipped", "interrupted".
+        state: "done", "to run", "queued", "waiting" (for Slurm), "running", "failed", "unavailable", "skipped",
+            "interrupted".
         reason: why it failed, or what is to be known.
         log: the file with its output, if it has any.
         progress: what the cell itself says: step, steps, loss, accuracy, dev_accuracy, steps_per_second, memory_mb,
@@ -67,9 +71,8 @@ class Snapshot:
 
 def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
     """Profile, cells and content of params.yaml; raises UserError."""
+    ensure_checked()
     settings = read_yaml(PARAMS_FILE)
-    if not isinstance(settings, dict) or not isinstance(settings.get("profile"), str):
-        raise UserError(f"{PARAMS_FILE}: missing key 'profile'")
     grid = build_config(GridParams, settings.get("grid"), f"{PARAMS_FILE}: grid")
     return settings["profile"], expand_grid(grid), settings
 
@@ -80,16 +83,24 @@ def take_snapshot() -> Snapshot:
     state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "lease": ""}
     running = _is_touched(Path(state["lease"])) if state["lease"] else False
     jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
-    finished = finished_cells(cells, profile, settings)
+    finished = _finished(settings)
     rows = []
     for cell in cells:
         if running and cell.id in jobs:
             rows.append(job_row(profile, cell.id, jobs[cell.id]))
-        elif cell in finished:
+        elif cell.id in finished:
             rows.append(Row(cell.id, "done"))
         else:
             rows.append(_idle_row(profile, cell))
     return assemble(profile, running, rows, jobs if running else {})
+
+
+def _finished(settings: Mapping[str, Any]) -> set[str]:
+    """The ids of the cells of which no stage has to run."""
+    graph = read_graph(settings)
+    states = stage_states(graph, settings, Hashes(), graph.upstream(graph.cell_stages()))
+    due = {graph.stages[name].cell for name, state in states.items() if state == "due"}
+    return {cell for name in states if (cell := graph.stages[name].cell) is not None and cell not in due}
 
 
 def assemble(profile: str, running: bool, rows: list[Row], jobs: Mapping[str, Mapping[str, Any]]) -> Snapshot:

@@ -1,0 +1,99 @@
+"""The grid as params.yaml states it: axes, cells and their names, without anything that takes long to import.
+
+`pipeline.grid.params` checks the rest of the file, and `pipeline.grid.cells` knows what a cell is made of.
+
+The id of a cell joins its axes, in the order in which dvc.yaml lists them in the names of its stages.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.grid.settings import PARAMS_FILE
+from schoenbat.errors import UserError
+
+
+@dataclass(frozen=True)
+class PlainAxes:
+    """Mechanisms without a kernel."""
+
+    attn: list[str]
+    former: list[str]
+
+
+@dataclass(frozen=True)
+class KernelAxes:
+    """Mechanisms that approximate or evaluate a kernel, each with each kernel."""
+
+    attn: list[str]
+    dotf: list[str]
+    former: list[str]
+
+
+@dataclass(frozen=True)
+class GridParams:
+    """The axes of the two grids; an empty axis means no cells."""
+
+    tasks: list[str]
+    seeds: list[int]
+    plain: PlainAxes
+    kernel: KernelAxes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid; `dotf` is None for a mechanism without a kernel."""
+
+    task: str
+    attn: str
+    dotf: str | None
+    former: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return "-".join(str(value) for value in dataclasses.astuple(self) if value is not None)
+
+    def run_folder(self, profile: str) -> Path:
+        return Path("runs", profile, self.id)
+
+    def checkpoint_folder(self, profile: str) -> Path:
+        return Path("checkpoints", profile, self.id)
+
+    def arguments(self) -> list[str]:
+        """This cell on the command line."""
+        dotf = [] if self.dotf is None else ["--dotf", self.dotf]
+        return ["--task", self.task, "--attn", self.attn, *dotf, "--former", self.former, "--seed", str(self.seed)]
+
+
+def expand_grid(grid: GridParams) -> list[Cell]:
+    """All cells of the grid, task by task; an empty axis gives none of its half.
+
+    Raises:
+        UserError: two cells have the same id: their results would overwrite each other.
+    """
+    cells = [
+        Cell(task, attn, dotf, former, seed)
+        for task in grid.tasks
+        for attns, dotfs, formers in (
+            (grid.plain.attn, [None], grid.plain.former),
+            (grid.kernel.attn, grid.kernel.dotf, grid.kernel.former),
+        )
+        for attn in attns
+        for dotf in dotfs
+        for former in formers
+        for seed in grid.seeds
+    ]
+    by_id: dict[str, Cell] = {}
+    for cell in cells:
+        check_id(cell, by_id.setdefault(cell.id, cell))
+    return cells
+
+
+def check_id(cell: Cell, other: Cell) -> None:
+    """Raise UserError if two different cells have the same id, as hyphens in names allow."""
+    if cell.id == other.id and cell != other:
+        raise UserError(
+            f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
+            f"{' '.join(cell.arguments())}; leave one of them out"
+        )

@@ -1,0 +1,186 @@
+"""What a cell writes, as types; read and written here alone.
+
+In its run folder, and kept by DVC: best.pt, the weights after the best step and what they belong to; metrics.json,
+`Metrics`, written last, so that a folder that has it has all of the training; curves.csv, one `Evaluation` per row;
+test.json, `TestScore`. Beside its checkpoint: resources.json, `Resources`, which differs from run to run.
+"""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.files import write_csv, write_json
+from schoenbat.errors import UserError
+from schoenbat.registry import build_config
+
+if TYPE_CHECKING:
+    from schoenbat.training import Evaluation
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cell's numbers are made from, as hex digests; neither the device nor the threads are part of it.
+
+    Attributes:
+        code: the files and folders of code that dvc.yaml lists for its training.
+        settings: the cell, and its sections of params.yaml with their defaults.
+        data: its prepared data.
+    """
+
+    code: str
+    settings: str
+    data: str
+
+    def __str__(self) -> str:
+        return f"{self.code}-{self.settings}-{self.data}"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of a training that do not depend on how fast it ran.
+
+    Attributes:
+        steps: updates that were made.
+        best_step: of the dev accuracy.
+        data: the label of the data.
+        attention: the section of the mechanism.
+        device: such as "cpu (AMD EPYC 9R14)".
+    """
+
+    cell: str
+    profile: str
+    task: str
+    attn: str
+    dotf: str | None
+    former: str
+    seed: int
+    steps: int
+    best_step: int
+    best_dev_accuracy: float
+    best_dev_loss: float
+    final_train_loss: float
+    num_parameters: int
+    train_examples: int
+    dev_examples: int
+    data: str
+    attention: dict[str, Any]
+    device: str
+    threads: int
+    torch: str
+    git_revision: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class TestScore:
+    """What the best weights reach on the test split."""
+
+    __test__ = False  # for pytest, which takes the name for that of a test
+
+    cell: str
+    accuracy: float
+    loss: float
+    examples: int
+    best_step: int
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a training took, over all its processes.
+
+    Attributes:
+        device: as in `Metrics`.
+        resumed: how often it went on from a checkpoint.
+        run_id: of MLflow.
+    """
+
+    device: str
+    seconds: float
+    steps_per_second: float
+    tokens_per_second: float
+    peak_memory_mb: float
+    resumed: int
+    run_id: str
+
+
+@dataclass(frozen=True)
+class CellResults:
+    """What a cell of a profile has left. What is absent is None; what is damaged is a UserError."""
+
+    profile: str
+    cell: str
+    root: Path = Path()
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / self.profile / self.cell
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    def metrics(self) -> Metrics | None:
+        return _read(Metrics, self.folder / "metrics.json")
+
+    def test(self) -> TestScore | None:
+        return _read(TestScore, self.folder / "test.json")
+
+    def resources(self) -> Resources | None:
+        return _read(Resources, self._timings)
+
+    @property
+    def _timings(self) -> Path:
+        return self.root / "checkpoints" / self.profile / self.cell / "resources.json"
+
+    def curve(self) -> list[dict[str, float]]:
+        """The evaluations, in order; none if there is no file."""
+        path = self.folder / "curves.csv"
+        return read_rows(path, None) if path.is_file() else []
+
+    def write_training(self, evaluations: "Iterable[Evaluation]", resources: Resources, metrics: Metrics) -> None:
+        rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
+        write_csv(self.folder / "curves.csv", list(rows[0]), [list(row.values()) for row in rows])
+        write_json(self._timings, dataclasses.asdict(resources))
+        write_json(self.folder / "metrics.json", dataclasses.asdict(metrics))
+
+    def write_test(self, score: TestScore) -> None:
+        write_json(self.folder / "test.json", dataclasses.asdict(score))
+
+
+def read_rows(path: Path, numbers: Iterable[str] | None) -> list[dict[str, Any]]:
+    """The rows of a CSV file by column, with `numbers`, or all columns, as floats; an empty number is NaN.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError("a row is cut short")
+            for name in row if numbers is None else numbers:
+                row[name] = float(row[name]) if row[name] else float("nan")
+    except (ValueError, KeyError) as error:
+        raise damaged(path, error) from None
+    return rows
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}); delete it, and run again")
+
+
+def _read(kind: type[T], path: Path) -> T | None:
+    try:
+        return build_config(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        return None
+    except (ValueError, UserError) as error:
+        raise damaged(path, error) from None

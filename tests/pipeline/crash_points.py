@@ -1,0 +1,326 @@
+"""Every point at which a cell, the record or the report touches the disk, and what is left when it fails there.
+
+    python tests/pipeline/crash_points.py [--every N] [--kinds kill,ENOSPC,EIO,torn]
+
+A small project is made, and each unit of work is done in a process forked from one that has imported everything. Each
+rename, fsync, unlink and database commit of a unit is a point. At each the process is killed, or gets an error, or
+leaves half of the file that it renames, as a machine does that goes down. Then the unit is done again, and must end
+with the bytes that it has without a fault, and with one MLflow run per cell that holds each evaluation once.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from small_grid import MEAN, make_small, tracked_runs
+
+KINDS = ("kill", "ENOSPC", "EIO", "torn")
+STAGES = (f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}", "preprocess@tiny-lra-listops", "download@lra-listops")
+
+
+class Points:
+    """Counts the points of this process, and strikes at one of them.
+
+    Args:
+        at: the number of the point; -1 for none.
+    """
+
+    def __init__(self, at: int, kind: str) -> None:
+        self.seen: list[str] = []
+        self._at, self._kind, self._owner = at, kind, os.getpid()
+
+    def __call__(self, what: str, path: object) -> None:
+        # Not what is this tool's own, and not what a child of the process does.
+        if os.getpid() != self._owner:
+            return
+        self.seen.append(f"{what} {path}")
+        if len(self.seen) - 1 != self._at:
+            return
+        if self._kind in ("ENOSPC", "EIO"):
+            number = getattr(errno, self._kind)
+            raise OSError(number, os.strerror(number), str(path))
+        if self._kind == "torn" and what in ("replace", "rename"):
+            content = Path(str(path)).read_bytes()
+            Path(str(path)).write_bytes(content[: len(content) // 2])
+            _os["replace"](path, self.target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    target: object = None
+
+
+_os: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in ("replace", "rename", "unlink", "fsync")}
+
+
+def watch(points: Points) -> None:
+    """Let the calls of this process be points; it is a fork, so nobody has to put them back."""
+
+    def rename(what: str) -> Callable[..., None]:
+        def call(source: Any, target: Any, **options: Any) -> None:
+            points.target = target
+            points(what, source)
+            _os[what](source, target, **options)
+
+        return call
+
+    def unlink(path: Any, **options: Any) -> None:
+        points("unlink", path)
+        _os["unlink"](path, **options)
+
+    def fsync(descriptor: int) -> None:
+        points("fsync", descriptor)
+        _os["fsync"](descriptor)
+
+    class Connection(sqlite3.Connection):
+        def commit(self) -> None:
+            points("commit", "a database")
+            super().commit()
+
+    connect = sqlite3.connect
+
+    def counted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        return connect(*arguments, **{"factory": Connection, **options})
+
+    os.replace, os.rename, os.unlink, os.remove, os.fsync = rename("replace"), rename("rename"), unlink, unlink, fsync
+    sqlite3.connect = sqlite3.dbapi2.connect = counted  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work.
+
+    Attributes:
+        work: does it in the current folder; True if it succeeds.
+        result: what is to be the same afterwards.
+    """
+
+    name: str
+    work: Callable[[], bool]
+    result: Callable[[], object]
+
+
+def numbers_and_runs() -> object:
+    names = ("best.pt", "metrics.json", "curves.csv", "test.json")
+    return [Path("runs/tiny", MEAN, name).read_bytes() for name in names], tracked_runs(Path())[MEAN], receipts()
+
+
+def put_on_record() -> bool:
+    """What a grid does when it starts, and then what its recorder does."""
+    from pipeline.record.writer import mend_lock, record
+
+    mend_lock()
+    return set(record(STAGES).values()) == {""}
+
+
+def lock_and_states() -> object:
+    from pipeline.grid.graph import read_graph
+    from pipeline.grid.settings import PARAMS_FILE, read_yaml
+    from pipeline.hashes import Hashes
+    from pipeline.record.freshness import stage_states
+
+    settings = read_yaml(PARAMS_FILE)
+    states = stage_states(read_graph(settings), settings, Hashes(memory=None))
+    return Path("dvc.lock").read_bytes(), {states[name] for name in STAGES}
+
+
+def do(job: str) -> Callable[[], bool]:
+    """A job of a grid: its commands, and the receipts."""
+
+    def work() -> bool:
+        from pipeline.launch.worker import do_job
+
+        os.environ["SCHOENBAT_OUTCOME_FILE"] = os.path.abspath("outcome.json")
+        return do_job(Path(job)) == 0
+
+    return work
+
+
+def receipts() -> object:
+    return {path.name: path.read_bytes() for path in Path("checkpoints/made").glob("*.json")}
+
+
+def build_report() -> bool:
+    from pipeline.commands import run_command
+
+    return run_command(["report"]) == 0
+
+
+def report_files() -> object:
+    return {path.as_posix(): path.read_bytes() for path in Path("reports").rglob("*") if path.is_file()}
+
+
+UNITS = (
+    Unit("data", do("data.json"), receipts),
+    Unit("cell", do("cell.json"), numbers_and_runs),
+    Unit("record", put_on_record, lock_and_states),
+    Unit("report", build_report, report_files),
+)
+
+
+def forked(action: Callable[[], bool], folder: Path, log: Path, points: Points | None = None) -> int:
+    """Do something in a process of its own, in a folder; its status, 0 where it says True."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 2
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.chdir(folder)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+        if points is not None:
+            points._owner = os.getpid()
+            watch(points)
+        status = 0 if action() else 1
+        if points is not None:
+            (folder / "points").write_text("\n".join(points.seen))
+    except BaseException:  # noqa: BLE001 - shown as at the end of any process
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class Walk:
+    """Units of work at one project, each of which begins where the one before has ended.
+
+    Args:
+        folder: an empty one.
+        every: only one point in so many is walked.
+        kinds: of faults.
+        units: those that are walked; the others are only done.
+    """
+
+    def __init__(self, folder: Path, every: int, kinds: list[str], units: list[str]) -> None:
+        self._folder, self._every, self._kinds, self._units = folder, every, kinds, units
+        self.log = folder / "log.txt"
+        self.walked: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._base = folder / "base"
+        self._base.mkdir()
+
+    def prepare(self) -> None:
+        os.chdir(self._base)
+        make_small(self._base)
+        import json
+        from dataclasses import asdict
+
+        from pipeline.grid.cells import expand
+        from pipeline.grid.graph import read_graph
+        from pipeline.grid.params import load_params
+        from pipeline.grid.settings import PARAMS_FILE, read_yaml
+        from pipeline.hashes import Hashes
+        from pipeline.launch.plan import plan_jobs
+
+        settings, params = read_yaml(PARAMS_FILE), load_params()
+        graph = read_graph(settings)
+        jobs = plan_jobs(params, expand(params), graph, graph.stages, settings, Hashes(), device="cpu")
+        (data,) = [job for job in jobs if job.name.startswith("data")]
+        Path("data.json").write_text(json.dumps([asdict(stage) for stage in data.stages]))
+        (cell,) = [job for job in jobs if job.name == MEAN]
+        Path("cell.json").write_text(json.dumps([asdict(stage) for stage in cell.stages]))
+        # MLflow needs seconds to make its database, so it is there.
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self._base / 'mlflow.db'}"
+        from pipeline import tracking
+
+        assert forked(lambda: bool(tracking.start_grid("tiny")), self._base, self.log) == 0
+        os.chdir(self._folder)
+
+    def unit(self, unit: Unit) -> None:
+        whole = self._copy("whole")
+        points = Points(-1, "")
+        assert forked(unit.work, whole, self.log, points) == 0, self.log.read_text()
+        names = (whole / "points").read_text().splitlines()
+        expected = self._result(unit, whole)
+        for number in range(0, len(names) * (unit.name in self._units), self._every):
+            for kind in self._kinds:
+                if kind == "torn" and not names[number].startswith(("replace", "rename")):
+                    continue
+                self.walked[f"{unit.name}: {kind}"] += 1
+                self._strike(unit, number, kind, names[number], expected)
+        shutil.rmtree(self._base)
+        whole.rename(self._base)
+
+    def _strike(self, unit: Unit, number: int, kind: str, name: str, expected: object) -> None:
+        folder = self._copy("struck")
+        where = f"{unit.name}, point {number} ({name}), {kind}"
+        status = forked(unit.work, folder, self.log, Points(number, kind))
+        if kind in ("kill", "torn") and status == 0:
+            # The order of points can differ by a few from run to run, at the very end.
+            return
+        if (again := forked(unit.work, folder, self.log)) != 0:
+            self.failures.append(f"{where}: done again, it ends with {again}")
+            return
+        try:
+            found = self._result(unit, folder)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with what is left is a failure
+            self.failures.append(f"{where}: {type(error).__name__}: {error}")
+            return
+        if found != expected:
+            self.failures.append(f"{where}: other bytes")
+
+    def _copy(self, name: str) -> Path:
+        folder = self._folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self._base, folder, symlinks=True)
+        return folder
+
+    def _result(self, unit: Unit, folder: Path) -> object:
+        with contextlib.chdir(folder):
+            return unit.result()
+
+
+@contextlib.contextmanager
+def quiet_folder() -> Iterator[Path]:
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        os.chdir(before)
+
+
+def preload() -> None:
+    """Import what the units need, so that forks begin with it."""
+    import dvc.repo  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import torch
+
+    import pipeline.launch.preload  # noqa: F401
+    from pipeline.stages import evaluate, report, train  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--units", default=",".join(unit.name for unit in UNITS))
+    options = parser.parse_args()
+    began = time.monotonic()
+    preload()
+    with quiet_folder() as folder:
+        walk = Walk(folder, options.every, options.kinds.split(","), options.units.split(","))
+        walk.prepare()
+        for unit in UNITS:
+            walk.unit(unit)
+        print("\n".join(f"{count:5} {what}" for what, count in walk.walked.items()))
+        print(f"{walk.walked.total()} points in {time.monotonic() - began:.0f} s; {len(walk.failures)} failures")
+        print("\n".join(walk.failures))
+    sys.exit(bool(walk.failures))
+
+
+if __name__ == "__main__":
+    main()
