@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from pipeline.grid.params import load_params
 
 ROOT = Path(__file__).parents[1]

@@ -315,7 +315,7 @@ def _built_tasks(sections: dict[str, _RawTask], path: Path) -> dict[str, TaskPar
     built = {}
     for name, section in sections.items():
         where = f"{path}: task.{name}.data"
-        data = build_config(TASKS.get(name).Config, section.data, where)
+        data: Any = build_config(TASKS.get(name).Config, section.data, where)
         _check_counts(data, _MAX_DATA_OPTION, where)
         built[name] = TaskParams(data=data, model=section.model, training=section.training)
     return built
