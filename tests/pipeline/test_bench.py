@@ -30,7 +30,7 @@ def params(monkeypatch: pytest.MonkeyPatch) -> Params:
     quick = load_params(PROJECT / "profiles/quick.yaml")
     return dataclasses.replace(
         quick,
-        bench=BenchParams(lengths=[64, 130], repeats=2, num_features=[64, 32], threads=[2, 1], max_quadratic_length=64),
+        bench=BenchParams(lengths=[64, 130], repeats=1, num_features=[64, 32], threads=[2, 1], max_quadratic_length=64),
     )
 
 

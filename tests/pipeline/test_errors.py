@@ -59,11 +59,11 @@ def test_every_estimator_is_measured_wherever_it_exists(project: Project, invoke
 
 
 @pytest.mark.parametrize("attn", ["rmfa", "rmfa-sketch", "taylor1"])
-@pytest.mark.parametrize("dotf", ["exp", "inverse"])
-def test_the_output_error_is_that_of_the_attention_of_this_name(attn: str, dotf: str) -> None:
+@pytest.mark.parametrize(("dotf", "units"), [("exp", True), ("inverse", True), ("exp", False)])
+def test_the_output_error_is_that_of_the_attention_of_this_name(attn: str, dotf: str, units: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 1, 30, 32, generator=generator, dtype=torch.float64)
-    query, key = pre_sbn(query), pre_sbn(key)
+    query, key = (pre_sbn(query), pre_sbn(key)) if units else (2 * query, 2 * key)
     kernel = KERNELS.get(dotf)()
     attention_class = ATTENTIONS.get(attn)
     options = {} if attn == "taylor1" else {"num_features": 50}
@@ -75,11 +75,11 @@ def test_the_output_error_is_that_of_the_attention_of_this_name(attn: str, dotf:
             attention_class.Config(**options), head_dim=32, kernel=kernel, generator=torch.Generator().manual_seed(seed)
         )
         if isinstance(attention, KernelAttention):
-            attention.gets_units = True
+            attention.gets_units = units
         expected.append((attention(query, key, value) - truth).norm())
     sets = [errors.Vectors(q[0], k[0], value[0])] * 2
     params = ErrorsParams(num_features=[50], tokens=256, draws=2, trained=[])
-    rows = {row["estimator"]: row for row in errors._measure(dotf, kernel, sets, 32**-0.5, params)}
+    rows = {row["estimator"]: row for row in errors._measure(dotf, kernel, sets, 32**-0.5, params, units)}
     mean = float(sum(expected)) / 2
     assert rows[attn]["output_error"] == pytest.approx(mean / float(truth.norm()), rel=1e-6)
     assert rows[attn]["unexplained"] == pytest.approx(mean / float(uniform), rel=1e-6)
