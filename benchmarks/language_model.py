@@ -74,7 +74,8 @@ class LanguageModel(nn.Module):
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Bytes to train on, and to test on."""
-    content = lzma.open(path).read(40_000_000) if path.suffix == ".xz" else path.read_bytes()
+    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+        content = file.read(40_000_000)
     data = np.frombuffer(content, dtype=np.uint8)
     cut = len(data) * 9 // 10
     return data[:cut], data[cut:]

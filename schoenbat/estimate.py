@@ -6,6 +6,7 @@ The functional form, `schoenbat.nn.MultiheadKernelAttention` and the integration
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
 
 ESTIMATORS = ("sketch", "maclaurin")
+WATCHERS: list[Callable[..., None]] = []
+"""Called with (estimate, query, key, value, key_mask, is_causal, scale, features) before attention is computed."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Estimate:
         scale: float | None = None,
         features: FeatureMap | None = None,
         block: int | None = None,
+        self_attention: bool = False,
     ) -> Tensor:
         """Attend.
 
@@ -144,7 +148,7 @@ class Estimate:
             is_causal: query i sees keys up to i; requires N = M.
             scale: 1 / sqrt(d) where it is None.
             features: from `make`; the draw of `seed` where it is None.
-            block: see `schoenbat.ops.linear.attend`.
+            block, self_attention: see `schoenbat.ops.linear.attend`.
 
         Returns:
             [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
@@ -153,11 +157,14 @@ class Estimate:
             UserError: dot products beyond the radius of convergence of f.
         """
         q, k, positive = self.prepare(query, key, scale, key_mask)
-        if self.num_features is None:
-            return self._exact(q, k, value, key_mask, is_causal, positive)
-        if features is None:
+        if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], positive, query.device)
-        return attend(features, q, k, value, key_mask, is_causal, positive, block)
+        if not torch.compiler.is_compiling():
+            for watcher in WATCHERS:
+                watcher(self, q, k, value, key_mask, is_causal, positive, features)
+        if features is None:
+            return self._exact(q, k, value, key_mask, is_causal, positive)
+        return attend(features, q, k, value, key_mask, is_causal, positive, block, self_attention)
 
     def _exact(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float

@@ -31,6 +31,7 @@ def dot_product_kernel_attention(
     features: Callable[[Tensor], Tensor] | None = None,
     key_mask: Tensor | None = None,
     block: int | None = None,
+    self_attention: bool = False,
 ) -> Tensor:
     """sum_j f(scale <q_i, k_j>) v_j / sum_j f(scale <q_i, k_j>), in time linear in the length.
 
@@ -48,7 +49,7 @@ def dot_product_kernel_attention(
         features: any phi with <phi(x), phi(y)> close to f(<x, y>), instead of the above; a FeatureMap is made for the
             kernel that it was drawn for, another callable is applied to query and key times sqrt(scale) as they are.
         key_mask: [B, S] bool, True = attend; the shorter way to say it.
-        block: see `schoenbat.ops.linear.attend`.
+        block, self_attention: see `schoenbat.ops.linear.attend`.
 
     Returns:
         [B, H, L, v] in the dtype of `query`; 0 for a query that may attend to nothing.
@@ -69,7 +70,17 @@ def dot_product_kernel_attention(
     if features is None or isinstance(features, FeatureMap):
         kernel = kernel if features is None else features.kernel
         estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree)
-        out = estimate.attend(query, key, value, key_mask, is_causal, scale=scale, features=features, block=block)
+        out = estimate.attend(
+            query,
+            key,
+            value,
+            key_mask,
+            is_causal,
+            scale=scale,
+            features=features,
+            block=block,
+            self_attention=self_attention,
+        )
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         signed = query if factor >= 0 else -query

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schoenbat.data.arrays import Dataset, batches
+from schoenbat.data.arrays import IGNORED, Batch, Dataset, batches
 from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.files import write_bytes
 
@@ -35,18 +35,27 @@ REPORT_EVERY = 10
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Optimisation of one task; `eval_every` and `steps` are counted in updates."""
+    """Optimisation of one task; `eval_every` and `steps` are counted in updates.
+
+    Attributes:
+        micro_batch: a batch is worked through so many examples at a time, each time padded to their own longest text
+            only, and the gradients are added up; null for all at once. Without dropout the update is the same up to
+            rounding; with it, other units are dropped.
+    """
 
     batch_size: int
     learning_rate: float
     warmup_steps: int
     steps: int
     eval_every: int
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "eval_every", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, or null for the whole batch, not {self.micro_batch}")
         # OneCycleLR divides by warmup_steps - 1.
         if not 2 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must lie in [2, {self.steps}), not {self.warmup_steps}")
@@ -81,6 +90,8 @@ CURVE_FIELDS = tuple(f.name for f in fields(Evaluation))
 
 @dataclass(frozen=True)
 class Score:
+    """Means over the labels of a split: one an example, or those of all positions that have one."""
+
     loss: float
     accuracy: float
     examples: int
@@ -195,23 +206,23 @@ def fit(
     for epoch, indices in _remaining_batches(dataset, config.batch_size, seed, state.step, config.steps):
         model.train()
         learning_rate = float(schedule.get_last_lr()[0])
-        batch = dataset.batch("train", indices)
+        parts = [dataset.batch("train", part) for part in _cut(indices, config.micro_batch)]
+        num_labels = sum(_num_labels(part) for part in parts)
         # Dropout is the only user of torch's global generator here.
         torch.manual_seed((seed * 1_000_003 + state.step) % 2**63)
-        tokens, key_mask, labels = (
-            x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels)
-        )
-        with _autocast(device):
-            logits = model(tokens, key_mask)
-        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        figures = torch.zeros(2, device=device)
+        for part in parts:
+            loss_sum, correct = _score(model, part, device)
+            loss = loss_sum / num_labels
+            loss.backward()
+            figures = figures + torch.stack([loss.detach(), correct / num_labels])
         nn.utils.clip_grad_value_(model.parameters(), CLIP_VALUE)
         optimizer.step()
         schedule.step()
         state.step += 1
-        state.tokens += batch.tokens.numel()
-        pending.append(torch.stack([loss.detach(), (logits.argmax(-1) == labels).float().mean()]))
+        state.tokens += sum(part.tokens.numel() for part in parts)
+        pending.append(figures)
 
         evaluated = state.step % config.eval_every == 0 or state.step == config.steps
         stopping = stop is not None and state.step < config.steps and stop()
@@ -291,7 +302,7 @@ def evaluate(
     device: torch.device,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Mean loss and accuracy of `model`, without dropout, over every example of a split.
+    """Mean loss and accuracy of `model`, without dropout, over every label of a split.
 
     Args:
         on_batch: called with (examples done, examples in all).
@@ -301,18 +312,17 @@ def evaluate(
     # Summed on the device, so that it is waited for once and not per batch.
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    done = 0
+    done = num_labels = 0
     for indices in batches(dataset, split, batch_size, seed=None, epoch=0):
         batch = dataset.batch(split, indices)
-        labels = batch.labels.to(device)
-        with _autocast(device):
-            logits = model(batch.tokens.to(device), batch.key_mask.to(device))
-        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct += (logits.argmax(-1) == labels).sum()
+        batch_loss, batch_correct = _score(model, batch, device)
+        loss_sum += batch_loss
+        correct += batch_correct
+        num_labels += _num_labels(batch)
         done += len(indices)
         if on_batch is not None:
             on_batch(done, total)
-    return Score(loss=float(loss_sum) / total, accuracy=int(correct) / total, examples=total)
+    return Score(loss=float(loss_sum) / num_labels, accuracy=int(correct) / num_labels, examples=total)
 
 
 def save_model(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
@@ -358,6 +368,25 @@ def _remaining_batches(
             if position >= skip and step < steps:
                 yield epoch, indices
                 step += 1
+
+
+def _cut(indices: np.ndarray, size: int | None) -> list[np.ndarray]:
+    """`indices` in pieces of `size`, the last one smaller where it does not divide them; one piece for None."""
+    return [indices] if size is None else [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _num_labels(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())
+
+
+def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Summed loss over the labels of a batch, and how many the model gets right, both left on the device."""
+    tokens, key_mask, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels))
+    with _autocast(device):
+        logits = model(tokens, key_mask)
+    loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    # No logit is the largest at IGNORED, so a position without a label is never right.
+    return loss, (logits.argmax(-1) == labels).sum()
 
 
 def _row_at(state: _Progress, step: int) -> Evaluation:

@@ -1,9 +1,13 @@
 """The documents quote what was generated, and lead nowhere that is not there."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from pipeline.grid.params import load_params
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,3 +32,13 @@ def test_the_example_of_the_method_prints_an_allocation(capsys: pytest.CaptureFi
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(example, "docs/method.md", "exec"), {})
     assert "256 features, expected relative error" in capsys.readouterr().out
+
+
+def test_the_diff_that_adds_a_mechanism_applies_and_is_what_is_here(tmp_path: Path) -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/adding.md").read_text(encoding="utf-8"), re.DOTALL)
+    shutil.copy(ROOT / "profiles/quick.yaml", tmp_path / "params.yaml")
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    added = "schoenbat/attention/linear.py"
+    assert (tmp_path / added).read_text(encoding="utf-8") == (ROOT / added).read_text(encoding="utf-8")
+    params = load_params(tmp_path / "params.yaml")
+    assert params.grid.plain.attn == ["softmax", "mean", "linear"]

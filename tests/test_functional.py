@@ -153,8 +153,10 @@ def test_the_functional_form_the_module_and_the_mechanism_give_the_same_bits(est
         num_features=64,
         estimator=estimator,
         normalize=estimate.normalize,
+        self_attention=True,
     )
-    assert torch.equal(estimate.attend(query, key, value, MASK, is_causal), functional)
+    expected = estimate.attend(query, key, value, MASK, is_causal, self_attention=True)
+    assert torch.equal(expected, functional)
     phi = estimate.make(8)
     given = dot_product_kernel_attention(
         query,
@@ -166,6 +168,7 @@ def test_the_functional_form_the_module_and_the_mechanism_give_the_same_bits(est
         estimator=estimator,
         normalize=estimate.normalize,
         features=phi,
+        self_attention=True,
     )
     assert torch.equal(given, functional)
     attention_class = ATTENTIONS.get("rmfa-sketch" if estimator == "sketch" else "rmfa")
@@ -184,8 +187,20 @@ def test_the_functional_form_the_module_and_the_mechanism_give_the_same_bits(est
     )
     x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
     q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in module._project(x, x, x))
-    expected = module.out_proj(estimate.attend(q, k, v, MASK, is_causal).transpose(1, 2).flatten(-2))
+    expected = module.out_proj(
+        estimate.attend(q, k, v, MASK, is_causal, self_attention=True).transpose(1, 2).flatten(-2)
+    )
     assert torch.equal(module(x, x, x, key_padding_mask=~MASK, is_causal=is_causal)[0], expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_in_cross_attention_no_query_has_a_part_in_the_output_of_another(estimator: str) -> None:
+    query, key, value = inputs()
+    whole = dot_product_kernel_attention(query, key, value, estimator=estimator)
+    changed = query.clone()
+    changed[:, :, 5:] += 3
+    other = dot_product_kernel_attention(changed, key, value, estimator=estimator)
+    assert torch.equal(other[:, :, :5], whole[:, :, :5])
 
 
 def test_any_callable_serves_as_features() -> None:

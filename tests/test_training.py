@@ -1,5 +1,6 @@
 """Training: killed and resumed it gives the same bits, the best dev result wins, and bad runs end with a reason."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from schoenbat.data.arrays import Dataset, write_dataset
+from schoenbat.data.arrays import IGNORED, Dataset, batches, write_dataset
 from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
 from schoenbat.nn.multihead import FormerConfig
@@ -53,9 +54,11 @@ def model(seed: int = 0) -> Classifier:
     )
 
 
-def train(dataset: Dataset, checkpoint: Path | None = None, **callbacks: Any) -> tuple[Classifier, FitResult]:
+def train(
+    dataset: Dataset, checkpoint: Path | None = None, config: TrainingConfig = CONFIG, **callbacks: Any
+) -> tuple[Classifier, FitResult]:
     net = model()
-    result = fit(net, dataset, CONFIG, seed=3, device=CPU, checkpoint=checkpoint, fingerprint="a", **callbacks)
+    result = fit(net, dataset, config, seed=3, device=CPU, checkpoint=checkpoint, fingerprint="a", **callbacks)
     return net, result
 
 
@@ -63,10 +66,12 @@ class Killed(BaseException):
     """Ends a run at once, as a signal would."""
 
 
+@pytest.mark.parametrize("micro_batch", [None, 3])
 def test_resumed_run_is_bit_for_bit_the_undisturbed_one(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int | None
 ) -> None:
-    undisturbed, expected = train(dataset)
+    config = replace(CONFIG, micro_batch=micro_batch)
+    undisturbed, expected = train(dataset, config=config)
     # A checkpoint after every step, so that runs also stop between two evaluations.
     monkeypatch.setattr("schoenbat.training.CHECKPOINT_SECONDS", 0.0)
     checkpoint = tmp_path / "last.pt"
@@ -77,9 +82,9 @@ def test_resumed_run_is_bit_for_bit_the_undisturbed_one(
                 raise Killed
 
         with pytest.raises(Killed):
-            train(dataset, checkpoint, on_step=on_step)
+            train(dataset, checkpoint, config, on_step=on_step)
     seen: list[Evaluation] = []
-    resumed, result = train(dataset, checkpoint, on_evaluation=seen.append)
+    resumed, result = train(dataset, checkpoint, config, on_evaluation=seen.append)
     assert result.resumed == 5
     assert result.evaluations == expected.evaluations
     assert (result.best_step, result.final_train_loss) == (expected.best_step, expected.final_train_loss)
@@ -217,9 +222,109 @@ def test_file_that_is_no_model_is_named(tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"warmup_steps": 1}, r"warmup_steps must lie in \[2, 60\)"),
         ({"warmup_steps": 60}, r"warmup_steps must lie in \[2, 60\)"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1, or null"),
     ],
 )
 def test_impossible_schedules_are_refused(changes: dict[str, Any], message: str) -> None:
     values = {"batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 5, "steps": 60, "eval_every": 7}
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """At some positions of a text, never the first: which token stands just before?"""
+    rng = np.random.default_rng(1)
+    docs, labels = [], np.full((150, 24), IGNORED)
+    for row in range(150):
+        docs.append(rng.integers(1, 5, rng.integers(6, 25)))
+        asked = 1 + rng.choice(len(docs[-1]) - 1, size=int(rng.integers(1, 5)), replace=False)
+        labels[row, asked] = docs[-1][asked - 1] - 1
+    rows = np.arange(150)[:, None]
+    splits = {
+        name: (rows[part], labels[part])
+        for name, part in (("train", slice(0, 100)), ("dev", slice(100, 125)), ("test", slice(125, 150)))
+    }
+    folder = tmp_path_factory.mktemp("data") / "copies"
+    shape = {"num_classes": 4, "vocab_size": 5, "num_texts": 1, "max_length": 24}
+    declared = {"per_position": True, "causal": True, "pad_to_multiple": 8}
+    meta = {"task": "copies", **shape, **declared, "label": "copies", "source": "drawn", "notes": []}
+    write_dataset(folder, docs, splits, meta)
+    return Dataset(folder)
+
+
+def model_of_positions(dropout: float = 0.0) -> Classifier:
+    return build_model(
+        vocab_size=5,
+        num_classes=4,
+        num_texts=1,
+        max_length=24,
+        model=ModelConfig(num_layers=1, width=32, ffn_width=32, num_heads=2, dropout=dropout, head_width=32),
+        attn="softmax",
+        attention={},
+        dotf=None,
+        former="transformer",
+        former_config=FormerConfig(),
+        seed=0,
+        per_position=True,
+        causal=True,
+    )
+
+
+def test_labels_at_positions_are_learned(copies: Dataset) -> None:
+    net = model_of_positions()
+    config = TrainingConfig(batch_size=20, learning_rate=1e-2, warmup_steps=20, steps=400, eval_every=100)
+    result = fit(net, copies, config, seed=0, device=CPU)
+    assert result.best_dev_accuracy >= 0.9
+
+
+def test_scores_are_means_over_the_labels_and_not_over_examples(copies: Dataset) -> None:
+    """Against a loop over all positions, whatever the size of a batch."""
+    net = model_of_positions().eval()
+    losses, hits = [], []
+    for indices in batches(copies, "test", 1, seed=None):
+        batch = copies.batch("test", indices)
+        probabilities = net(batch.tokens, batch.key_mask)[0].softmax(-1).detach()
+        for position, label in enumerate(batch.labels[0].tolist()):
+            if label != IGNORED:
+                losses.append(-float(probabilities[position, label].log()))
+                hits.append(int(probabilities[position].argmax()) == label)
+    assert len(losses) > 25
+    for size in (1, 7, 25):
+        score = evaluate(net, copies, "test", batch_size=size, device=CPU)
+        assert score.loss == pytest.approx(np.mean(losses), abs=1e-5)
+        assert score.accuracy == np.mean(hits)
+        assert score.examples == 25
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 20])
+@pytest.mark.parametrize("positions", [False, True])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(
+    dataset: Dataset, copies: Dataset, micro_batch: int, positions: bool
+) -> None:
+    """Ten steps without dropout in float64: weights and curve agree far below the size of a step."""
+
+    def run(size: int | None) -> tuple[FitResult, dict[str, torch.Tensor]]:
+        net = (model_of_positions() if positions else model()).double()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        config = TrainingConfig(
+            batch_size=20, learning_rate=1e-2, warmup_steps=2, steps=10, eval_every=5, micro_batch=size
+        )
+        return fit(net, copies if positions else dataset, config, seed=0, device=CPU), net.state_dict()
+
+    (whole, expected), (pieces, found) = run(None), run(micro_batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    for one, other in zip(whole.evaluations, pieces.evaluations, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, abs=1e-5)
+        assert one.dev_accuracy == other.dev_accuracy
+        assert one.train_accuracy == pytest.approx(other.train_accuracy, abs=1e-6)
+    assert pieces.tokens <= whole.tokens
+
+
+def test_dropout_differs_between_micro_batches(dataset: Dataset) -> None:
+    one, same, other = (train(dataset, config=replace(CONFIG, micro_batch=size))[0] for size in (4, 4, 8))
+    assert torch.equal(one.head[0].weight, same.head[0].weight)
+    assert not torch.equal(one.head[0].weight, other.head[0].weight)

@@ -16,6 +16,7 @@ from pipeline.results import Fingerprint
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError
 from schoenbat.nn.encoder import build_model
+from schoenbat.tasks import TASKS
 
 _MADE = ("data/", "runs/")
 
@@ -100,6 +101,8 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
             former=former,
             former_config=former_section(params, former),
             seed=0,
+            per_position=TASKS.get(task).per_position,
+            causal=TASKS.get(task).causal,
         )
 
 

@@ -1,10 +1,15 @@
-"""Accuracies that others have published on these tasks, kept apart from ours.
+"""Accuracies that others have published on these tasks, kept apart from ours and from each other.
 
-Source: Chen, Zeng, Ji and Yang, "Skyformer: Remodel Self-Attention with Gaussian Kernel and Nyström Method",
-NeurIPS 2021, Tables 1 and 2. The table of the SchoenbAt paper (arXiv 2505.12252) was not at hand: its row is empty.
+published.csv has what other papers and repositories report, in percent on test, and published_sources.csv where each
+source is found, its protocol, and its known faults. Rows of different sources are not to be compared: protocols differ.
+
+The first table is that of Chen, Zeng, Ji and Yang, "Skyformer: Remodel Self-Attention with Gaussian Kernel and Nyström
+Method", NeurIPS 2021, Tables 1 and 2. The table of the SchoenbAt paper (arXiv 2505.12252) was not at hand: its row is
+empty.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 
@@ -29,8 +34,22 @@ STEPS = 50_000
 MAX_LENGTHS = {"lra-text": 4000, "lra-listops": 2000, "lra-retrieval": 4000, "lra-image": 1024, "lra-pathfinder": 1024}
 
 
+TASKS = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder")
+_FOLDER = Path(__file__).parent
+
+
+def published_accuracies() -> pd.DataFrame:
+    """One row per source and mechanism: accuracy of each of TASKS in percent, and "TASK std" where it is reported."""
+    return pd.read_csv(_FOLDER / "published.csv")
+
+
+def published_sources() -> pd.DataFrame:
+    """One row per source of `published_accuracies`: citation, protocol, faults."""
+    return pd.read_csv(_FOLDER / "published_sources.csv")
+
+
 class Published(Report):
-    """A table of its own that also says in which respects this profile differs from the published set-up."""
+    """Tables of their own; the first also says in which respects this profile differs from its set-up."""
 
     title = "Published accuracies, for orientation"
 
@@ -51,6 +70,28 @@ class Published(Report):
             f"the SchoenbAt paper are not included. {ours}Where the data or the set-up differs, the figures are not "
             "comparable with ours.",
         )
+        yield _by_source()
+
+
+def _by_source() -> Table:
+    values = published_accuracies()
+    shown = values[["source", "mechanism"]].astype(object)
+    for task in TASKS:
+        pairs = zip(values[task], values[f"{task} std"], strict=True)
+        shown[f"{task} (published)"] = [
+            f"{mean:.2f}" if pd.isna(std) else f"{mean:.2f} ± {std:.2f}" for mean, std in pairs
+        ]
+    notes = [
+        f"{row['source']}: {row['citation']}. Protocol: {row['protocol']}. Known faults: {row['faults'].rstrip('.')}."
+        for row in published_sources().to_dict("records")
+    ]
+    return Table(
+        name="published-by-source",
+        title="Not our results: test accuracy in percent as published elsewhere, by source",
+        values=values,
+        shown=shown,
+        caption=f"To be compared within a source only. ± is a standard deviation over seeds. {' '.join(notes)}",
+    )
 
 
 def _differences(task: str, setting: Setting) -> Iterator[str]:

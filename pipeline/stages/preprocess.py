@@ -3,12 +3,15 @@
 from pipeline.files import write_json
 from pipeline.grid.cells import data_folder, raw_folder, summary_file
 from pipeline.grid.params import Params, task_section
+from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
 from schoenbat.tasks import TASKS
 
 
 def run(params: Params, task: str) -> None:
-    """Encode the raw files of `task` into data/processed/PROFILE/TASK and leave a copy of meta.json for the report.
+    """Encode the raw files of `task` into data/processed/PROFILE/TASK.
+
+    A copy of meta.json with the baselines of the task is left for the report.
 
     Raises:
         UserError: an unknown task, or raw files that have not been downloaded.
@@ -19,9 +22,13 @@ def run(params: Params, task: str) -> None:
         raise UserError(f"no raw data for {task} in {raw}; get it with: schoenbat-exp download --task {task}")
     out = data_folder(params.profile, task)
     print(f"{task}: preparing {out}", flush=True)
-    meta = TASKS.get(task)(section.data).prepare(raw, out)
-    write_json(summary_file(params.profile, task), meta)
+    built = TASKS.get(task)(section.data)
+    meta = built.prepare(raw, out)
+    baselines = built.baselines(Dataset(out))
+    write_json(summary_file(params.profile, task), {**meta, "baselines": baselines})
     counts = ", ".join(f"{split} {count}" for split, count in meta["splits"].items())
     print(f"{task}: {meta['label']}: {counts}; tokens a text: median {meta['lengths']['median']:g}")
+    for rule, accuracy in baselines.items():
+        print(f"{task}: {100 * accuracy:.1f} % of the test set by the rule: {rule}")
     for note in meta["notes"]:
         print(f"{task}: {note}")

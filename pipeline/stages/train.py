@@ -131,6 +131,8 @@ def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
         former=cell.former,
         former_config=params.former[cell.former],
         seed=cell.seed,
+        per_position=meta["per_position"],
+        causal=meta["causal"],
     )
 
 

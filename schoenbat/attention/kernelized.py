@@ -2,20 +2,16 @@
 
 from torch import Tensor
 
-from schoenbat.attention import KernelAttention, scale_and_widen
+from schoenbat.attention import KernelAttention
 from schoenbat.ops.exact import exact_attention
 
 
 class Kernelized(KernelAttention):
     """sum_j f(<q_i, k_j> / sqrt(head_dim)) v_j, normalised by the sum of the weights (arXiv 2505.12252, Eq. 3)."""
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        q, k, v = scale_and_widen(query, key, value)
-        return exact_attention(q, k, v, self.kernel, key_mask, is_causal).to(query.dtype)
+    cost = "quadratic"
+    paper = "SchoenbAt, arXiv 2505.12252"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
+        scale = q.shape[-1] ** -0.25
+        return exact_attention(q * scale, k * scale, v, self.kernel, key_mask, is_causal)

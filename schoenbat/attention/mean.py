@@ -10,6 +10,13 @@ from schoenbat.ops.reference import fill_masked
 class Mean(Attention):
     """The mean of the values that may be attended, the same for every query."""
 
+    cost = "linear"
+    paper = "V-Mean in arXiv 2112.05359"
+
+    @classmethod
+    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
+        return 2.0 * length * head_dim
+
     def forward(
         self,
         query: Tensor,

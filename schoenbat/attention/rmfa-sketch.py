@@ -22,6 +22,14 @@ class RmfaSketch(KernelAttention):
         num_features: int = 128
         max_degree: int = 20
 
+    is_random = True
+    cost = "linear"
+    paper = "this library, after arXiv 2505.12252"
+
+    @classmethod
+    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
+        return 4.0 * length * head_dim * (config.num_features + head_dim)
+
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, normalize=True, max_degree=config.max_degree)
@@ -37,4 +45,5 @@ class RmfaSketch(KernelAttention):
         is_causal: bool = False,
     ) -> Tensor:
         self.features.is_bounded = self.bounded_for_units or not self.gets_units
-        return attend(self.features, query, key, value, key_mask, is_causal, scale=query.shape[-1] ** -0.5)
+        scale, itself = query.shape[-1] ** -0.5, query.shape[2] == key.shape[2]
+        return attend(self.features, query, key, value, key_mask, is_causal, scale, self_attention=itself)

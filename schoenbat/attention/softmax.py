@@ -1,5 +1,6 @@
 """Exact softmax attention by torch's fused kernel: the mechanism that every other one is measured against."""
 
+import torch
 from torch import Tensor
 
 from schoenbat.attention import Attention
@@ -9,6 +10,9 @@ from schoenbat.ops.exact import softmax_attention
 class Softmax(Attention):
     """softmax(q k^T / sqrt(head_dim)) v, through torch's scaled_dot_product_attention."""
 
+    cost = "quadratic"
+    paper = "Vaswani et al., NeurIPS 2017, arXiv 1706.03762"
+
     def forward(
         self,
         query: Tensor,
@@ -17,4 +21,5 @@ class Softmax(Attention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        return softmax_attention(query, key, value, key_mask, is_causal)
+        with torch.autocast(query.device.type, enabled=False):
+            return softmax_attention(query, key, value, key_mask, is_causal)

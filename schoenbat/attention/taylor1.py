@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.attention import KernelAttention
+from schoenbat.errors import UserError
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import attend
 
@@ -14,10 +15,19 @@ from schoenbat.ops.linear import attend
 class Taylor1(KernelAttention):
     """Attention with weights a_0 + a_1 <q, k> / sqrt(head_dim), exact in linear time with head_dim + 1 features."""
 
+    cost = "linear"
+    paper = "the linear term of arXiv 2505.12252"
+
+    @classmethod
+    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
+        return 4.0 * length * (head_dim + 1) ** 2
+
     def __init__(self, config: object, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         self.constant = math.sqrt(self.kernel.coefficient(0))
         self.slope = math.sqrt(self.kernel.coefficient(1))
+        if self.constant == self.slope == 0:
+            raise UserError("the kernel has neither a constant nor a linear term, and taylor1 keeps no other")
 
     def forward(
         self,

@@ -5,8 +5,10 @@ A folder holds
     tokens.npy             uint8 or uint16 [T]: the texts, each cut at `max_length`, one after another
     offsets.npy            int64 [num_docs + 1]: text i is tokens[offsets[i]:offsets[i + 1]]
     SPLIT_examples.npy     int32 [n, num_texts]: which texts make up each example, for SPLIT in train, dev, test
-    SPLIT_labels.npy       int64 [n]
+    SPLIT_labels.npy       int64 [n]: the class of each example; or int16 [n, max_length]: of each position
     meta.json              what the data are: sizes, lengths, source, fingerprint
+
+Where the labels are `per_position`, IGNORED stands at the positions that have none, and beyond the end of a text.
 
 Token 0 is padding and never stored. A folder appears complete or not at all.
 """
@@ -27,6 +29,10 @@ from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
 SPLITS = ("train", "dev", "test")
+IGNORED = -100
+"""The label of a position without one, as torch's cross_entropy has it."""
+DEFAULTS = {"per_position": False, "causal": False, "pad_to_multiple": 64}
+"""What a description says where it leaves these out; see `schoenbat.tasks.Task`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Batch:
     key_mask: torch.Tensor
     """bool [B, num_texts, N]; True where there is a token."""
     labels: torch.Tensor
-    """int64 [B]."""
+    """int64 [B], or [B, N] where labels are per position; IGNORED where a position has none."""
 
 
 def write_dataset(
@@ -52,16 +58,18 @@ def write_dataset(
     Args:
         docs: the tokens of each text, whole; they are cut at `meta["max_length"]` here.
         splits: for each of train, dev, test the examples (ints [n, num_texts], indices into `docs`) and labels (ints
-            [n]).
-        meta: task, num_classes, vocab_size, num_texts, max_length, label, source, notes.
+            [n], or [n, max_length] where they are per position).
+        meta: task, num_classes, vocab_size, num_texts, max_length, label, source, notes, and what differs from
+            `DEFAULTS`.
 
     Returns:
         `meta` with the sizes of the splits, the lengths of the texts before they were cut, and `fingerprint`, the
         SHA-256 over all arrays; also written as meta.json.
 
     Raises:
-        ValueError: tokens, labels or indices out of range, or an empty text.
+        ValueError: tokens, labels or indices out of range, an empty text, or an example without a label.
     """
+    meta = DEFAULTS | dict(meta)
     arrays, lengths = _pack(docs, splits, meta)
     described = {
         **meta,
@@ -111,9 +119,15 @@ def _pack(
             raise ValueError(f"{split}: examples of shape {examples.shape} for {len(labels)} labels")
         if examples.min() < 0 or examples.max() >= len(docs):
             raise ValueError(f"{split}: an example names a text that is not there")
-        if labels.min() < 0 or labels.max() >= meta["num_classes"]:
+        if labels.shape[1:] != ((meta["max_length"],) if meta["per_position"] else ()):
+            raise ValueError(f"{split}: labels of shape {labels.shape} with per_position {meta['per_position']}")
+        if meta["per_position"] and not (labels != IGNORED).any(axis=1).all():
+            raise ValueError(f"{split}: an example without a label")
+        given = labels[labels != IGNORED] if meta["per_position"] else labels
+        if given.min() < 0 or given.max() >= meta["num_classes"]:
             raise ValueError(f"{split}: labels outside 0..{meta['num_classes'] - 1}")
-        arrays[f"{split}_examples"], arrays[f"{split}_labels"] = examples, labels
+        arrays[f"{split}_examples"] = examples
+        arrays[f"{split}_labels"] = labels.astype(np.int16) if meta["per_position"] else labels
     return arrays, lengths
 
 
@@ -153,11 +167,18 @@ class Dataset:
         """The number of examples of train, dev or test."""
         return len(self._labels[split])
 
-    def batch(self, split: str, indices: np.ndarray, pad_to_multiple: int = 64) -> Batch:
+    def labels(self, split: str) -> np.ndarray:
+        """All labels of a split, in its order: ints [n], or [n, max_length] where they are per position."""
+        return self._labels[split]
+
+    def batch(self, split: str, indices: np.ndarray, pad_to_multiple: int | None = None) -> Batch:
         """The examples `indices` [B] of a split.
 
-        N is the length of the longest text among them, rounded up to a multiple of `pad_to_multiple`.
+        N is the length of the longest text among them, rounded up to a multiple of `pad_to_multiple` (by default what
+        the data's description says).
         """
+        if pad_to_multiple is None:
+            pad_to_multiple = self.meta["pad_to_multiple"]
         docs = self._examples[split][indices]
         starts, ends = self._offsets[docs], self._offsets[docs + 1]
         longest = int((ends - starts).max())
@@ -166,7 +187,11 @@ class Dataset:
         for row in np.ndindex(docs.shape):
             tokens[row][: ends[row] - starts[row]] = self._tokens[starts[row] : ends[row]]
         padded = torch.from_numpy(tokens)
-        return Batch(padded, padded != 0, torch.from_numpy(self._labels[split][indices]))
+        labels = self._labels[split][indices].astype(np.int64)
+        if labels.ndim == 2:
+            beyond = max(0, length - labels.shape[1])
+            labels = np.pad(labels[:, :length], ((0, 0), (0, beyond)), constant_values=IGNORED)
+        return Batch(padded, padded != 0, torch.from_numpy(labels))
 
 
 def batches(dataset: Dataset, split: str, batch_size: int, *, seed: int | None, epoch: int = 0) -> Iterator[np.ndarray]:

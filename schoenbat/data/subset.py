@@ -5,32 +5,35 @@ import numpy as np
 from schoenbat.errors import UserError
 
 
-def check_size(name: str, size: int | None) -> None:
-    """Refuse a split size that two labels cannot share; None (everything) passes.
+def check_size(name: str, size: int | None, num_classes: int = 2) -> None:
+    """Refuse a split size that the labels cannot share alike; None (everything) passes.
 
     Raises:
-        ValueError: the size is odd or below 2.
+        ValueError: the size is no positive multiple of `num_classes`.
     """
-    if size is not None and (size < 2 or size % 2):
-        raise ValueError(f"{name} must be even and at least 2 (half of each label), not {size}")
+    if size is not None and (size < 1 or size % num_classes):
+        raise ValueError(f"{name} must be a positive multiple of {num_classes} (as many of each label), not {size}")
 
 
-def balanced_rows(labels: np.ndarray, size: int, generator: np.random.Generator, what: str) -> np.ndarray:
-    """The rows of `size` examples, half with label 0 and half with label 1; label 0 first, else in their order.
+def balanced_rows(
+    labels: np.ndarray, size: int, generator: np.random.Generator, what: str, num_classes: int = 2
+) -> np.ndarray:
+    """The rows of `size` examples, as many of each label; label after label, else in their order.
 
     Args:
-        labels: ints [n], each 0 or 1.
+        labels: ints [n], each in 0..num_classes - 1.
         what: what is being drawn, for the error.
 
     Raises:
         UserError: too few examples of a label.
     """
     rows = []
-    for label in (0, 1):
+    share = size // num_classes
+    for label in range(num_classes):
         (candidates,) = np.nonzero(labels == label)
-        if len(candidates) < size // 2:
+        if len(candidates) < share:
             raise UserError(
-                f"{what} {size} needs {size // 2} examples of each label, but label {label} has {len(candidates)}"
+                f"{what} {size} needs {share} examples of each label, but label {label} has {len(candidates)}"
             )
-        rows.append(np.sort(generator.permutation(candidates)[: size // 2]))
+        rows.append(np.sort(generator.permutation(candidates)[:share]))
     return np.concatenate(rows)

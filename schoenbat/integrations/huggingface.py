@@ -3,31 +3,36 @@
 Importing this module registers the attention implementation "schoenbat": kernel exp, 256 features of the sketch, seed
 0. Any model that goes through the attention interface of transformers then takes `attn_implementation="schoenbat"`. Its
 features are a function of head_dim and these settings alone, drawn when first needed and held outside the model;
-`install` instead draws them per layer, as buffers in the model's state_dict. `register` gives other settings a name.
+`install` instead draws them per layer, as buffers in the model's state_dict. `register` gives another
+`schoenbat.Estimate` a name.
 
 What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
-attention sinks, dropout of weights, attention weights as an output, caches of fixed length.
+attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
+go through the interface: when it is built with one of our names, when it does arithmetic with our mask, or by
+`install`.
 
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
 
+import inspect
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
 from schoenbat.errors import UserError, unknown_name
-from schoenbat.features.estimators import centres_keys, check_estimator, make_features
-from schoenbat.functional import check_defined, draw_features, kernel_named, share_scale
-from schoenbat.norm import pre_sbn
-from schoenbat.ops.blockwise import attend, centre_keys, extend, summarise_keys
-from schoenbat.ops.exact import exact_attention
+from schoenbat.estimate import Estimate
+from schoenbat.features.plan import FeatureMap
+from schoenbat.ops.linear import State, attend, extend
 
 _INSTALLED = "kernel_features"
 _HARMLESS = {
@@ -42,47 +47,39 @@ _HARMLESS = {
     "use_cache",
 }
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What one attention implementation computes.
-
-    Attributes:
-        kernel: name of f.
-        num_features: None evaluates f exactly, in quadratic time.
-        estimator: "sketch", or "maclaurin" as published; see `schoenbat.features.estimators`.
-        seed: of the features.
-        normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
-        max_degree: highest degree of the features.
-    """
-
-    kernel: str = "exp"
-    num_features: int | None = 256
-    estimator: str = "sketch"
-    seed: int = 0
-    normalize: bool = False
-    max_degree: int = 20
+# Arguments of a layer of attention, none of which can be a second sequence.
+_OF_ONE_SEQUENCE = {
+    "self",
+    "attention_mask",
+    "cache",
+    "cu_seqlens",
+    "hidden_states",
+    "kwargs",
+    "max_seqlen",
+    "output_attentions",
+    "position_embeddings",
+    "position_ids",
+}
 
 
-_SETTINGS: dict[str, Settings] = {}
+_ESTIMATES: dict[str, Estimate] = {}
 
 
-def register(name: str, settings: Settings) -> None:
+def register(name: str, estimate: Estimate) -> None:
     """Make `attn_implementation=name` known to transformers.
 
     Raises:
-        UserError: a name that transformers reads in a way of its own or that means something else already, or settings
-            under which the kernel is not defined.
+        UserError: a name that transformers reads in a way of its own or that means something else already, or an
+            estimate whose kernel is not defined for what a model may ask.
     """
     if not name or "/" in name or any(word in name for word in ("flash", "flex_attention", "sdpa", "eager", "paged")):
         raise UserError(f"attn_implementation {name!r} means something else to transformers; choose another name")
-    if _SETTINGS.get(name, settings) != settings:
-        raise UserError(f"attn_implementation {name!r} is registered already, with {_SETTINGS[name]}")
-    check_defined(kernel_named(settings.kernel), settings.normalize)
-    check_estimator(settings.estimator)
-    _SETTINGS[name] = settings
-    AttentionInterface.register(name, _implementation(settings))
-    AttentionMaskInterface.register(name, _key_mask)
+    if _ESTIMATES.get(name, estimate) != estimate:
+        raise UserError(f"attn_implementation {name!r} is registered already, with {_ESTIMATES[name]}")
+    estimate.check_defined(0.0)
+    _ESTIMATES[name] = estimate
+    AttentionInterface.register(name, _implementation(estimate))
+    AttentionMaskInterface.register(name, _make_mask)
 
 
 def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
@@ -91,28 +88,23 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
     Draws of the layers follow each other from the seed of the implementation. Loading a checkpoint of such a model
     needs the same call first.
     """
-    if name not in _SETTINGS:
-        raise unknown_name("attn_implementation", name, list(_SETTINGS))
-    settings = _SETTINGS[name]
-    layers = [module for module in model.modules() if _head_dim(module) is not None]
+    if name not in _ESTIMATES:
+        raise unknown_name("attn_implementation", name, list(_ESTIMATES))
+    estimate = _ESTIMATES[name]
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            _check_goes_through_interface(part, name)
+    layers = [module for module in model.modules() if _calls_interface(module)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no attention layer that goes through the attention interface")
-    if settings.num_features is not None:
+    if estimate.num_features is not None:
         with torch.device("cpu"):
-            generator = torch.Generator().manual_seed(settings.seed)
+            generator = torch.Generator().manual_seed(estimate.seed)
             for layer in layers:
-                head_dim = _head_dim(layer)
-                assert head_dim is not None
-                features = make_features(
-                    settings.estimator,
-                    kernel_named(settings.kernel),
-                    head_dim=head_dim,
-                    num_features=settings.num_features,
-                    max_degree=settings.max_degree,
-                    generator=generator,
-                )
+                scale = getattr(layer, "scaling", None)
+                features = estimate.make(_head_dim(layer), scale if isinstance(scale, float) else None, generator)
                 layer.add_module(_INSTALLED, features.to(next(layer.parameters()).device))
-                layer.kernel_settings = settings
+                layer.kernel_estimate = estimate
     model.set_attn_implementation(name)
     return model
 
@@ -121,28 +113,47 @@ class KernelCache(Cache):
     """The sums that causal attention through features needs of all tokens so far, whatever their number.
 
     `model.generate(..., past_key_values=KernelCache())`; one cache serves one batch of sequences, and `reset` empties
-    it. Tokens cannot be taken out again, so assisted generation is refused.
+    it. Tokens cannot be taken out again, so assisted generation is refused; so are models some of whose layers keep a
+    state of another kind.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_StateLayer)
 
+    def _other_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(
+            "KernelCache keeps the state of attention alone, and this model has layers with a state of another kind; "
+            "leave its cache to transformers"
+        )
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _other_state
+    has_previous_state = update_indexer = _other_state
+
+
+class NotReadable(UserError, AttributeError):
+    """A model read what only our attention function can use; to `hasattr` it is not there."""
+
 
 class _StateLayer(CacheLayerMixin):
-    """One layer's state, [B, key heads, D, v + 1].
+    """One layer's state of `schoenbat.ops.linear.extend`.
 
     The attention function gets hold of it through the keyword arguments of the call, which `update` may extend: that
     is how transformers' own paged cache reaches its attention.
     """
 
-    supports_early_init = False
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: Tensor | None = None
+        del self.keys, self.values
+        self.state: State | None = None
         self.seen = 0
         self.is_taken = True
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("keys", "values"):
+            raise NotReadable("KernelCache has no keys and values, which this model reads; leave it its own cache")
+        raise AttributeError(name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first tokens make the state."""
@@ -157,7 +168,7 @@ class _StateLayer(CacheLayerMixin):
                 "KernelCache serves models whose attn_implementation was registered by schoenbat; this one ignored it"
             )
         kwargs["kernel_state"] = self
-        self.is_taken = False
+        self.is_taken, self.is_initialized = False, True
         self.seen += key_states.shape[-2]
         return key_states, value_states
 
@@ -171,18 +182,18 @@ class _StateLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_taken = None, 0, True
+        self.state, self.seen, self.is_taken, self.is_initialized = None, 0, True, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            self.state = self.state.repeat_interleave(repeats, dim=0)
+            self.state = self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
-            self.state = self.state.index_select(0, indices.to(self.state.device))
+            self.state = self.state.map(lambda x: x.index_select(0, indices.to(x.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -194,99 +205,97 @@ class _StateLayer(CacheLayerMixin):
     prefetch = offload
 
 
-def _implementation(settings: Settings) -> Callable[..., tuple[Tensor, None]]:
+def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
     """The function that transformers calls from every attention layer."""
+    settings = estimate
+    # torch.compile cannot look a kernel up by its name.
+    estimate = replace(estimate, kernel=estimate.function)
 
     def kernel_attention_forward(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: KeyMask | Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
         kernel_state: _StateLayer | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        _refuse(dropout, attention_mask, key, kwargs)
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if settings.normalize:
-            radius = kernel_named(settings.kernel).radius
-            largest = query.shape[-1] ** -0.5 if scaling is None else abs(scaling)
-            if largest >= radius:
-                raise UserError(
-                    f"kernel {settings.kernel} is defined for arguments below {radius:g} only, and the scaling of this "
-                    f"model lets them reach {largest:g}"
-                )
-            query, key = pre_sbn(query), pre_sbn(key)
-        dtype = query.dtype
-        query, key = share_scale(query, key, scaling)
-        if settings.num_features is None:
+        _refuse(dropout, kwargs)
+        key_mask, causal = _read_mask(attention_mask, module, query, key, is_causal)
+        if isinstance(attention_mask, KeyMask):
+            _refuse_packed(attention_mask, kwargs.get("position_ids"))
+        if estimate.num_features is None:
             if kernel_state is not None:
                 raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
-            with torch.autocast(query.device.type, enabled=False):
-                out = _exact(settings, query, key, value.to(query.dtype), attention_mask, causal)
+            out = _exact(estimate, query, key, value, key_mask, causal, scaling)
         else:
             features = getattr(module, _INSTALLED, None)
-            if features is not None and module.kernel_settings != settings:
+            if features is not None and module.kernel_estimate != settings:
                 raise UserError(
-                    f"this layer has features of its own for {module.kernel_settings}, and its attn_implementation now "
+                    f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
                     f"asks for {settings}; call install with the new name"
                 )
+            query, key, scale = estimate.prepare(query, key, scaling, key_mask)
             if features is None:
-                features = draw_features(
-                    kernel_named(settings.kernel),
-                    query.shape[-1],
-                    settings.num_features,
-                    settings.seed,
-                    query.device,
-                    settings.estimator,
-                    settings.max_degree,
-                )
-            if not causal and centres_keys(settings.estimator, kernel_named(settings.kernel)):
-                key = centre_keys(key, attention_mask)
-            out = _through(features, query, key, value, attention_mask, causal, kernel_state)
-        return out.to(dtype).transpose(1, 2).contiguous(), None
+                features = estimate.draw(query.shape[-1], scale, query.device)
+            itself = _attends_to_itself(module)
+            out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
+        return out.transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward
 
 
 def _through(
-    features: Callable[[Tensor], Tensor],
+    features: FeatureMap,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     causal: bool,
+    scale: float,
     layer: _StateLayer | None,
+    attends_to_itself: bool,
 ) -> Tensor:
     if layer is not None:
         if not causal:
-            raise UserError("KernelCache is for causal attention")
+            raise UserError("KernelCache is for causal attention alone; leave the cache of this model to transformers")
+        if layer.is_taken:
+            raise UserError("a layer of this model attends twice over the same tokens; use it without KernelCache")
         layer.is_taken = True
-        out, layer.state = extend(features, layer.state, query, key, value, key_mask)
+        out, layer.state = extend(features, layer.state, query, key, value, key_mask, scale)
         return out
-    past = key.shape[2] - query.shape[2]
-    if not causal or past == 0 or query.shape[2] == 1:
-        return attend(features, query, key, value, key_mask, is_causal=causal and past == 0)
-    # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
-    before, after = (None, None) if key_mask is None else (key_mask[:, :past], key_mask[:, past:])
-    state = summarise_keys(features, key[:, :, :past], value[:, :, :past], before)
-    return extend(features, state, query, key[:, :, past:], value[:, :, past:], after)[0]
+    if causal and key.shape[2] > query.shape[2]:
+        # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
+        return extend(features, None, query, key, value, key_mask, scale)[0]
+    return attend(features, query, key, value, key_mask, causal, scale, self_attention=attends_to_itself)
+
+
+@torch.compiler.assume_constant_result
+def _attends_to_itself(layer: nn.Module) -> bool:
+    """Whether what a layer is given shows that its keys are the tokens of its queries."""
+    return set(inspect.signature(layer.forward).parameters) <= _OF_ONE_SEQUENCE
 
 
 def _exact(
-    settings: Settings, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, causal: bool
+    estimate: Estimate,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
 ) -> Tensor:
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past:
         query = nn.functional.pad(query, (0, 0, past, 0))
-    out = exact_attention(query, key, value, kernel_named(settings.kernel), key_mask, causal)
-    return out[:, :, -length:]
+    out = estimate.attend(query, key, value, key_mask, causal, scale=scaling)
+    return out[:, :, out.shape[2] - length :]
 
 
-def _refuse(dropout: float, attention_mask: Tensor | None, key: Tensor, kwargs: dict[str, Any]) -> None:
+def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise UserError for what would have to be ignored."""
     if dropout:
         raise UserError(f"attention dropout is {dropout}, but there are no weights to drop; set it to 0 in the config")
@@ -296,45 +305,207 @@ def _refuse(dropout: float, attention_mask: Tensor | None, key: Tensor, kwargs: 
     for name, value in kwargs.items():
         if name not in _HARMLESS and value is not None and value is not False:
             raise UserError(f"attention argument {name} is not supported by a linear attention implementation")
-    if attention_mask is not None:
-        expected = (key.shape[0], key.shape[2])
-        if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != expected:
-            raise UserError(
-                f"attention_mask must be a mask of keys, {list(expected)}, not {attention_mask.dtype} "
-                f"{list(attention_mask.shape)}; a mask of pairs has no meaning in linear time"
-            )
 
 
-def _key_mask(
+def _used(*_: object, **__: object) -> NoReturn:
+    raise NotReadable(
+        "this model changes its attention mask or computes attention itself, so an attn_implementation of schoenbat "
+        'cannot serve it; use attn_implementation="eager"'
+    )
+
+
+class KeyMask:
+    """What a model's mask means, readable by our attention function alone.
+
+    It stands for [B, 1, queries, keys], True = attend. It can be passed on, moved to another device, and asked for its
+    shape; whatever else a model does with it, such as adding it to scores of its own, is a UserError.
+
+    Args:
+        causal: query i sees keys up to its own place, the last query standing at the last key.
+        key_mask: [B, keys] bool, True = attend, or None where nothing is padding.
+        shape: (B, 1, queries, keys).
+    """
+
+    ndim = 4
+
+    def __init__(self, causal: bool, key_mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+        self.causal, self.key_mask, self.shape = causal, key_mask, shape
+        self.positions: Tensor | None = None  # of the tokens, once looked at
+
+    def __repr__(self) -> str:
+        kind = "causal" if self.causal else "bidirectional"
+        return f"KeyMask({kind}, {list(self.shape)}, {'padded' if self.key_mask is not None else 'no padding'})"
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def to(self, device: object = None, non_blocking: bool = False, **other: object) -> "KeyMask":
+        if other or not isinstance(device, torch.device | str | int):
+            _used()
+        moved = None if self.key_mask is None else self.key_mask.to(device, non_blocking=non_blocking)
+        return KeyMask(self.causal, moved, self.shape)
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:
+        _used()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _used()
+
+    __hash__ = object.__hash__
+    __getitem__ = __setitem__ = __len__ = __iter__ = __bool__ = __invert__ = __neg__ = __float__ = __int__ = _used
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __and__ = __rand__ = __or__ = __ror__ = _used
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = _used
+    __rmatmul__ = __mod__ = __pow__ = __iadd__ = __isub__ = __imul__ = __itruediv__ = __array__ = _used
+
+
+def _make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | KeyMask | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """The mask that transformers prepares for this implementation: [B, keys] bool, True = attend, or None."""
+) -> KeyMask:
+    """The mask that transformers prepares for this implementation."""
+    if isinstance(attention_mask, KeyMask):
+        return attention_mask
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise UserError(
             "this call needs a mask of pairs other than the causal one (a sliding window, chunks, packed sequences, "
             "or, under torch.compile, no attention_mask), which has no meaning in linear time"
         )
+    causal = mask_function is causal_mask_function
     ends_with_queries = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
-    if mask_function is causal_mask_function and not ends_with_queries:
+    if causal and not ends_with_queries:
         raise UserError("a cache of fixed length (static) is not supported; use KernelCache or the default cache")
-    return None if attention_mask is None else attention_mask[:, -kv_length:]
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise _of_pairs(attention_mask)
+    key_mask = None if attention_mask is None else attention_mask[:, -kv_length:]
+    return KeyMask(causal, key_mask, (batch_size, 1, q_length, kv_length))
 
 
-def _head_dim(module: nn.Module) -> int | None:
-    """Width of a head if this is a module that calls the attention interface."""
-    if not hasattr(module, "is_causal") or not hasattr(module, "config"):
-        return None
-    for name in ("head_dim", "attention_head_size"):
-        if isinstance(getattr(module, name, None), int):
-            return int(getattr(module, name))
+def _of_pairs(mask: Tensor) -> UserError:
+    return UserError(
+        f"attention_mask must be a mask of keys, [batch, keys], not {mask.dtype} {list(mask.shape)}; a mask of pairs "
+        "has no meaning in linear time"
+    )
+
+
+def _read_mask(
+    mask: KeyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
+) -> tuple[Tensor | None, bool]:
+    """The mask of keys, [B, keys], and whether attention is causal.
+
+    Every mask of transformers' own functions is a KeyMask here. None is the absence of one, and then each query sees
+    each key, as in eager attention; a module that calls itself causal nevertheless is contradictory.
+    """
+    if mask is None:
+        if query.shape[2] > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
+            raise UserError(
+                f"{type(module).__name__} is causal but was given no mask; call it through its model, which makes one"
+            )
+        return None, False
+    if not isinstance(mask, KeyMask):
+        raise _of_pairs(mask)
+    if not mask.causal and mask.key_mask is None:
+        return None, False
+    expected = (query.shape[0], 1, query.shape[2], key.shape[2])
+    shapes = [tuple(mask.shape)]
+    if mask.key_mask is not None:
+        shapes.append((mask.key_mask.shape[0], 1, mask.shape[2], mask.key_mask.shape[1]))
+    for shape in shapes:
+        if shape != expected:
+            raise UserError(
+                f"the model made a mask of {list(shape)} (batch, heads, queries, keys), but this layer attends over "
+                f"{list(expected)}"
+            )
+    return mask.key_mask, mask.causal
+
+
+def _refuse_packed(mask: KeyMask, positions: object) -> None:
+    """Raise UserError where the positions of tokens that count start anew, in a causal mask that does not say so.
+
+    Without a mask of the tokens transformers looks for this itself, and asks for a mask of pairs. One look serves all
+    layers of a call; under torch.compile there is none, as it would have to read the positions.
+    """
+    if not mask.causal or not isinstance(positions, Tensor) or positions.dim() != 2 or positions is mask.positions:
+        return
+    mask.positions, length = positions, positions.shape[1]
+    if length < 2 or torch.compiler.is_compiling():
+        return
+    starts = positions[:, 1:] <= positions[:, :-1]
+    if mask.key_mask is not None:
+        counts = mask.key_mask[:, -length:]
+        starts = starts & counts[:, 1:] & counts[:, :-1]
+    if starts.any():
+        raise UserError(
+            "position_ids start anew within a sequence: packed sequences need a mask of pairs, which has no meaning in "
+            "linear time"
+        )
+
+
+@cache
+def _bypass(files: tuple[str, ...]) -> str | None:
+    """How the models of these modules get round the attention interface, or None where nothing shows that they do.
+
+    Layers of attention without an interface tell, or a table from the names of implementations to classes of attention.
+    """
+    things = [thing for file in files for thing in vars(sys.modules[file]).values()]
+    for thing in things:
+        if type(thing) is dict and isinstance(thing.get("eager"), type) and issubclass(thing["eager"], nn.Module):
+            return f"it has attentions of its own for the names {', '.join(thing)}"
+    layers = [thing.__name__ for thing in things if isinstance(thing, type) and issubclass(thing, nn.Module)]
+    own = [name for name in layers if "Attention" in name]
+    if own and not any(isinstance(thing, AttentionInterface) for thing in things):
+        return f"its {own[0]} computes attention itself"
     return None
 
 
-register("schoenbat", Settings())
+def _check_goes_through_interface(model: PreTrainedModel, name: str) -> None:
+    bases = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    if reason := _bypass(tuple(base.__module__ for base in bases)):
+        raise UserError(
+            f"{type(model).__name__} does not go through the attention interface of transformers ({reason}), so "
+            f"attn_implementation {name!r} has no effect on it; leave it out, or name the parts that shall have it, "
+            f"such as {{'text_config': {name!r}}}"
+        )
+
+
+def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    """While a model is put together: whether our implementation can serve it.
+
+    A model that never asks for a mask nor for the attention function is noticed nowhere else.
+    """
+    if isinstance(module, PreTrainedModel):
+        implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
+        if isinstance(implementation, str) and implementation in _ESTIMATES:
+            _check_goes_through_interface(module, implementation)
+
+
+def _calls_interface(layer: nn.Module) -> bool:
+    """Whether its `forward` takes the attention function from an interface of transformers."""
+    forward = inspect.unwrap(type(layer).forward)
+    code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in code.co_names)
+
+
+def _head_dim(layer: nn.Module) -> int:
+    """Width of the queries of a layer."""
+    for name in (
+        "qk_head_dim",
+        "head_dim",
+        "attention_head_size",
+        "head_size",
+        "attention_head_dim",
+        "key_value_proj_dim",
+    ):
+        if isinstance(getattr(layer, name, None), int):
+            return int(getattr(layer, name))
+    raise UserError(f"the width of the heads of {type(layer).__name__} is not known, so install cannot serve it")
+
+
+register("schoenbat", Estimate())
+register_module_module_registration_hook(_check_model)

@@ -73,39 +73,6 @@ class Kernel(ABC):
         x = edge * torch.cat([share, 10 ** (-12 * share)])
         return bool((self(-x) < -1e-12 * self(x)).any())
 
-    def even_part(self, x: Tensor) -> Tensor:
-        """(f(x) + f(-x)) / 2, the terms of even degree, elementwise; precise near 0, where the difference is not."""
-        return self._part(x, 0)
-
-    def odd_part(self, x: Tensor) -> Tensor:
-        """(f(x) - f(-x)) / 2, the terms of odd degree, elementwise; precise near 0, where the difference is not."""
-        return self._part(x, 1)
-
-    def _part(self, x: Tensor, parity: int) -> Tensor:
-        is_near = x.abs() <= self._near[parity]
-        away = (self(x) + (1 - 2 * parity) * self(-x)) / 2
-        near = x.masked_fill(~is_near, 0.0)
-        return torch.where(is_near, self._low_terms(near, parity), away)
-
-    def _low_terms(self, x: Tensor, parity: int) -> Tensor:
-        """The terms of degree below _LOW that are even (`parity` 0) or odd (1), by Horner's rule in x^2."""
-        total = torch.zeros_like(x)
-        for degree in range(_LOW - 2 + parity, -1, -2):
-            total = total * (x * x) + self.coefficient(degree)
-        return total * x if parity else total
-
-    @cached_property
-    def _near(self) -> tuple[float, float]:
-        """Up to which abs(x) the degrees below _LOW are all of the even and of the odd part, in float64.
-
-        The others sum to at most f(4 x) 4^-_LOW 4/3; beyond, where f(x) and f(-x) differ, their difference is precise.
-        """
-        edge = min(_RANGE, self.radius * (1 - 1e-6)) / 4
-        x = edge * 2.0 ** -torch.arange(64, dtype=torch.float64)
-        rest = self(4 * x) * 4.0**-_LOW * 4 / 3
-        even, odd = (x[rest <= torch.finfo(x.dtype).eps * self._low_terms(x, parity)] for parity in (0, 1))
-        return (even.max().item() if len(even) else 0.0, odd.max().item() if len(odd) else 0.0)
-
     @staticmethod
     def from_callable(f: Callable[[Tensor], Tensor], radius: float = math.inf, name: str | None = None) -> "Kernel":
         """The kernel f, with Maclaurin coefficients computed by Cauchy's formula, each with a bound on its error.

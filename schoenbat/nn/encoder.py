@@ -1,11 +1,13 @@
-"""The Long Range Arena model: a small pre-norm encoder, masked mean pooling, and a classifier for one or two texts.
+"""The model: a small encoder, and a classifier of one or two texts or of each position of a text.
 
-The set-up is that of Skyformer (NeurIPS 2021), which SchoenbAt's experiments use.
+By default the set-up is that of Skyformer (NeurIPS 2021), which SchoenbAt's experiments use: pre-norm blocks, learned
+positions, masked mean pooling.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,21 @@ from schoenbat.registry import build_config
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
+EMBEDDING_STD = 0.02
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the encoder; `head_width` is the hidden layer of the classifier."""
+    """Sizes of the encoder, and what papers do in different ways.
+
+    Attributes:
+        head_width: the hidden layer of the classifier.
+        pooling: of a text to one vector: the mean over its tokens, or what a learned token before them (cls) becomes.
+            Without meaning where each position is classified; there it must be mean, the default.
+        norm: LayerNorm before attention and MLP, and once at the end (pre); or after each sum (post), as in the first
+            Transformer.
+        positions: learned vectors; sines and cosines; or none.
+    """
 
     num_layers: int = 2
     width: int = 64
@@ -30,6 +42,9 @@ class ModelConfig:
     num_heads: int = 2
     dropout: float = 0.1
     head_width: int = 128
+    pooling: Literal["mean", "cls"] = "mean"
+    norm: Literal["pre", "post"] = "pre"
+    positions: Literal["learned", "sinusoidal", "none"] = "learned"
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "ffn_width", "num_heads", "head_width"):
@@ -42,10 +57,11 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or, post-norm, norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __init__(self, attention: SelfAttention, config: ModelConfig) -> None:
         super().__init__()
+        self.norm_first = config.norm == "pre"
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = attention
         self.mlp_norm = nn.LayerNorm(config.width)
@@ -58,29 +74,66 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.attention_norm(x), key_mask))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, key_mask)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 class Encoder(nn.Module):
-    """Tokens [B, N] and key_mask [B, N] to one vector per text, [B, width]: the mean over its real tokens."""
+    """Tokens [B, N] and key_mask [B, N] to one vector per text, [B, width], or per position, [B, N, width]."""
 
-    def __init__(self, blocks: list[Block], *, vocab_size: int, max_length: int, config: ModelConfig) -> None:
+    def __init__(
+        self, blocks: list[Block], *, vocab_size: int, max_length: int, per_position: bool, config: ModelConfig
+    ) -> None:
         super().__init__()
+        self.per_position = per_position
         self.tokens = nn.Embedding(vocab_size, config.width)
-        self.positions = nn.Parameter(torch.empty(-(-max_length // POSITION_STEP) * POSITION_STEP, config.width))
-        nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
+        length = -(-max_length // POSITION_STEP) * POSITION_STEP
+        self.positions: Tensor | None
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(length, config.width))
+            nn.init.normal_(self.positions, std=EMBEDDING_STD)
+        else:
+            fixed = sinusoidal_positions(length, config.width) if config.positions == "sinusoidal" else None
+            self.register_buffer("positions", fixed, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+        self.cls = nn.Parameter(torch.randn(config.width) * EMBEDDING_STD) if config.pooling == "cls" else None
 
     def forward(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
-        x = self.dropout(self.tokens(tokens) + self.positions[: tokens.shape[-1]])
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions[: tokens.shape[-1]]
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=-2)
+            key_mask = nn.functional.pad(key_mask, (1, 0), value=True)
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, key_mask)
-        weights = key_mask[..., None].to(torch.float32)
-        return (self.norm(x).float() * weights).sum(-2) / weights.sum(-2).clamp_min(1)
+        x = self.norm(x)
+        if self.per_position:
+            return x
+        # Under autocast, sums over thousands of tokens.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.cls is not None:
+            return x[:, 0]
+        weights = key_mask[..., None].to(x.dtype)
+        return (x * weights).sum(-2) / weights.sum(-2).clamp_min(1)
+
+
+def sinusoidal_positions(length: int, width: int) -> Tensor:
+    """[length, width]: sines and cosines of the position at wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017).
+
+    Scaled to the standard deviation that token embeddings begin with; at their full size the tokens would drown.
+    """
+    column = torch.arange(width)
+    rate = 10_000.0 ** (-2 * (column // 2) / width)
+    angle = torch.arange(length)[:, None] * rate
+    return torch.where(column % 2 == 0, torch.sin(angle), torch.cos(angle)) * (math.sqrt(2) * EMBEDDING_STD)
 
 
 class Classifier(nn.Module):
@@ -99,7 +152,10 @@ class Classifier(nn.Module):
         )
 
     def forward(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
-        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N]."""
+        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N].
+
+        [B, N, num_classes] where each position is classified.
+        """
         batch, num_texts, _ = tokens.shape
         encoded = self.encoder(tokens.flatten(0, 1), key_mask.flatten(0, 1)).unflatten(0, (batch, num_texts))
         if num_texts == 1:
@@ -121,6 +177,8 @@ def build_model(
     former: str,
     former_config: FormerConfig,
     seed: int,
+    per_position: bool = False,
+    causal: bool = False,
 ) -> Classifier:
     """A model whose weights and random features are a pure function of the arguments.
 
@@ -128,17 +186,22 @@ def build_model(
         attn: name of the attention mechanism; `attention` is its section of options, built strictly.
         dotf: name of the kernel, for the mechanisms that need one.
         former: "maclauformer" or "transformer".
+        per_position, causal: what the task says, see `schoenbat.tasks.Task`.
 
     Raises:
-        UserError: an unknown name or option, a kernel missing or superfluous, or one that the former cannot keep
-            inside its radius of convergence.
+        UserError: an unknown name or option, a kernel missing or superfluous, one that the former cannot keep inside
+            its radius of convergence, or a pooling that the task has no use for.
     """
+    if model.pooling == "cls" and (per_position or causal):
+        raise UserError(
+            "pooling 'cls' needs a task that classifies whole texts and is not causal; leave it at 'mean' here"
+        )
     attention_class = ATTENTIONS.get(attn)
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
     kernel = _kernel_for(attn, dotf, former)
-    for option in ("power", "temperature"):
-        if getattr(former_config, option) and former != "maclauformer":
-            raise UserError(f"former {former!r} has no SBN, so it takes no option {option!r}")
+    for option in fields(FormerConfig):
+        if getattr(former_config, option.name) != option.default and former != "maclauformer":
+            raise UserError(f"former {former!r} has no SBN, so it takes no option {option.name!r}")
     head_dim = model.width // model.num_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -151,12 +214,17 @@ def build_model(
                 raise UserError(f"attention.{attn}: {error}") from None
             try:
                 heads = SelfAttention(
-                    mechanism, width=model.width, num_heads=model.num_heads, former=former, config=former_config
+                    mechanism,
+                    width=model.width,
+                    num_heads=model.num_heads,
+                    former=former,
+                    config=former_config,
+                    causal=causal,
                 )
             except ValueError as error:
                 raise UserError(f"former.{former}: {error}") from None
             blocks.append(Block(heads, model))
-        encoder = Encoder(blocks, vocab_size=vocab_size, max_length=max_length, config=model)
+        encoder = Encoder(blocks, vocab_size=vocab_size, max_length=max_length, per_position=per_position, config=model)
         return Classifier(encoder, num_texts=num_texts, num_classes=num_classes, config=model)
 
 

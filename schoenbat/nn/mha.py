@@ -88,7 +88,7 @@ class MultiheadKernelAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention does: Xavier for the projections in, zero for the biases; and the same draw again."""
+        """As nn.MultiheadAttention: Xavier for the projections in, zero for the biases; and the same draw again."""
         if self.features is not None:
             self.features.reset_parameters()
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -129,6 +129,7 @@ class MultiheadKernelAttention(nn.Module):
         if attn_mask is not None and not is_causal:
             _check_causal(attn_mask, query, key, self.batch_first)
             is_causal = True
+        self_attention = query is key
         has_batch = query.ndim == 3
         batch_dim = 0 if self.batch_first or not has_batch else 1
         if not has_batch:
@@ -139,7 +140,7 @@ class MultiheadKernelAttention(nn.Module):
         key_mask = None if key_padding_mask is None else _attended(key_padding_mask)
 
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(query, key, value))
-        out = self.estimate.attend(q, k, v, key_mask, is_causal, features=self.features)
+        out = self.estimate.attend(q, k, v, key_mask, is_causal, features=self.features, self_attention=self_attention)
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
         if not has_batch:
             return out.squeeze(0), None

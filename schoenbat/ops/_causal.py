@@ -14,7 +14,8 @@ weighs in all is taken from the moments of its arguments, as if these were Gauss
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ GIVEN_CHUNK = 64
 """Tokens of a chunk where the features are given, so that f itself is not known."""
 
 
-class Far(NamedTuple):
+@dataclass(frozen=True)
+class Far:
     """The tokens before a chunk, summed up; [..., n] are the batch, the key heads, and the chunks where there are many.
 
     Attributes:
@@ -44,8 +46,14 @@ class Far(NamedTuple):
     moments: Tensor | None
     centre: Tensor | None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Far":
+        """With `function` applied to each tensor."""
+        moments, centre = (None if x is None else function(x) for x in (self.moments, self.centre))
+        return Far(function(self.sums), function(self.total), moments, centre)
 
-class State(NamedTuple):
+
+@dataclass(frozen=True)
+class State:
     """What causal attention needs of all tokens so far, of a size that does not grow with their number.
 
     Attributes:
@@ -57,9 +65,9 @@ class State(NamedTuple):
     key: Tensor
     extended: Tensor
 
-    def map(self, function) -> "State":  # type: ignore[no-untyped-def]
+    def map(self, function: Callable[[Tensor], Tensor]) -> "State":
         """The state with `function` applied to each tensor: all have the batch as their first dimension."""
-        far = None if self.far is None else Far(*(None if x is None else function(x) for x in self.far))
+        far = None if self.far is None else self.far.map(function)
         return State(far, function(self.key), function(self.extended))
 
 
@@ -118,7 +126,7 @@ def _sum_up(
 ) -> tuple[Far | None, Far | None]:
     """What lies before each of the `chunks`, and before the chunk that comes next, from the complete chunks."""
     if key.shape[2] == 0:
-        return None if far is None else Far(*(None if x is None else x.unsqueeze(2) for x in far)), far
+        return None if far is None else far.map(lambda x: x.unsqueeze(2)), far
     centre = None
     if features is not None and features.kernel.is_exponential:
         if far is None:
@@ -136,19 +144,29 @@ def _sum_up(
     if features is not None and features.is_bounded:
         counts = extended[..., -1:]
         moments = torch.cat([counts, key * counts], -1).mT @ key
-    added = Far(sums, extended.sum(-2, keepdim=True), moments, None)
-    running = []
-    for i, x in enumerate(added):
-        if x is None:
-            running.append(None)
-            continue
-        start = x.new_zeros(x[:, :, :1].shape) if far is None else far[i].unsqueeze(2)
-        running.append(torch.cat([start, x], 2).cumsum(2))
-    after = Far(*(None if x is None else x[:, :, -1] for x in running))._replace(centre=centre)
+    first = extended.sum(-2, keepdim=True)
+    # What lies before the first chunk, after it, after the second, ...
+    all_sums = _running(None if far is None else far.sums, sums)
+    all_totals = _running(None if far is None else far.total, first)
+    all_moments = None if moments is None else _running(None if far is None else far.moments, moments)
+    after = Far(
+        all_sums[:, :, -1], all_totals[:, :, -1], None if all_moments is None else all_moments[:, :, -1], centre
+    )
     if far is None and chunks == 1:
         return None, after
-    before = Far(*(None if x is None else x[:, :, :chunks] for x in running))
-    return before._replace(centre=None if centre is None else centre.unsqueeze(2)), after
+    before = Far(
+        all_sums[:, :, :chunks],
+        all_totals[:, :, :chunks],
+        None if all_moments is None else all_moments[:, :, :chunks],
+        None if centre is None else centre.unsqueeze(2),
+    )
+    return before, after
+
+
+def _running(start: Tensor | None, x: Tensor) -> Tensor:
+    """The sums of `start` and the first 0, 1, ... of the chunks of x [B, Hk, n, ...]."""
+    first = torch.zeros_like(x[:, :, :1]) if start is None else start.unsqueeze(2)
+    return torch.cat([first, x], 2).cumsum(2)
 
 
 def _attend(

@@ -113,13 +113,14 @@ class _AtOnce(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         query, key, value, key_weight, projection, *output, projected, features = ctx.saved_tensors
         attended, denominator, summed = output
-        d_query, d_key, d_value, d_weight = (
-            None if x is None else torch.zeros_like(x) if t is None else t
-            for x, t in zip((query, key, value, key_weight), tangents[:4], strict=True)
+        d_query, d_key, d_value = (
+            torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents[:3], strict=True)
         )
         d_features = push_forward(projected, ctx.plan, torch.stack([d_query, d_key]) @ projection)
-        d_extended = torch.nn.functional.pad(d_value, (0, 1))
-        if key_weight is not None:
+        if key_weight is None:
+            d_extended = torch.nn.functional.pad(d_value, (0, 1))
+        else:
+            d_weight = torch.zeros_like(key_weight) if tangents[3] is None else tangents[3]
             d_extended = torch.cat([d_value * key_weight + value * d_weight, d_weight], -1)
         d_summed = d_features[1].mT @ extend_value(value, key_weight) + features[1].mT @ d_extended
         d_products = d_features[0] @ summed + features[0] @ d_summed

@@ -5,13 +5,14 @@ holds for all of them is here: whatever stands at masked places is filled and ne
 in float32 or wider outside autocast, query heads may share key heads, and the dtype of the query comes back. Shapes as
 in `schoenbat.ops.reference`. Values get a column of ones, so that numerators and denominators are the same products.
 
-Features of exp see shifted vectors where attention is not causal. With w_j the weights that the mean query m gives to
+Features of exp see shifted vectors where attention is not causal: keys less their mean, which changes no softmax; and
+in self-attention queries too. With w_j the weights that the mean query m gives to
 the keys, w = softmax(<m, k_j>), and c = sum_j w_j k_j,
 
     exp(<q, k>) = exp(<q, c>) exp(<m, k - c>) exp(<q - m, k - c>).
 
-The first factor is the same for all keys and cancels, the second is w_j up to another such factor, and the features only
-have to describe the third, whose arguments have the mean 0 under w for every query.
+The first factor is the same for all keys and cancels, the second is w_j up to another such factor, and the features
+only have to describe the third, whose arguments have the mean 0 under w for every query.
 
 Where a feature map is bounded, the output is kept from being further off than that of uniform weights
 (`schoenbat.ops._bounds`).
@@ -47,19 +48,23 @@ def attend(
     is_causal: bool = False,
     scale: float = 1.0,
     block: int | None = None,
+    self_attention: bool = False,
 ) -> Tensor:
-    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, where <phi(x), phi(y)> stands for f(scale <x, y>).
+    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, an estimate of attention by f(scale <x, y>).
 
     Args:
         features: a FeatureMap, or any phi from [B, H, n, d] to [B, H, n, D] that works token by token, which is applied
             to query and key times sqrt(scale) as they are.
         query, key, value: [B, H, N, d], [B, Hk, M, d], [B, Hk, M, v]; H is a multiple of Hk, and consecutive H / Hk
-            query heads share a key head. Where N = M, queries are taken to be the same tokens as keys.
+            query heads share a key head.
         key_mask: [B, M], True = attend, or None.
         is_causal: query i sees keys up to i; requires N = M.
         scale: not negative.
         block: tokens of a causal sequence that are handled at a time. None takes all at once where a gradient is
             recorded or torch.compile is at work, else blocks of 4,096.
+        self_attention: the queries are the tokens of the keys, so that an output may depend on all of them. Features of
+            exp are then made for what lies around the mean query; in cross-attention that would tell a decoder of its
+            later tokens. Without effect where attention is causal.
 
     Returns:
         [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
@@ -73,8 +78,8 @@ def attend(
         # Queries of one group see the same keys: they are further queries of one head.
         q = q.unflatten(1, (-1, groups)).flatten(2, 3) if groups > 1 else q
         if isinstance(features, FeatureMap):
-            query_mask = key_mask if query.shape[2] == key.shape[2] else None
-            out = _through_plan(features, q, k, v, _counts(key_mask, v), _counts(query_mask, v, groups), scale)
+            counts, query_counts = _counts(key_mask, v), _counts(key_mask, v, groups)
+            out = _through_plan(features, q, k, v, counts, query_counts, scale, self_attention)
         else:
             root = math.sqrt(scale)
             out = linear_attention(features(q * root), features(k * root), v, key_mask)
@@ -158,11 +163,14 @@ def _through_plan(
     counts: Tensor | None,
     query_counts: Tensor | None,
     scale: float,
+    self_attention: bool,
 ) -> Tensor:
     projection = features.projection(query.dtype) * math.sqrt(scale)
     plan, kernel = features.plan, features.kernel
     weight = None if counts is None else counts.expand(*value.shape[:-1], 1)
-    if features.centres:
+    if features.centres and not self_attention:
+        key = key - _mean(key, counts)
+    elif features.centres:
         # torch.compile does not know operations with a forward-mode derivative of their own.
         shift = _Shift.forward if torch.compiler.is_compiling() else _Shift.apply
         query, key, weight = shift(query, key, counts, query_counts, scale)

@@ -1,30 +1,47 @@
-"""Tasks of the Long Range Arena: one file per task, found by its exact name.
+"""Tasks: one file per task, found by its exact name. `lra-` is the Long Range Arena, `recall-` needs attention.
 
-A task knows where its data comes from (or how to generate it), how an example becomes tokens, and the shape of the
-problem. Token 0 is padding everywhere.
+A task knows where its data comes from (or how to generate it), how an example becomes tokens, the shape of the
+problem, and what can be scored without a model. Token 0 is padding everywhere.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from schoenbat.registry import Registry
+
+if TYPE_CHECKING:
+    # It imports torch, and names of tasks are listed without.
+    from schoenbat.data.arrays import Dataset
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while something is fetched."""
 
 
 class Task(ABC):
-    """One classification problem over one text, or over a pair of texts.
+    """One classification problem: over a text, over a pair of texts, or at positions of a text.
 
-    A subclass nests a frozen dataclass `Config`, which is the section `task.NAME.data` of params.yaml.
+    A subclass nests a frozen dataclass `Config`, which is the section `task.NAME.data` of params.yaml. Its options
+    include `max_length`, at which texts are cut.
+
+    Attributes:
+        num_classes, vocab_size: of labels and tokens; where they depend on the options, set by `__init__`.
+        num_texts: 1 or 2 texts make an example.
+        per_position: labels belong to positions of a text and not to the whole.
+        causal: a position may attend to itself and earlier ones only.
+        pad_to_multiple: batches are padded to a multiple of this length.
     """
 
     Config: ClassVar[type]
-    num_classes: ClassVar[int]
-    vocab_size: ClassVar[int]
+    num_classes: int
+    vocab_size: int
     num_texts: ClassVar[int] = 1
+    per_position: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    pad_to_multiple: ClassVar[int] = 64
     how_to_get: ClassVar[str] = ""
     """One line: what to do when the data cannot be had. Empty for a task that generates its data."""
 
@@ -44,6 +61,17 @@ class Task(ABC):
     @abstractmethod
     def prepare(self, raw: Path, out: Path) -> dict[str, Any]:
         """Encode the raw files into arrays in `out` and return their description (`meta.json`)."""
+
+    def baselines(self, dataset: "Dataset") -> dict[str, float]:
+        """Test accuracy of rules that need no model, by the name of the rule.
+
+        Args:
+            dataset: what `prepare` wrote.
+        """
+        # Labels are not negative, except where a position has none.
+        train, test = (labels[labels >= 0] for labels in (dataset.labels("train"), dataset.labels("test")))
+        commonest = np.bincount(train, minlength=self.num_classes).argmax()
+        return {"majority class": float((test == commonest).mean())}
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from schoenbat.data.arrays import write_dataset
+from schoenbat.data.arrays import Dataset, batches, write_dataset
 from schoenbat.errors import UserError
 from schoenbat.tasks import Progress, Task
 
@@ -21,6 +21,8 @@ FIRST_OPERATOR, CLOSE, FIRST_DIGIT = 1, 5, 6
 OPERATOR_PROBABILITY = 0.25
 CHUNK = 4096
 """Expressions drawn at once. Part of what a seed means: another size gives other expressions."""
+RULE_EXAMPLES = 10_000
+"""Training expressions from which the rules of thumb take the commonest answer."""
 PATIENCE = 200
 """Chunks without a single new expression after which the settings are taken to be impossible."""
 
@@ -118,6 +120,30 @@ class ListOps(Task):
     def sample(cls, raw: Path) -> Config:
         """A tiny configuration for tests."""
         return cls.Config(max_length=40, min_length=5, train_size=24, dev_size=8, test_size=8, max_depth=4, max_args=4)
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """Rules of thumb: the commonest value; the commonest one of the outermost operator, and of it with its smallest
+        and largest direct digits; the value if operators below the first or second level are left out.
+        """
+        fitted, tested = (
+            outermost(dataset, split, limit) for split, limit in (("train", RULE_EXAMPLES), ("test", None))
+        )
+        train, test = dataset.labels("train")[: len(fitted)], dataset.labels("test")
+        found = super().baselines(dataset)
+        for name, columns in (("outermost operator", 1), ("operator, smallest and largest direct digit", 3)):
+            answers = commonest(fitted[:, :columns], train)
+            fallback = int(np.bincount(train).argmax())
+            guesses = [answers.get(tuple(row), fallback) for row in tested[:, :columns].tolist()]
+            found[name] = float((np.array(guesses) == test).mean())
+        expressions = [
+            tokens
+            for rows in batches(dataset, "test", 64, seed=None)
+            for tokens in dataset.batch("test", rows).tokens[:, 0].tolist()
+        ]
+        for levels, name in ((1, "shallow evaluation, one level"), (2, "shallow evaluation, two levels")):
+            values = [evaluate_shallow(tokens, levels) for tokens in expressions]
+            found[name] = float((np.array(values) == test).mean())
+        return found
 
     def _draw(self, count: int) -> tuple[list[np.ndarray], np.ndarray]:
         """`count` different expressions (uint8 tokens) and their values (int64)."""
@@ -229,3 +255,58 @@ def write_out(levels: list[Level], sizes: list[np.ndarray], symbols: list[np.nda
         flat[positions] = symbols[depth] + np.where(has, FIRST_OPERATOR, FIRST_DIGIT)
         flat[positions[has] + sizes[depth][has] - 1] = CLOSE
     return flat, offsets
+
+
+def outermost(dataset: Dataset, split: str, limit: int | None) -> np.ndarray:
+    """ints [n, 3]: outermost operator, smallest and largest of its direct digits (10 and -1 where it has none)."""
+    found = []
+    for rows in batches(dataset, split, 256, seed=None):
+        if limit is not None and rows[0] >= limit:
+            break
+        tokens = dataset.batch(split, rows[: None if limit is None else limit - rows[0]]).tokens[:, 0].numpy()
+        opens = (tokens >= FIRST_OPERATOR) & (tokens < CLOSE)
+        depth = np.cumsum(opens, axis=1) - np.cumsum(tokens == CLOSE, axis=1)
+        direct = (depth == 1) & (tokens >= FIRST_DIGIT)
+        digits = tokens - FIRST_DIGIT
+        smallest, largest = np.where(direct, digits, 10).min(axis=1), np.where(direct, digits, -1).max(axis=1)
+        found.append(np.stack([tokens[:, 0] - FIRST_OPERATOR, smallest, largest], axis=1))
+    return np.concatenate(found)
+
+
+def commonest(keys: np.ndarray, labels: np.ndarray) -> dict[tuple[int, ...], int]:
+    """For each row of `keys` that occurs, the label that most often goes with it."""
+    counts: dict[tuple[int, ...], np.ndarray] = {}
+    for key, label in zip(map(tuple, keys.tolist()), labels, strict=True):
+        counts.setdefault(key, np.zeros(10, np.int64))[label] += 1
+    return {key: int(row.argmax()) for key, row in counts.items()}
+
+
+def evaluate_shallow(tokens: list[int], levels: int) -> int:
+    """The value of an expression of which operators below `levels`, and all within them, are left out.
+
+    An operator without any argument left is left out too; 0 where nothing is left.
+    """
+    stack: list[tuple[int, list[int]]] = [(-1, [])]
+    for token in tokens:
+        if FIRST_OPERATOR <= token < CLOSE:
+            stack.append((token - FIRST_OPERATOR, []))
+        elif token >= FIRST_DIGIT:
+            stack[-1][1].append(token - FIRST_DIGIT)
+        elif token == CLOSE:
+            depth = len(stack) - 1
+            operator, values = stack.pop()
+            if values and depth <= levels:
+                stack[-1][1].append(apply(operator, values))
+    return stack[0][1][0] if stack[0][1] else 0
+
+
+def apply(operator: int, values: list[int]) -> int:
+    """The value of one operator over its arguments."""
+    if operator == MIN:
+        return min(values)
+    if operator == MAX:
+        return max(values)
+    if operator == SM:
+        return sum(values) % 10
+    ordered, count = sorted(values), len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) // 2

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from schoenbat.data.arrays import write_dataset
+from schoenbat.data.arrays import Dataset, write_dataset
+from schoenbat.data.bag import bag_accuracy
 from schoenbat.data.fetch import RemoteFile, fetch
 from schoenbat.data.subset import balanced_rows, check_size
 from schoenbat.errors import UserError
@@ -138,6 +139,10 @@ class Text(Task):
                 "notes": notes,
             },
         )
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """The commonest label, and logistic regression on the frequencies of bytes."""
+        return super().baselines(dataset) | {"byte frequencies": bag_accuracy(dataset)}
 
     @classmethod
     def sample(cls, raw: Path) -> Config:

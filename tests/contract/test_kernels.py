@@ -35,13 +35,6 @@ def test_function_leaves_its_argument_alone(kernel: Kernel) -> None:
     assert torch.equal(x, before)
 
 
-def test_parts_are_the_terms_of_even_and_of_odd_degree(kernel: Kernel) -> None:
-    x = torch.cat([torch.linspace(-0.5, 0.5, 25), 10.0 ** -torch.arange(1, 12)]).double() * min(kernel.radius, 1.0)
-    for part, parity in ((kernel.even_part, 0), (kernel.odd_part, 1)):
-        series = sum(kernel.coefficient(degree) * x**degree for degree in range(parity, 200, 2))
-        torch.testing.assert_close(part(x), series, rtol=1e-12, atol=0)
-
-
 def test_normalised_weights_are_the_function_over_its_sum(kernel: Kernel) -> None:
     scores = torch.rand(3, 7, dtype=torch.float64) - 0.5
     allowed = torch.rand(3, 7) < 0.6

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schoenbat.data.arrays import SPLITS, Dataset, batches
+from schoenbat.data.arrays import IGNORED, SPLITS, Dataset, batches
 from schoenbat.registry import build_config
 from schoenbat.tasks import TASKS, Task
 
@@ -16,6 +16,9 @@ META_KEYS = {
     "num_classes",
     "vocab_size",
     "num_texts",
+    "per_position",
+    "causal",
+    "pad_to_multiple",
     "max_length",
     "splits",
     "lengths",
@@ -44,6 +47,8 @@ def test_meta_says_what_the_data_are(name: str, tmp_path: Path) -> None:
     assert meta == dataset.meta
     assert (meta["task"], meta["num_texts"]) == (name, task.num_texts)
     assert (meta["num_classes"], meta["vocab_size"]) == (task.num_classes, task.vocab_size)
+    for declared in ("per_position", "causal", "pad_to_multiple"):
+        assert meta[declared] == getattr(task, declared)
     assert meta["max_length"] == task.config.max_length
     assert meta["label"]
     assert meta["source"]
@@ -63,8 +68,12 @@ def test_every_example_fits_the_problem(name: str, tmp_path: Path) -> None:
             assert batch.key_mask[..., 0].all(), "a text without tokens"
             assert (batch.key_mask[..., 1:] <= batch.key_mask[..., :-1]).all(), "padding before a token"
             assert batch.key_mask.sum(-1).max() <= meta["max_length"]
-            assert batch.labels.min() >= 0
-            assert batch.labels.max() < task.num_classes
+            assert batch.labels.shape == ((len(rows), batch.tokens.shape[-1]) if task.per_position else (len(rows),))
+            given = batch.labels[batch.labels != IGNORED] if task.per_position else batch.labels
+            assert given.min() >= 0
+            assert given.max() < task.num_classes
+            if task.per_position:
+                assert batch.key_mask[:, 0][batch.labels != IGNORED].all(), "a label beyond the text"
 
 
 def test_splits_share_no_example(name: str, tmp_path: Path) -> None:
@@ -78,10 +87,10 @@ def test_splits_share_no_example(name: str, tmp_path: Path) -> None:
 
 
 def test_train_and_test_know_every_label(name: str, tmp_path: Path) -> None:
-    task, meta, dataset = prepared(name, tmp_path)
+    task, _, dataset = prepared(name, tmp_path)
     for split in ("train", "test"):
-        labels = dataset.batch(split, np.arange(meta["splits"][split])).labels
-        assert len(labels.unique()) >= min(task.num_classes, 4)
+        labels = dataset.labels(split)
+        assert len(np.unique(labels[labels != IGNORED])) >= min(task.num_classes, 4)
 
 
 def test_preparing_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
@@ -104,3 +113,13 @@ def test_generated_or_told_how_to_get(name: str, tmp_path: Path) -> None:
     else:
         assert "SCHOENBAT_DATA_MIRROR" in task_class.how_to_get
         assert "\n" not in task_class.how_to_get
+
+
+def test_baselines_are_shares_and_the_majority_class_is_among_them(name: str, tmp_path: Path) -> None:
+    task, _, dataset = prepared(name, tmp_path)
+    baselines = task.baselines(dataset)
+    labels = {split: [v for v in dataset.labels(split).ravel().tolist() if v != IGNORED] for split in SPLITS}
+    counts = {label: labels["train"].count(label) for label in set(labels["train"])}
+    commonest = max(sorted(counts), key=lambda label: counts[label])
+    assert baselines["majority class"] == labels["test"].count(commonest) / len(labels["test"])
+    assert all(0 <= share <= 1 for share in baselines.values())

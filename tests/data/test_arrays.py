@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from schoenbat.data import arrays
-from schoenbat.data.arrays import Dataset, batches, write_dataset
+from schoenbat.data.arrays import IGNORED, Dataset, batches, write_dataset
 from schoenbat.errors import UserError
 
 DOCS = [np.arange(1, length + 1) for length in (3, 70, 1, 200, 64)]
@@ -140,3 +140,44 @@ def test_a_missing_or_damaged_folder_says_what_to_do(dataset: Dataset, tmp_path:
     (tmp_path / "set" / "offsets.npy").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read"):
         Dataset(tmp_path / "set")
+
+
+def position_labels(**changes: Any) -> dict[str, Any]:
+    """One text an example, with a label at positions 0 and 2 of each."""
+    labels = np.full((5, 100), IGNORED)
+    labels[:, 0], labels[:, 2] = np.arange(5) % 3, 1
+    parts = {"train": slice(0, 3), "dev": slice(3, 4), "test": slice(4, 5)}
+    splits = {name: (np.arange(5)[part, None], labels[part]) for name, part in parts.items()}
+    meta = {**META, "num_texts": 1, "per_position": True, "pad_to_multiple": 8, **changes}
+    return {"docs": DOCS, "splits": splits, "meta": meta}
+
+
+def test_labels_of_positions_are_cut_and_filled_like_the_texts(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", **position_labels())
+    dataset = Dataset(tmp_path / "set")
+    assert np.load(tmp_path / "set" / "train_labels.npy").dtype == np.int16
+    for rows, length in (([0, 2], 8), ([1], 72)):
+        batch = dataset.batch("train", np.array(rows))
+        assert batch.tokens.shape[-1] == batch.labels.shape[-1] == length
+        assert batch.labels.dtype == torch.int64
+        for row, labels in zip(rows, batch.labels.tolist(), strict=True):
+            assert labels == [row % 3, IGNORED, 1] + [IGNORED] * (length - 3)
+    assert dataset.batch("test", np.array([0]), pad_to_multiple=64).labels.shape == (1, 64)
+    assert dataset.batch("dev", np.array([0]), pad_to_multiple=64).labels.shape == (1, 128)
+
+
+def test_labels_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"labels of shape \(3, 100\) with per_position False"):
+        write_dataset(tmp_path / "set", **position_labels(per_position=False))
+    with pytest.raises(ValueError, match=r"labels of shape \(7,\) with per_position True"):
+        write(tmp_path / "set", per_position=True)
+    with pytest.raises(ValueError, match="labels outside"):
+        write_dataset(tmp_path / "set", **position_labels(num_classes=2))
+    unlabelled = position_labels()
+    unlabelled["splits"]["train"][1][0] = IGNORED
+    with pytest.raises(ValueError, match="train: an example without a label"):
+        write_dataset(tmp_path / "set", **unlabelled)
+    whole = splits()
+    whole["train"][1][0] = IGNORED
+    with pytest.raises(ValueError, match="labels outside"):
+        write_dataset(tmp_path / "set", DOCS, whole, META)

@@ -35,7 +35,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from schoenbat.integrations.huggingface import KernelCache, Settings, register
+from schoenbat.estimate import Estimate
+from schoenbat.integrations.huggingface import KernelCache, register
 
 FOLDER = os.environ.get("SCHOENBAT_TRANSFORMERS_TESTS")
 if not FOLDER:
@@ -62,8 +63,8 @@ GenerationTesterMixin = load("generation.test_utils", "GenerationTesterMixin")
 ModelTesterMixin = load("test_modeling_common", "ModelTesterMixin")
 common = sys.modules["tests.test_modeling_common"]
 
-register("schoenbat-own-exact", Settings(num_features=None))
-register("schoenbat-own-4096", Settings(num_features=4096))
+register("schoenbat-own-exact", Estimate(num_features=None))
+register("schoenbat-own-4096", Estimate(num_features=4096))
 
 
 class Models:

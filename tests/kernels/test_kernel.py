@@ -52,24 +52,6 @@ def test_the_sign_is_asked_for_inside_the_radius_only() -> None:
     assert Kernel.from_callable(lambda x: 0.5 + x, 0.6).is_signed
 
 
-def test_parts_keep_their_precision_where_the_other_part_is_far_larger() -> None:
-    x = torch.tensor([1e-9, 1e-3, 0.3, 1.0, 3.0, 10.0], dtype=torch.float64)
-    x = torch.cat([x, -x])
-    exp = Kernel.from_callable(torch.exp)
-    torch.testing.assert_close(exp.odd_part(x), torch.sinh(x), rtol=1e-13, atol=0)
-    torch.testing.assert_close(exp.even_part(x), torch.cosh(x), rtol=1e-13, atol=0)
-    linear = Kernel.from_callable(lambda x: x + 1e-3 * x**2)
-    torch.testing.assert_close(linear.even_part(x), 1e-3 * x**2, rtol=1e-11, atol=0)
-    assert Kernel.from_callable(lambda x: x**2).odd_part(x).eq(0).all()
-
-
-def test_parts_have_a_gradient() -> None:
-    x = torch.tensor([-3.0, -1e-4, 0.0, 1e-4, 3.0], dtype=torch.float64, requires_grad=True)
-    exp = KERNELS.get("exp")()
-    assert torch.autograd.gradcheck(exp.odd_part, x)
-    assert torch.autograd.gradcheck(exp.even_part, x)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-30, 1e-8, 1e8, 1e30])
 def test_normalised_weights_do_not_depend_on_the_size_of_the_kernel(size: float, dtype: torch.dtype) -> None:

@@ -145,7 +145,8 @@ def test_parts_equal_the_whole_and_the_state_keeps_its_size(name: str) -> None:
         outputs.append(out)
         start += length
         assert isinstance(state, State)
-        sizes = [x.numel() for x in (state.far or ()) if x is not None] + [state.key.numel(), state.extended.numel()]
+        sizes: list[int] = []
+        state.map(lambda x, sizes=sizes: sizes.append(x.numel()) or x)
         largest = max(largest, sum(sizes))
     assert start == 500
     torch.testing.assert_close(torch.cat(outputs, 2), expected)
@@ -259,7 +260,7 @@ def test_compiled_once_it_serves_all_lengths(name: str, is_causal: bool) -> None
     def compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(features, query, key, value, None, is_causal)
 
-    for length in [*range(5, 20), 70, 100, 129, 150]:
+    for length in [*range(5, 14), 70, 150, 200]:
         tensors = inputs(length)
         torch.testing.assert_close(compiled(*tensors), attend(features, *tensors, None, is_causal))
     assert len(graphs) <= 4

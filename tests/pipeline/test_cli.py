@@ -24,7 +24,7 @@ KERNEL = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-listops"),
+        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-image, lra-listops"),
         (("train", *PLAIN, "--attn", "sofmax"), "unknown attn 'sofmax'; choose one of: "),
         (("train", *PLAIN, "--former", "macformer"), "unknown former 'macformer'; choose one of: maclauformer"),
         (("train", *KERNEL, "--dotf", "expo"), "unknown dotf 'expo'; choose one of: exp, inverse"),

@@ -175,7 +175,7 @@ from pipeline.stages import evaluate, train
 load_params()
 print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("schoenbat.") and module.__file__))
 """
-NO_NUMBERS = ("__init__", "errors", "fetch", "files", "functional", "registry", "subset")
+NO_NUMBERS = ("__init__", "diagnosis", "errors", "fetch", "files", "functional", "registry", "subset")
 """Files that no model calls: what only finds the file that a cell names itself, or prepares data."""
 
 

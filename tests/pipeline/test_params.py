@@ -23,7 +23,7 @@ from schoenbat.errors import UserError
         ("task.lra-text.training", None, "missing key"),
         ("attention.rmfa.features", 5, "attention.rmfa: unknown key 'features'; known keys: num_features, max_degree"),
         ("former.maclauformer.power", 1, "former.maclauformer.power must be a bool"),
-        ("grid.tasks", ["lra-txet"], "grid.tasks: unknown task 'lra-txet'; choose one of: lra-listops, "),
+        ("grid.tasks", ["lra-txet"], "grid.tasks: unknown task 'lra-txet'; choose one of: lra-image, lra-listops, "),
         ("grid.tasks", "lra-text", "grid.tasks must be a list"),
         ("grid.tasks", ["lra-text", "lra-text"], "grid.tasks lists 'lra-text' more than once"),
         ("grid.tasks", ["lra-retrieval"], "'lra-retrieval' has no section task.lra-retrieval"),
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_named_in_one_line(project: Project, key: str, valu
 
 def test_a_section_that_is_no_task_is_refused_even_when_it_is_complete(project: Project) -> None:
     project.set("task.lra-txet", project.settings["task"]["lra-text"])
-    with pytest.raises(UserError, match="task: unknown task 'lra-txet'; choose one of: lra-listops"):
+    with pytest.raises(UserError, match="task: unknown task 'lra-txet'; choose one of: lra-image, lra-listops"):
         load_params()
 
 

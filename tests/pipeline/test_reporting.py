@@ -13,6 +13,7 @@ from pipeline import reporting
 from pipeline.grid.cells import Cell, expand, settings_fingerprint
 from pipeline.grid.params import Params, load_params
 from pipeline.reporting._output import escape_latex
+from pipeline.reporting.published import TASKS, published_accuracies, published_sources
 from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
@@ -138,7 +139,7 @@ def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: 
 
 
 ENDS = ("md", "csv", "tex")
-TABLES = ("accuracy", "allocation", "allocation-error", "cells", "cost", "data", "published")
+TABLES = ("accuracy", "allocation", "allocation-error", "cells", "cost", "data", "published", "published-by-source")
 FIGURES = (
     "allocation-32",
     "allocation-error-32",
@@ -295,3 +296,19 @@ def test_latex_specials_are_escaped(tmp_path: Path, params: Params) -> None:
     assert r"100 \% of the \textbar{} awkward\_characters" in text
     assert r"\toprule" in text
     assert "±" not in text
+
+
+def test_published_values_stand_apart_with_the_faults_of_their_source(tmp_path: Path, params: Params) -> None:
+    values, sources = published_accuracies(), published_sources()
+    assert len(values) == 48
+    assert not values.duplicated(["source", "mechanism"]).any()
+    assert set(values.source) == set(sources.source)
+    assert sources.notna().all(axis=None)
+    accuracies = values[list(TASKS)]
+    assert ((accuracies > 10) & (accuracies < 100)).all(axis=None)
+    reporting.build("cpu", params, tmp_path)
+    table = (tmp_path / "reports/cpu/tables/published-by-source.md").read_text()
+    assert "38.69 ± 0.59" in table
+    assert all(f"{task} (published)" in table for task in TASKS)
+    index = (tmp_path / "reports/cpu/index.md").read_text()
+    assert all(fault.rstrip(".") in index for fault in sources.faults)

@@ -157,5 +157,8 @@ def test_the_real_data_have_the_known_counts_in_both_forms(tmp_path: Path) -> No
     assert dataset.meta["splits"] == {"train": 22_377, "dev": 2_500, "test": 25_000}
     assert dataset.meta["notes"][0].startswith("123 training reviews dropped")
     assert dataset.meta["lengths"]["max"] == 13_704
+    baselines = Text(Text.Config()).baselines(prepare(tmp_path / "raw", tmp_path / "c", max_length=768, test_size=5000))
+    assert baselines["majority class"] == 0.5
+    assert 0.62 < baselines["byte frequencies"] < 0.65
     write_archive(tmp_path / "raw" / "imdb.jsonl.xz", tmp_path / "other" / "aclImdb_v1.tar.gz")
     assert prepare(tmp_path / "other", tmp_path / "b").meta["fingerprint"] == dataset.meta["fingerprint"]
