@@ -16,8 +16,9 @@ of softmax. The others are attentions of their own and must be finite; their err
 
 Peak memory is what torch's allocator held at most, beyond the inputs, during one call of its own: on the CPU from the
 allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
-not seen. Mechanisms whose number of operations more than triples when the length doubles are quadratic, and are left
-out above `bench.max_quadratic_length`, except torch's own, which the speed-ups refer to.
+not seen. Mechanisms of quadratic cost, which those of other libraries have if the number of operations more than
+triples when the length doubles, are left out above `bench.max_quadratic_length`, except torch's own, which the
+speed-ups refer to.
 """
 
 import dataclasses
