@@ -3,21 +3,21 @@
 import contextlib
 import dataclasses
 import enum
+import importlib.metadata
 import json
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pipeline import commands
+from pipeline.grid.settings import enter_project
 from pipeline.lease import watch
-from schoenbat.errors import UserError
-
-if TYPE_CHECKING:
-    from schoenbat.registry import Registry
+from pipeline.names import Kind, described, names
+from schoenbat.errors import UserError, unknown_name
 
 app = typer.Typer(
     help="Train, evaluate and compare attention mechanisms on Long Range Arena tasks; params.yaml says which.",
@@ -25,19 +25,16 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _LOOK_SECONDS = 1.0
 
 
-class Kind(enum.StrEnum):
-    """What `list` can list."""
-
-    TASKS = "tasks"
-    ATTN = "attn"
-    DOTF = "dotf"
-    FORMER = "former"
-    PROFILES = "profiles"
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"schoenbat-exp {importlib.metadata.version('schoenbat')}")
+        raise typer.Exit
 
 
 class Where(enum.StrEnum):
@@ -45,6 +42,16 @@ class Where(enum.StrEnum):
 
     LOCAL = "local"
     SLURM = "slurm"
+
+
+@app.callback()
+def _begin(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before each command."""
+    enter_project()
 
 
 @app.command()
@@ -73,6 +80,7 @@ def run(
         bool, typer.Option("--fail-fast/--keep-going", help="Whether the first failure stops the grid.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: for programs.")] = False,
 ) -> None:
     """Run what is out of date: all of the grid (--grid), or the cells that the filters leave; then build the report.
 
@@ -85,7 +93,9 @@ def run(
     filters: dict[str, Any] = dict(task=task, attn=attn, dotf=dotf, former=former, seed=seed, id=cell)
     if not grid and not any(filters.values()):
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
-    wishes = grid_run.Wishes(filters, jobs, devices, restart, force, fail_fast, dry_run)
+    if as_json and not dry_run:
+        raise UserError("--json goes with --dry-run")
+    wishes = grid_run.Wishes(filters, jobs, devices, restart, force, fail_fast, dry_run, as_json)
     raise typer.Exit(grid_run.run_grid(params, expand(params), wishes, slurm=where is Where.SLURM))
 
 
@@ -132,16 +142,22 @@ def logs(
 
 
 @app.command("list")
-def list_names(kind: Annotated[Kind | None, typer.Argument(help="Default: all kinds.")] = None) -> None:
-    """List the names that can be used, and where those come from that are not part of this project."""
-    if kind is not None:
-        origins = _origins(kind)
-        print("\n".join(f"{name}  {origins[name]}" if name in origins else name for name in _names(kind)))
-        return
-    for each in Kind:
-        print(f"{each}: {' '.join(_names(each))}")
-        for name, origin in _origins(each).items():
-            print(f"  {name}: {origin}")
+def list_names(
+    kind: Annotated[Kind | None, typer.Argument(help="Default: all kinds.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the names that can be used, what they stand for, and what comes from other distributions."""
+    from pipeline.grid.checked import ensure_checked
+    from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE
+
+    found = {each: names(each) for each in ([kind] if kind else Kind)}
+    if as_json:
+        print(json.dumps({each: [dataclasses.asdict(name) for name in listed] for each, listed in found.items()}))
+    else:
+        for each, listed in found.items():
+            print(*([f"{each}:"] if kind is None else []), *described(listed), sep="\n")
+    if PARAMS_FILE.exists() or PROJECT_FILE.exists():
+        ensure_checked()
 
 
 @app.command()
@@ -150,20 +166,20 @@ def use(
     force: Annotated[bool, typer.Option("--force", help="Even if params.yaml is not a copy of any profile.")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml."""
-    from pipeline.grid.params import load_params
+    from pipeline.grid.checked import load_checked
     from pipeline.grid.settings import PARAMS_FILE
     from schoenbat.files import write_bytes
 
-    names = _names(Kind.PROFILES)
-    if profile not in names:
-        raise UserError(f"unknown profile {profile!r}; choose one of: {', '.join(names)}")
+    known = [each.name for each in names(Kind.PROFILES)]
+    if profile not in known:
+        raise unknown_name("profile", profile, known)
     source = Path("profiles", f"{profile}.yaml")
-    params = load_params(source)
+    params = load_checked(source)
     if params.profile != profile:
         raise UserError(f"{source} calls itself profile {params.profile!r}; the name of the file must be the same")
     if PARAMS_FILE.exists() and not force:
         current = PARAMS_FILE.read_bytes()
-        if all(Path("profiles", f"{name}.yaml").read_bytes() != current for name in names):
+        if all(Path("profiles", f"{name}.yaml").read_bytes() != current for name in known):
             raise UserError(
                 "params.yaml differs from every profile; keep it as profiles/NAME.yaml first, or pass --force"
             )
@@ -175,34 +191,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point."""
     watch()
     sys.exit(commands.exit_code(app, arguments))
-
-
-def _names(kind: Kind) -> list[str]:
-    if kind is Kind.PROFILES:
-        return sorted(path.stem for path in Path("profiles").glob("*.yaml"))
-    if kind is Kind.FORMER:
-        from schoenbat.nn.multihead import FORMERS
-
-        return list(FORMERS)
-    return _registry(kind).names()
-
-
-def _origins(kind: Kind) -> dict[str, str]:
-    """Where the components of other distributions come from, by name."""
-    if kind in (Kind.PROFILES, Kind.FORMER):
-        return {}
-    from schoenbat.registry import describe_entry
-
-    return {name: describe_entry(entry) for name, entry in _registry(kind).external().items()}
-
-
-def _registry(kind: Kind) -> "Registry[Any]":
-    from schoenbat.attention import ATTENTIONS
-    from schoenbat.kernels import KERNELS
-    from schoenbat.tasks import TASKS
-
-    registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
-    return registries[kind]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,12 @@ from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserE
 if TYPE_CHECKING:
     from pipeline.grid.params import Params
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 PARAMS_VARIABLE = "SCHOENBAT_PARAMS"
 """Names the copy of params.yaml that a grid has made when it started."""
@@ -29,6 +34,9 @@ TaskOption = Annotated[str, typer.Option("--task", help="Name of the task.")]
 AttnOption = Annotated[str, typer.Option("--attn", help="Name of the attention mechanism.")]
 DotfOption = Annotated[str | None, typer.Option("--dotf", help="Name of the kernel, if the mechanism needs one.")]
 FormerOption = Annotated[str, typer.Option("--former", help="maclauformer (with ppSBN) or transformer (without).")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="Of which params.yaml must be. Default: whichever it is of.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Default: the first seed of the grid.")]
 DeviceOption = Annotated[
     str | None,
@@ -44,6 +52,7 @@ def train(
     dotf: DotfOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="--no-save writes and logs nothing.")] = True,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint of an interrupted run.")] = False,
 ) -> None:
@@ -51,7 +60,7 @@ def train(
     from pipeline.grid.cells import make_cell
     from pipeline.stages import train as stage
 
-    params = load()
+    params = load(profile)
     cell = make_cell(params, task, attn, dotf, former, seed)
     stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart)
 
@@ -64,48 +73,49 @@ def evaluate(
     dotf: DotfOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Test the best weights of one trained cell."""
     from pipeline.grid.cells import make_cell
     from pipeline.stages import evaluate as stage
 
-    params = load()
+    params = load(profile)
     stage.run(params, make_cell(params, task, attn, dotf, former, seed), device_name=device or params.run.device)
 
 
 @app.command()
-def download(task: TaskOption) -> None:
+def download(task: TaskOption, profile: ProfileOption = None) -> None:
     """Fetch and verify the raw data of one task."""
     from pipeline.stages import download as stage
 
-    params = load()
+    params = load(profile)
     stage.run(params, task)
 
 
 @app.command()
-def preprocess(task: TaskOption) -> None:
+def preprocess(task: TaskOption, profile: ProfileOption = None) -> None:
     """Turn the raw data of one task into the arrays that training reads."""
     from pipeline.stages import preprocess as stage
 
-    params = load()
+    params = load(profile)
     stage.run(params, task)
 
 
 @app.command()
-def report() -> None:
+def report(profile: ProfileOption = None) -> None:
     """Build tables and figures from what is finished."""
     from pipeline.stages import report as stage
 
-    params = load()
+    params = load(profile)
     stage.run(params)
 
 
 @app.command()
-def bench() -> None:
+def bench(profile: ProfileOption = None) -> None:
     """Time all mechanisms side by side in one process."""
     from pipeline.stages import bench as stage
 
-    params = load()
+    params = load(profile)
     stage.run(params, Path("runs", params.profile, "bench.csv"))
 
 
@@ -114,12 +124,13 @@ def errors(
     cell: Annotated[
         str | None, typer.Option(help="On the vectors of this trained cell. Default: made-up ones.")
     ] = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
     from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
-    params = load()
+    params = load(profile)
     folder = Path("runs", params.profile)
     if cell is None:
         stage.run(params, folder / "errors.csv")
@@ -128,14 +139,17 @@ def errors(
         stage.run_trained(params, chosen, folder / "errors" / f"{cell}.csv")
 
 
-def load() -> "Params":
-    """The settings: params.yaml, or under a grid those of its start."""
+def load(profile: str | None = None) -> "Params":
+    """The settings: params.yaml, or under a grid those of its start; UserError if they are of another profile."""
+    from pipeline.grid.checked import load_checked
     from pipeline.grid.code import check_code
     from pipeline.grid.components import link_components
-    from pipeline.grid.params import load_params
     from pipeline.grid.settings import PARAMS_FILE
 
-    params = load_params(Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE)))
+    path = Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE))
+    params = load_checked(path)
+    if profile is not None and profile != params.profile:
+        raise UserError(f"{path} is of profile {params.profile!r}, not {profile!r}")
     link_components()
     check_code()
     return params

@@ -2,8 +2,9 @@
 
 The database is `mlflow.db` in the project's folder, or whatever MLFLOW_TRACKING_URI names. There is one experiment, in
 it one parent run per profile of this checkout, and below that one run per cell. Who starts a grid calls `start_grid`
-once and hands its result to the environment of the children; a cell that is started alone does the same for itself. All
-first use happens under a file lock, because MLflow's migrations fail when several processes meet a new database.
+once, hands its result to the environment of the children, and calls `end_grid`; a cell that is started alone does the
+same for itself. All first use happens under a file lock, because MLflow's migrations fail when several processes meet a
+new database.
 
 A run that was interrupted is continued when its cell is started again with the same fingerprint (code, data and
 params), and an evaluation that it already holds is not logged a second time. A run that ended but was never tested
@@ -11,7 +12,8 @@ counts as interrupted: DVC has no record of it, or its test would have followed.
 read it.
 
 A server may be away for a while. During training an evaluation that cannot be logged is kept and sent with a later one;
-at the start and at the end of a cell, where there is nothing better to do, it is waited for.
+at the start and at the end of a cell, where there is nothing better to do, it is waited for. A grid does not begin with
+an MLflow that cannot be used; later on, what cannot be logged is said, and the cell goes on without.
 """
 
 import copy
@@ -20,6 +22,8 @@ import errno
 import importlib.metadata
 import os
 import platform
+import posixpath
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,17 +33,19 @@ from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
+from pipeline import database
 from pipeline.files import git_revision
 from pipeline.grid.cells import Cell
 from pipeline.quiet_mlflow import import_mlflow
 from pipeline.stopping import Stopped
+from pipeline.text import counted
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
+    from schoenbat.nn.encoder import Classifier
     from schoenbat.training import Evaluation
 
 EXPERIMENT = "schoenbat"
@@ -70,29 +76,50 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
         UserError: the tracking server or database cannot be used.
     """
     root = (root or Path.cwd()).resolve()
-    uri = os.environ.get(TRACKING_URI) or f"sqlite:///{root / 'mlflow.db'}"
+    uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
     mlflow = import_mlflow()
     folder = root / "logs"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "mlflow.lock"):
         tags = {"kind": "grid", "profile": profile, "checkout": _checkout_id(folder)}
+        artifacts = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
         try:
+            if uri == database.default_uri(root):
+                database.ensure(root, lambda new: _experiment_id(mlflow.MlflowClient(new), artifacts))
             mlflow.set_tracking_uri(uri)
             client = mlflow.MlflowClient()
-            experiment = _experiment_id(client, (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None)
-            found = _newest_run(client, experiment, tags)
-            run = found or client.create_run(experiment, tags=tags, run_name=f"grid {profile}")
-        except mlflow.exceptions.MlflowException as error:
-            raise UserError(f"MLflow cannot use {uri}: {str(error).splitlines()[0]}") from error
+            experiment = _experiment_id(client, artifacts)
+            run = _newest_run(client, experiment, tags)
+            if run is None:
+                run = client.create_run(experiment, tags=tags, run_name=f"grid {profile}")
+            elif run.info.status != "RUNNING":
+                client.update_run(run.info.run_id, status="RUNNING")
+        except ImportError as error:
+            raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
+        except _errors() as error:
+            raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
     return {TRACKING_URI: uri, EXPERIMENT_ID: experiment, PARENT_RUN_ID: run.info.run_id}
+
+
+def end_grid(grid: Mapping[str, str], status: str) -> None:
+    """End the parent run of a grid.
+
+    Args:
+        grid: what `start_grid` returned.
+        status: "FINISHED", "FAILED" or "KILLED".
+    """
+    try:
+        _check_database(grid[TRACKING_URI])
+        import_mlflow().MlflowClient(grid[TRACKING_URI]).set_terminated(grid[PARENT_RUN_ID], status)
+    except _errors() as error:
+        print(f"warning: the end of the grid is not logged in MLflow: {_reason(error)}", flush=True)
 
 
 @contextmanager
 def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Scalar]) -> Iterator["CellRun"]:
     """The run in which a cell is trained: the interrupted one of the same fingerprint if there is one, else a new one.
 
-    The run ends as FINISHED, as KILLED when it is stopped, and as FAILED on any other exception, which goes on; an
-    error of MLflow itself as an OSError.
+    The run ends as FINISHED, as KILLED when it is stopped, and as FAILED on any other exception, which goes on.
 
     Args:
         cell: what is trained.
@@ -100,67 +127,122 @@ def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Sc
         profile: the name of the profile.
         params: further parameters, flat.
     """
-    with _errors_as_one_line():
-        client, experiment, parent = _patiently(lambda: _connect(profile))
+    axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
+    tags = {"git_sha": git_revision(), "dvc_stage": os.environ.get("DVC_STAGE", "")}
+
+    def find(client: "MlflowClient", experiment: str, parent: str) -> str:
         identity = _identity(cell, fingerprint, parent)
-        axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
-        tags = {"git_sha": git_revision(), "dvc_stage": os.environ.get("DVC_STAGE", "")}
+        run = _newest_run(client, experiment, identity)
+        if run is None or (run.info.status == "FINISHED" and _TESTED in run.data.metrics):
+            run = client.create_run(experiment, tags=identity, run_name=cell.id)
+        if not client.list_artifacts(run.info.run_id):
+            client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
+        _describe(client, run, {**axes, **params}, tags)
+        return run.info.run_id
 
-        def open_run() -> CellRun:
-            run = _newest_run(client, experiment, identity)
-            if run is None or (run.info.status == "FINISHED" and _TESTED in run.data.metrics):
-                run = client.create_run(experiment, tags=identity, run_name=cell.id)
-            if not client.list_artifacts(run.info.run_id):
-                client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
-            _describe(client, run, {**axes, **params}, tags)
-            return CellRun(client, run.info.run_id)
-
-        opened = _patiently(open_run)
-        with _active(opened.run_id):
-            yield opened
+    with _opened(profile, find) as opened:
+        yield opened
 
 
 @contextmanager
 def attach(cell: Cell, fingerprint: str, profile: str) -> Iterator["CellRun"]:
     """The newest run of a trained cell, to add what was found out after the training; it is made if there is none."""
-    with _errors_as_one_line():
-        client, experiment, parent = _patiently(lambda: _connect(profile))
-        run = _patiently(lambda: _newest_run(client, experiment, _identity(cell, fingerprint, parent)))
-        if run is None:
-            with cell_run(cell, fingerprint, profile, {}) as made:
-                yield made
-            return
-        run_id = run.info.run_id
-        with _active(run_id):
-            yield _patiently(lambda: CellRun(client, run_id))
+
+    def find(client: "MlflowClient", experiment: str, parent: str) -> str:
+        identity = _identity(cell, fingerprint, parent)
+        run = _newest_run(client, experiment, identity) or client.create_run(
+            experiment, tags=identity, run_name=cell.id
+        )
+        return run.info.run_id
+
+    with _opened(profile, find) as opened:
+        yield opened
+
+
+@contextmanager
+def _opened(profile: str, find: Callable[["MlflowClient", str, str], str]) -> Iterator["CellRun"]:
+    """The run that `find` finds or makes, which gets the status that fits how the block ends."""
+    mlflow = import_mlflow()
+    alone = not all(name in os.environ for name in (TRACKING_URI, EXPERIMENT_ID, PARENT_RUN_ID))
+    grid: Mapping[str, str] = start_grid(profile) if alone else os.environ
+    opened = CellRun(grid[TRACKING_URI])
+
+    def open_run() -> None:
+        _check_database(grid[TRACKING_URI])
+        mlflow.set_tracking_uri(grid[TRACKING_URI])
+        client = mlflow.MlflowClient()
+        opened.open(client, find(client, grid[EXPERIMENT_ID], grid[PARENT_RUN_ID]))
+
+    opened.do(open_run)
+    status = "FAILED"
+    try:
+        yield opened
+        status = "FINISHED"
+    except (KeyboardInterrupt, Stopped):
+        status = "KILLED"
+        raise
+    finally:
+        opened.close(status)
+        if alone:
+            end_grid(grid, status)
 
 
 class CellRun:
-    """One open run of a cell."""
+    """The run of a cell; where MLflow cannot be used it takes everything and logs nothing.
 
-    def __init__(self, client: "MlflowClient", run_id: str) -> None:
-        self.run_id = run_id
-        self._client = client
+    Attributes:
+        run_id: None until the run is open.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.run_id: str | None = None
+        self._uri = uri
+        self._given_up = False
         self._kept: dict[int, Evaluation] = {}
         self._unsure = False
+
+    def open(self, client: "MlflowClient", run_id: str) -> None:
+        """Make a run of MLflow the one that is logged to, and mark it as running."""
+        self._client, self._run_id = client, run_id
+        client.update_run(run_id, status="RUNNING")
         self._logged_steps = self._held_steps()
+        self.run_id = run_id
+
+    def close(self, status: str) -> None:
+        """Mark the run as ended."""
+        self.do(lambda: self._client.set_terminated(self._run_id, status))
+
+    def do(self, action: Callable[[], object]) -> None:
+        """Do something with MLflow, patiently. If it cannot be done, that is said, and nothing more is tried."""
+        if self._given_up:
+            return
+        try:
+            _patiently(action, self._uri)
+        except _errors() as error:
+            self._given_up = True
+            where = _without_password(self._uri)
+            print(
+                f"warning: MLflow at {where} cannot be used, so nothing is logged there: {_reason(error)}", flush=True
+            )
 
     def log_evaluation(self, evaluation: "Evaluation") -> None:
         """Log one row of the learning curve, and what could not be logged before; keep it if MLflow cannot be reached.
 
         A step that the run already holds is left alone.
         """
+        if self._given_up:
+            return
         self._kept[evaluation.step] = evaluation
         try:
             self._send()
-        except import_mlflow().exceptions.MlflowException as error:
-            reason = str(error).splitlines()[0]
-            print(f"MLflow cannot be reached, {len(self._kept)} evaluations are kept for later: {reason}", flush=True)
+        except _errors() as error:
+            kept = counted(len(self._kept), "evaluation")
+            print(f"MLflow cannot be reached, {kept} kept for later: {_reason(error)}", flush=True)
 
     def log_evaluations(self, evaluations: "Sequence[Evaluation]") -> None:
         """Make the run hold every row of a finished learning curve, whatever became of them on the way."""
         self._kept = {evaluation.step: evaluation for evaluation in evaluations}
-        _patiently(self._send)
+        self.do(self._send)
 
     def _send(self) -> None:
         if self._unsure:
@@ -171,41 +253,62 @@ class CellRun:
             if step not in self._logged_steps:
                 values = dataclasses.asdict(evaluation)
                 del values["step"]
-                self._client.log_batch(self.run_id, metrics=_metrics(values, step))
+                self._client.log_batch(self._run_id, metrics=_metrics(values, step))
                 self._logged_steps.add(step)
         self._kept.clear()
         self._unsure = False
 
     def _held_steps(self) -> set[int]:
-        return {metric.step for metric in self._client.get_metric_history(self.run_id, "dev_accuracy")}
+        return {metric.step for metric in self._client.get_metric_history(self._run_id, "dev_accuracy")}
 
-    def log_model(self, model: "torch.nn.Module", best_path: Path) -> None:
-        """Log the trained model so that `mlflow.pytorch.load_model` reads it anywhere, and the file `best.pt` as it is.
+    def log_best(self, *, step: int, dev_accuracy: float, dev_loss: float, num_parameters: int) -> None:
+        """Log what belongs to the best weights: metrics `best_*` at their step, and the number of parameters."""
+        values = {"best_step": step, "best_dev_accuracy": dev_accuracy, "best_dev_loss": dev_loss}
+        metrics = _metrics({**values, "num_parameters": num_parameters}, step)
+        self.do(lambda: self._client.log_batch(self._run_id, metrics=metrics))
 
-        The library's source travels with the model, and the model is stored on the CPU in evaluation mode.
+    def log_model(self, model: "Classifier", best_path: Path, *, name: str, num_texts: int, num_classes: int) -> None:
+        """Log the trained model so that MLflow's `load_model` reads it anywhere, and the file `best.pt` as it is.
+
+        The library's source travels with the model, and the model is stored on the CPU in evaluation mode. Its
+        signature is that of `model(tokens)`.
+
+        Args:
+            name: of the model in MLflow.
+            num_texts, num_classes: of the task.
         """
         import mlflow.pytorch
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
 
         import schoenbat
 
+        tokens = TensorSpec(np.dtype(np.int64), (-1, num_texts, -1))
+        logits = TensorSpec(np.dtype(np.float32), (-1, num_classes))
+        signature = ModelSignature(Schema([tokens]), Schema([logits]))
+
         def log_once() -> None:
-            logged = self._client.get_run(self.run_id).outputs
+            logged = self._client.get_run(self._run_id).outputs
             if logged and logged.model_outputs:
                 return
-            mlflow.pytorch.log_model(
-                copy.deepcopy(model).cpu().eval(),
-                name="model",
-                serialization_format="pickle",
-                pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")],
-                code_paths=[str(Path(schoenbat.__file__).parent)],
-            )
+            # It ends the run, which does no harm: what is logged later goes to the same.
+            with mlflow.start_run(run_id=self._run_id):
+                mlflow.pytorch.log_model(
+                    copy.deepcopy(model).cpu().eval(),
+                    name=name,
+                    signature=signature,
+                    serialization_format="pickle",
+                    pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")],
+                    code_paths=[str(Path(schoenbat.__file__).parent)],
+                )
 
-        _patiently(log_once)
+        self.do(log_once)
         self.log_artifact(best_path)
 
     def log_artifact(self, path: Path) -> None:
         """Log a file under its own name."""
-        _patiently(lambda: self._client.log_artifact(self.run_id, str(path)))
+        self.do(lambda: self._client.log_artifact(self._run_id, str(path)))
 
     def log_resources(self, resources: Mapping[str, Scalar]) -> None:
         """Log what the training took: numbers as metrics `resources.*`, the rest as tags of the same names."""
@@ -216,80 +319,75 @@ class CellRun:
             else:
                 words[f"resources.{name}"] = str(value)
         metrics, tags = _metrics(numbers, step=0), _tags(words)
-        _patiently(lambda: self._client.log_batch(self.run_id, metrics=metrics, tags=tags))
+        self.do(lambda: self._client.log_batch(self._run_id, metrics=metrics, tags=tags))
 
-    def log_test(self, scores: Mapping[str, float]) -> None:
-        """Log the scores on the test split, as metrics `test_*`."""
+    def log_test(self, scores: Mapping[str, float], step: int) -> None:
+        """Log the scores on the test split of the weights after `step`, as metrics `test_*`."""
         values = {f"test_{name}": value for name, value in scores.items()}
-        metrics = _metrics(values, step=0)
+        metrics = _metrics(values, step)
 
         def log_once() -> None:
-            held = self._client.get_run(self.run_id).data.metrics
+            held = self._client.get_run(self._run_id).data.metrics
             if any(held.get(name) != value for name, value in values.items()):
-                self._client.log_batch(self.run_id, metrics=metrics)
+                self._client.log_batch(self._run_id, metrics=metrics)
 
-        _patiently(log_once)
-
-
-def _connect(profile: str) -> tuple["MlflowClient", str, str]:
-    """A client, the experiment's id and the parent run's id, as handed down or else set up here."""
-    handed_down = all(name in os.environ for name in (TRACKING_URI, EXPERIMENT_ID, PARENT_RUN_ID))
-    grid = dict(os.environ) if handed_down else start_grid(profile)
-    mlflow = import_mlflow()
-    mlflow.set_tracking_uri(grid[TRACKING_URI])
-    return mlflow.MlflowClient(), grid[EXPERIMENT_ID], grid[PARENT_RUN_ID]
+        self.do(log_once)
 
 
-@contextmanager
-def _errors_as_one_line() -> Iterator[None]:
-    """MLflow's errors, which can be pages long, as an OSError that says where and why."""
-    mlflow = import_mlflow()
-    try:
-        yield
-    except mlflow.exceptions.MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(errno.EIO, f"MLflow at {mlflow.get_tracking_uri()}: {reason}") from error
+def _check_database(uri: str) -> None:
+    """Raise FileNotFoundError for a database of this machine that has gone: MLflow would begin to make another."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
-def _patiently(action: Callable[[], T]) -> T:
-    """Do something with MLflow, and while it cannot be reached, again; the last error after PATIENCE_SECONDS."""
+def _errors() -> tuple[type[Exception], ...]:
+    """What MLflow raises where it cannot be used."""
     import requests
+    import sqlalchemy.exc
 
     mlflow = import_mlflow()
+    return mlflow.exceptions.MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError
+
+
+def _reason(error: Exception) -> str:
+    """In one line; MLflow's own texts can be pages long."""
+    text = str(getattr(error, "orig", None) or error)
+    if "database or disk is full" in text:
+        return os.strerror(errno.ENOSPC)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    return next(iter(text.splitlines()), "") or type(error).__name__
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def _patiently(action: Callable[[], T], uri: str) -> T:
+    """Do something with MLflow, and while it cannot be reached, again; the last error after PATIENCE_SECONDS."""
     give_up = time.monotonic() + PATIENCE_SECONDS
     told = False
     while True:
         try:
             return action()
-        except (mlflow.exceptions.MlflowException, requests.RequestException) as error:
-            if not _is_passing(error) or time.monotonic() > give_up:
+        except _errors() as error:
+            if not _is_passing(error, uri) or time.monotonic() > give_up:
                 raise
             if not told:
-                print(f"waiting for MLflow at {mlflow.get_tracking_uri()}: {str(error).splitlines()[0]}", flush=True)
+                print(f"waiting for MLflow at {_without_password(uri)}: {_reason(error)}", flush=True)
                 told = True
             time.sleep(_PAUSE_SECONDS)
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_passing(error: Exception, uri: str) -> bool:
     """Whether it may help to try again: MLflow gives errors of the network and of the database the same class."""
+    if uri.startswith("sqlite:"):
+        return "database is locked" in str(error)
+    if isinstance(error, OSError) and not hasattr(error, "response"):
+        return False
     code = getattr(error, "error_code", None)
     return code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", None)
-
-
-@contextmanager
-def _active(run_id: str) -> Iterator[None]:
-    """Make a run MLflow's active one, and close it with the status that fits how the block ended."""
-    mlflow = import_mlflow()
-    _patiently(lambda: mlflow.start_run(run_id=run_id))
-    status = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, Stopped):
-        status = "KILLED"
-        raise
-    finally:
-        _patiently(lambda: mlflow.end_run(status))
 
 
 def _experiment_id(client: "MlflowClient", artifacts: str | None) -> str:
@@ -313,13 +411,20 @@ def _describe(client: "MlflowClient", run: "Run", params: Mapping[str, Scalar], 
     from mlflow.entities import Param
 
     held = run.data.params
-    new = [Param(key, str(value)) for key, value in params.items() if value is not None and key not in held]
+    named = {_fit_name(key): value for key, value in params.items() if value is not None}
+    new = [Param(key, str(value)) for key, value in named.items() if key not in held]
     environment = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
     client.log_batch(
         run.info.run_id,
         params=new,
         tags=_tags({**environment, **tags}),
     )
+
+
+def _fit_name(name: str) -> str:
+    """A name that MLflow takes: letters, digits and _ - . : / and spaces, in the form of a path without detours."""
+    fit = re.sub(r"[^\w\-.:/ ]", "_", name)[:250]
+    return fit if posixpath.normpath(fit) == fit and not fit.startswith(("/", "..")) else fit.replace("/", "_")
 
 
 def _metrics(values: Mapping[str, float], step: int) -> list["Metric"]:

@@ -1,5 +1,12 @@
 """What a user can get wrong, as exceptions whose text is one line fit to be shown as it is."""
 
+import difflib
+import reprlib
+from collections.abc import Iterable
+
+MOST_CHOICES = 20
+"""So many names are listed in an error; of a longer list the likely ones and how many there are."""
+
 
 class UserError(ValueError):
     """A wrong name, key, type or value; the message names it and the choices."""
@@ -25,6 +32,31 @@ class OutOfMemory(TrainingFailed):
     """The device or the machine has too little memory for what runs on it now."""
 
 
-def unknown_name(kind: str, name: object, choices: list[str]) -> UserError:
+class _Short(reprlib.Repr):
+    """Any value in one line of bounded length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Of an integer of thousands of digits Python makes no text.
+        return repr(x) if x.bit_length() <= 256 else f"{hex(x)[:20]}..."
+
+
+shorten = _Short().repr
+
+
+def unknown_name(kind: str, name: object, choices: Iterable[object]) -> UserError:
     """The error for a name that is not in a closed set."""
-    return UserError(f"unknown {kind} {name!r}; choose one of: {', '.join(choices)}")
+    return UserError(f"unknown {kind} {shorten(name)}; choose one of: {list_choices(name, choices)}")
+
+
+def list_choices(name: object, choices: Iterable[object]) -> str:
+    """`choices` in one line: those that `name` may be a misspelling of first, the others in their order."""
+    known = [str(choice) for choice in choices]
+    likely = difflib.get_close_matches(str(name)[:200], known)
+    ordered = [*likely, *(choice for choice in known if choice not in likely)]
+    shown = ordered if len(ordered) <= MOST_CHOICES else ordered[: max(len(likely), 3)]
+    more = [] if shown is ordered else [f"... ({len(ordered)} in all)"]
+    return ", ".join([*shown, *more]) or "none"

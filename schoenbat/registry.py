@@ -9,6 +9,7 @@ component, so a broken one breaks only itself.
 import dataclasses
 import importlib
 import inspect
+import math
 import re
 import types
 import typing
@@ -18,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from schoenbat.errors import UserError, unknown_name
+from schoenbat.errors import UserError, list_choices, shorten, unknown_name
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Registry(Generic[T]):
         kind: what an unknown name is called in an error, such as "task".
         package: the package whose files are the components; files that begin with an underscore are not, and neither
             are links that lead out of the package, which stand for components of other distributions (see
-            `pipeline.components`).
+            `pipeline.grid.components`).
         base: the class that each component derives from.
     """
 
@@ -122,7 +123,8 @@ def build_config(config_class: type[T], values: Mapping[str, Any] | None, where:
     """Build a frozen dataclass from parsed YAML, refusing what does not fit.
 
     Nested dataclasses, `X | None`, `list[X]` and `dict[str, X]` are followed. An int is taken for a float; nothing else
-    is converted. A ValueError raised by the dataclass itself (`__post_init__`) is reported with its place.
+    is converted. Numbers are finite, integers fit into 64 bits, and text can be written as UTF-8. A ValueError raised
+    by the dataclass itself (`__post_init__`) is reported with its place.
 
     Args:
         config_class: a dataclass type.
@@ -140,7 +142,7 @@ def build_config(config_class: type[T], values: Mapping[str, Any] | None, where:
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UserError(f"{where}: unknown key {key!r}; known keys: {', '.join(fields) or 'none'}")
+            raise UserError(f"{where}: unknown key {shorten(key)}; known keys: {list_choices(key, fields)}")
     arguments = {}
     for name, field in fields.items():
         if name in values:
@@ -175,18 +177,45 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{where} must be a mapping, not {_describe(value)}")
-        return {str(key): _checked(item, parameters[1], f"{where}.{key}") for key, item in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{where}: a key must be a str, not {_describe(key)}")
+        return {key: _checked(item, parameters[1], _place(where, key)) for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_config(hint, value, where)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} must fit into 64 bits, which {shorten(value)} does not")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} must be {_article(hint.__name__)}, not {_describe(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, not {value}")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{where} has half a character in it, which cannot be written: {shorten(value)}")
     return value
 
 
+def check_bounds(config: Any, **bounds: tuple[int, int]) -> None:
+    """Raise ValueError unless each named attribute of `config`, or each item of it, lies within its two bounds.
+
+    They are far beyond what is of use: a number that was meant otherwise is named before it hangs or crashes a run.
+    """
+    for name, (lowest, highest) in bounds.items():
+        values = getattr(config, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, not {value}")
+            if value is not None and value > highest:
+                raise ValueError(f"{name} must be at most {highest}, not {value}")
+
+
 def _describe(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shorten(value)} ({type(value).__name__})"
+
+
+def _place(where: str, key: str) -> str:
+    return f"{where}.{key}" if _NAME.fullmatch(key) else f"{where}[{shorten(key)}]"
 
 
 def _article(noun: str) -> str:

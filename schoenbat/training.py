@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from schoenbat.data.arrays import IGNORED, Batch, Dataset, batches
 from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.files import write_bytes
+from schoenbat.registry import check_bounds
 
 CHECKPOINT_SECONDS = 30.0
 BEST_AFTER = 0.2
@@ -51,11 +52,9 @@ class TrainingConfig:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "eval_every", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, or null for the whole batch, not {self.micro_batch}")
+        check_bounds(self, batch_size=(1, 10**6), steps=(1, 10**9), eval_every=(1, 10**9), micro_batch=(1, 10**6))
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate}")
         # OneCycleLR divides by warmup_steps - 1.
         if not 2 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must lie in [2, {self.steps}), not {self.warmup_steps}")

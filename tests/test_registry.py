@@ -58,7 +58,7 @@ def test_an_entry_point_is_a_component_like_those_of_the_folder(install: Install
 
 def test_an_unknown_name_lists_those_of_other_distributions_too(install: Install) -> None:
     install("two-kernels", "two = plugin_two:Two", plugin_two=KERNEL)
-    with pytest.raises(UserError, match=r"unknown dotf 'twoo'; choose one of: exp, .*two"):
+    with pytest.raises(UserError, match=r"unknown dotf 'twoo'; choose one of: two, exp, "):
         KERNELS.get("twoo")
 
 

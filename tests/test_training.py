@@ -218,11 +218,11 @@ def test_file_that_is_no_model_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be positive"),
+        ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"warmup_steps": 1}, r"warmup_steps must lie in \[2, 60\)"),
         ({"warmup_steps": 60}, r"warmup_steps must lie in \[2, 60\)"),
-        ({"micro_batch": 0}, "micro_batch must be at least 1, or null"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
     ],
 )
 def test_impossible_schedules_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -9,6 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.grid.settings import PARAMS_FILE
+from schoenbat.errors import UserError
+
 
 @dataclass(frozen=True)
 class PlainAxes:
@@ -64,8 +67,12 @@ class Cell:
 
 
 def expand_grid(grid: GridParams) -> list[Cell]:
-    """All cells of the grid, task by task; an empty axis gives none of its half."""
-    return [
+    """All cells of the grid, task by task; an empty axis gives none of its half.
+
+    Raises:
+        UserError: two cells have the same id: their results would overwrite each other.
+    """
+    cells = [
         Cell(task, attn, dotf, former, seed)
         for task in grid.tasks
         for attns, dotfs, formers in (
@@ -77,3 +84,16 @@ def expand_grid(grid: GridParams) -> list[Cell]:
         for former in formers
         for seed in grid.seeds
     ]
+    by_id: dict[str, Cell] = {}
+    for cell in cells:
+        check_id(cell, by_id.setdefault(cell.id, cell))
+    return cells
+
+
+def check_id(cell: Cell, other: Cell) -> None:
+    """Raise UserError if two different cells have the same id, as hyphens in names allow."""
+    if cell.id == other.id and cell != other:
+        raise UserError(
+            f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
+            f"{' '.join(cell.arguments())}; leave one of them out"
+        )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
-from pipeline.grid.axes import Cell, expand_grid
+from pipeline.grid.axes import Cell, check_id, expand_grid
 from pipeline.grid.graph import cell_sources
-from pipeline.grid.params import Params, attention_section, former_section, task_section
+from pipeline.grid.params import MAX_SEED, Params, attention_section, former_section, task_section
+from pipeline.grid.settings import PARAMS_FILE
 from pipeline.hashes import hash_of
 from pipeline.results import Fingerprint
 from schoenbat.attention import check_kernel
-from schoenbat.errors import UserError
+from schoenbat.errors import UserError, list_choices
 from schoenbat.nn.encoder import build_model
 from schoenbat.tasks import TASKS
 
@@ -38,7 +39,8 @@ def make_cell(params: Params, task: str, attn: str, dotf: str | None, former: st
     """A cell by name, inside the grid or not; the seed defaults to the first of the grid.
 
     Raises:
-        UserError: an unknown name, a section that params.yaml lacks, a kernel missing or too much, or no seed.
+        UserError: an unknown name, a section that params.yaml lacks, a kernel missing or too much, no seed or one that
+            is out of range, or the id of another cell of the grid.
     """
     task_section(params, task)
     attention_section(params, attn)
@@ -46,9 +48,12 @@ def make_cell(params: Params, task: str, attn: str, dotf: str | None, former: st
     check_kernel(attn, dotf)
     if seed is None and not params.grid.seeds:
         raise UserError("grid.seeds is empty: pass --seed")
-    if seed is not None and seed < 0:
-        raise UserError(f"--seed must not be negative, not {seed}")
-    return Cell(task, attn, dotf, former, params.grid.seeds[0] if seed is None else seed)
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise UserError(f"--seed must lie between 0 and {MAX_SEED}, not {seed}")
+    cell = Cell(task, attn, dotf, former, params.grid.seeds[0] if seed is None else seed)
+    for other in expand(params):
+        check_id(cell, other)
+    return cell
 
 
 def expand(params: Params) -> list[Cell]:
@@ -73,7 +78,7 @@ def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
         choices = list(dict.fromkeys(getattr(cell, attribute) for cell in cells))
         for value in values:
             if value not in choices:
-                known = ", ".join(str(choice) for choice in choices if choice is not None) or "none"
+                known = list_choices(value, [choice for choice in choices if choice is not None])
                 option = "cell" if attribute == "id" else attribute
                 raise UserError(f"the grid has no {option} {value!r}; choose from: {known}")
         chosen = [cell for cell in chosen if getattr(cell, attribute) in values]
@@ -83,27 +88,33 @@ def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
 
 
 def check_models(params: Params, cells: Sequence[Cell]) -> None:
-    """Build a small model for each combination in `cells`, so that options which do not go together are found at once.
+    """Build one head of each combination in `cells`, so that options which do not go together are found at once.
 
     Raises:
         UserError: as `build_model` says it, such as a kernel that the former cannot keep inside its radius.
     """
     for task, attn, dotf, former in dict.fromkeys((cell.task, cell.attn, cell.dotf, cell.former) for cell in cells):
-        build_model(
-            vocab_size=2,
-            num_classes=2,
-            num_texts=1,
-            max_length=1,
-            model=dataclasses.replace(task_section(params, task).model, num_layers=1),
-            attn=attn,
-            attention=attention_section(params, attn),
-            dotf=dotf,
-            former=former,
-            former_config=former_section(params, former),
-            seed=0,
-            per_position=TASKS.get(task).per_position,
-            causal=TASKS.get(task).causal,
-        )
+        model = task_section(params, task).model
+        head_dim = model.width // model.num_heads
+        try:
+            build_model(
+                vocab_size=2,
+                num_classes=2,
+                num_texts=1,
+                max_length=1,
+                model=dataclasses.replace(model, num_layers=1, width=head_dim, ffn_width=1, num_heads=1, head_width=1),
+                attn=attn,
+                attention=attention_section(params, attn),
+                dotf=dotf,
+                former=former,
+                former_config=former_section(params, former),
+                seed=0,
+                per_position=TASKS.get(task).per_position,
+                causal=TASKS.get(task).causal,
+            )
+        except UserError as error:
+            where = f"{PARAMS_FILE}: task {task} with {' '.join(filter(None, (attn, dotf, former)))}"
+            raise UserError(f"{where}: {error}") from None
 
 
 def settings(cell: Cell, params: Params) -> dict[str, Any]:

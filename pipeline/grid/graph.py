@@ -1,12 +1,13 @@
 """The stages of dvc.yaml for the settings of params.yaml: what each runs, reads and makes, and who comes first.
 
 dvc.yaml is the one statement of stages. DVC itself would need seconds to say the same, so the file is read here, as far
-as this project uses DVC's language: matrix stages whose texts name `${item.AXIS}` and keys of params.yaml. Anything
-else in it is refused, and a test compares what is read with what DVC reads.
+as this project uses DVC's language: matrix stages whose texts name `${item.AXIS}`, `${item}` and keys of params.yaml.
+Anything else in it is refused, and a test compares what is read with what DVC reads.
 """
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -216,6 +217,9 @@ def _filled(text: Any, settings: Mapping[str, Any], axes: Mapping[str, Any], whe
 
     def value(match: re.Match[str]) -> Any:
         key = match[1]
+        if key == "item":
+            # All axes as options, as DVC writes a mapping into a command.
+            return " ".join(f"--{axis} {shlex.quote(str(chosen))}" for axis, chosen in axes.items())
         try:
             return axes[key[5:]] if key.startswith("item.") else lookup(settings, key)
         except KeyError:

@@ -6,24 +6,30 @@ line that names the key and the choices.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.grid.axes import GridParams
-from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from schoenbat.attention import ATTENTIONS
-from schoenbat.errors import UserError
+from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
+from schoenbat.attention import ATTENTIONS, MAX_FEATURES
+from schoenbat.errors import UserError, list_choices, shorten
 from schoenbat.kernels import KERNELS
 from schoenbat.nn.encoder import ModelConfig
 from schoenbat.nn.multihead import FORMERS, FormerConfig
-from schoenbat.registry import build_config
-from schoenbat.tasks import TASKS
+from schoenbat.registry import build_config, check_bounds
+from schoenbat.tasks import MAX_LENGTH, TASKS
 from schoenbat.training import TrainingConfig
 
-MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
-_PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+MAX_SEED = 2**63 - 1
+"""The largest that torch's generators take on every device."""
+MAX_THREADS = 1024
+_MAX_OPTION, _MAX_DATA_OPTION = 2**20, 10**8
+"""Of any whole number among the options of a mechanism, and of a task's data but its seed; components bound their own
+more closely where it matters."""
+_PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -119,10 +125,7 @@ class RunParams:
     def __post_init__(self) -> None:
         if not _DEVICE_NAME.fullmatch(self.device):
             raise ValueError(f"unknown device {self.device!r}; choose one of: cpu, cuda, cuda:0, cuda:1, ...")
-        if self.threads < 1:
-            raise ValueError("threads must be at least 1")
-        if self.retries < 0:
-            raise ValueError("retries must not be negative")
+        check_bounds(self, threads=(1, MAX_THREADS), retries=(0, 1000))
         if self.timeout_minutes is not None and self.timeout_minutes <= 0:
             raise ValueError("timeout_minutes must be positive; null means no limit")
 
@@ -148,8 +151,14 @@ class BenchParams:
     step: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if min(self.repeats, *self.num_features, *self.threads, *self.lengths) < 1:
-            raise ValueError("lengths, repeats, num_features and threads must be at least 1")
+        check_bounds(
+            self,
+            lengths=(1, MAX_LENGTH),
+            repeats=(1, 100_000),
+            num_features=(1, MAX_FEATURES),
+            threads=(1, MAX_THREADS),
+            max_quadratic_length=(0, MAX_LENGTH),
+        )
         for attn in self.step:
             ATTENTIONS.get(attn)
 
@@ -165,16 +174,13 @@ class ErrorsParams:
         trained: ids of cells of the grid whose queries, keys and values are used as well, once they are trained.
     """
 
-    num_features: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256, 512, 1024])
-    tokens: int = 256
-    draws: int = 10
-    trained: list[str] = field(default_factory=list)
+    num_features: list[int]
+    tokens: int
+    draws: int
+    trained: list[str]
 
     def __post_init__(self) -> None:
-        if min(self.num_features, default=1) < 1:
-            raise ValueError("num_features must be at least 1")
-        if min(self.tokens, self.draws) < 2:
-            raise ValueError("tokens and draws must be at least 2")
+        check_bounds(self, num_features=(1, MAX_FEATURES), tokens=(2, 2**14), draws=(2, 10_000))
 
 
 @dataclass(frozen=True)
@@ -208,16 +214,18 @@ class _RawTask:
 
 @dataclass(frozen=True)
 class _RawParams:
+    """What dvc.yaml names has no default here: DVC would not know it."""
+
     profile: str
+    note: str
     grid: GridParams
     task: dict[str, _RawTask]
     attention: dict[str, dict[str, Any] | None]
     former: dict[str, FormerConfig]
     bench: BenchParams
-    note: str = ""
+    errors: ErrorsParams
     data: DataParams = field(default_factory=DataParams)
     run: RunParams = field(default_factory=RunParams)
-    errors: ErrorsParams = field(default_factory=ErrorsParams)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -229,7 +237,9 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     """
     raw = build_config(_RawParams, read_yaml(path), str(path))
     if not _PROFILE_NAME.fullmatch(raw.profile):
-        raise UserError(f"{path}: profile must be lower-case letters, digits, - and _, not {raw.profile!r}")
+        raise UserError(
+            f"{path}: profile must be 1 to 64 lower-case letters, digits, - and _, not {shorten(raw.profile)}"
+        )
     return Params(
         profile=raw.profile,
         note=raw.note,
@@ -283,8 +293,9 @@ def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
         where = f"{path}: grid.{axis}"
         if choices is not None:
             _check_names(values, f"{where}: unknown {kind}", choices)
+        counts = Counter(values)
         for value in values:
-            if values.count(value) > 1:
+            if counts[value] > 1:
                 raise UserError(f"{where} lists {value!r} more than once")
             if sections is not None and value not in sections:
                 raise UserError(f"{where}: {value!r} has no section {kind if kind != 'attn' else 'attention'}.{value}")
@@ -301,20 +312,26 @@ def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
 
 def _built_tasks(sections: dict[str, _RawTask], path: Path) -> dict[str, TaskParams]:
     _check_names(sections, f"{path}: task: unknown task", TASKS.names())
-    return {
-        name: TaskParams(
-            data=build_config(TASKS.get(name).Config, section.data, f"{path}: task.{name}.data"),
-            model=section.model,
-            training=section.training,
-        )
-        for name, section in sections.items()
-    }
+    built = {}
+    for name, section in sections.items():
+        where = f"{path}: task.{name}.data"
+        data: Any = build_config(TASKS.get(name).Config, section.data, where)
+        _check_counts(data, _MAX_DATA_OPTION, where)
+        built[name] = TaskParams(data=data, model=section.model, training=section.training)
+    return built
+
+
+def _check_counts(config: Any, highest: int, where: str) -> None:
+    for name, value in vars(config).items():
+        if name != "seed" and isinstance(value, int) and abs(value) > highest:
+            raise UserError(f"{where}: {name} must be at most {highest}, not {value}")
 
 
 def _checked_attention(sections: dict[str, dict[str, Any] | None], path: Path) -> dict[str, dict[str, Any]]:
     _check_names(sections, f"{path}: attention: unknown attn", ATTENTIONS.names())
     for name, section in sections.items():
-        build_config(ATTENTIONS.get(name).Config, section, f"{path}: attention.{name}")
+        where = f"{path}: attention.{name}"
+        _check_counts(build_config(ATTENTIONS.get(name).Config, section, where), _MAX_OPTION, where)
     return {name: section or {} for name, section in sections.items()}
 
 
@@ -327,4 +344,4 @@ def _check_names(values: Iterable[str], what: str, choices: Iterable[str]) -> No
     choices = list(choices)
     for value in values:
         if value not in choices:
-            raise UserError(f"{what} {value!r}; choose one of: {', '.join(choices)}")
+            raise UserError(f"{what} {shorten(value)}; choose one of: {list_choices(value, choices)}")

@@ -1,44 +1,51 @@
-"""params.yaml as plain values."""
+"""params.yaml as plain values, read as DVC reads it: YAML 1.2, by the same library."""
 
-import re
-from collections.abc import Hashable
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from schoenbat.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
+PROJECT_FILE = Path("dvc.yaml")
+"""What the root folder of a project is known by."""
+MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, as in YAML 1.2 and so in DVC, and a key written twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+def enter_project() -> None:
+    """Make the root of the project around the current folder the current folder; where there is none, stay."""
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / PROJECT_FILE).is_file()), here)
+    if root != here and not PARAMS_FILE.exists():
+        # What was typed here is meant from here.
+        if mirror := os.environ.get(MIRROR_VARIABLE):
+            os.environ[MIRROR_VARIABLE] = str(here / mirror)
+        os.chdir(root)
 
 
 def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises UserError, in one line, for whatever is not one."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         folder = path.absolute().parent
         raise UserError(f"no {path.name} in {folder}; run this in the root folder of the project") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        return YAML(typ="safe").load(text)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
+    except (YAMLError, ValueError, KeyError) as error:
+        # The library lets those of int(), date() and the like through for a value that is not what its tag says.
+        place, problem = "", str(error)
+        if isinstance(error, MarkedYAMLError):
+            mark = error.problem_mark or error.context_mark
+            place = f" line {mark.line + 1}" if mark else ""
+            problem = error.problem or error.context or problem
+        raise UserError(f"{path}{place}: not valid YAML: {' '.join(problem.split())[:200]}") from None

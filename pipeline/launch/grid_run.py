@@ -1,6 +1,7 @@
 """A whole grid, from what is out of date to what is on record."""
 
 import contextlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
 from pipeline.record.freshness import receipt_file, stage_states
 from pipeline.record.writer import Recorder, mend_lock
+from pipeline.text import counted
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
@@ -45,6 +47,7 @@ class Wishes:
     force: bool = False
     fail_fast: bool = False
     dry_run: bool = False
+    as_json: bool = False
 
 
 def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bool) -> int:
@@ -67,18 +70,18 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
         due = {name for name in wanted if states[name] == "due" or (wishes.force and name in of_cells)}
         due |= {name for name in wanted if any(other in due for other in graph.gathers[name])}
         made = [name for name in wanted if states[name] == "made" and name not in due]
+        cells_in_words, stages = counted(len(chosen), "cell"), counted(len(wanted), "stage")
+        title = f"profile {params.profile}: {cells_in_words}, {len(due):,} of {stages} to run"
         if not due and not made:
             _drop_checkpoints(params, graph, wanted)
-            print(f"nothing to do: all {len(chosen)} cells of profile {params.profile} and the report are up to date")
+            nothing = f"nothing to do: all {cells_in_words} of profile {params.profile} and the report are up to date"
+            print(json.dumps({"jobs": [], "to_record": []}) if wishes.as_json else nothing)
             return 0
-        print(f"profile {params.profile}: {len(chosen)} cells, {len(due)} of {len(wanted)} stages to run")
         jobs = plan.plan_jobs(params, chosen, graph, due, settings, hashes, device=kind)
         if wishes.dry_run:
-            for job in sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)):
-                print(f"  {' '.join(stage.name for stage in job.stages)}")
-            if made:
-                print(f"  and {len(made)} stages that are computed are put on record")
+            _show_plan(sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)), made, title, wishes.as_json)
             return 0
+        print(title)
         _drop_checkpoints(params, graph, [name for name in wanted if states[name] == "recorded"])
         for cell in chosen if wishes.restart else ():
             (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
@@ -86,6 +89,18 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
         recorder = Recorder()
         recorder.add(made)
         return _Run(params, graph, chosen, jobs, wishes, recorder).run(backend, at_once)
+
+
+def _show_plan(jobs: Sequence[Job], made: Sequence[str], title: str, as_json: bool) -> None:
+    stages = {job.name: [stage.name for stage in job.stages] for job in jobs}
+    if as_json:
+        print(json.dumps({"jobs": [{"job": name, "stages": stages[name]} for name in stages], "to_record": made}))
+        return
+    print(title)
+    for names in stages.values():
+        print(f"  {' '.join(names)}")
+    if made:
+        print(f"  and {counted(len(made), 'stage')} computed before to be put on record")
 
 
 def _wanted(graph: Graph, chosen: Sequence[Cell], *, everything: bool) -> list[str]:
@@ -143,7 +158,8 @@ class _Run:
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
-        environment = {**tracking.start_grid(params.profile), PARAMS_VARIABLE: str(fixed.absolute())}
+        tracked = tracking.start_grid(params.profile)
+        environment = {**tracked, PARAMS_VARIABLE: str(fixed.absolute())}
         lease = Lease(_LOGS)
         state = GridState(folder / status.STATE_FILE, lease.path)
         for job in self._jobs:
@@ -164,6 +180,7 @@ class _Run:
             lease.end()
             self._close(backend)
         code = self._summarise()
+        tracking.end_grid(tracked, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED")
         if stops():
             again = "without --restart and --force" if self._wishes.restart or self._wishes.force else "the same"
             print(f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints")
@@ -207,7 +224,7 @@ class _Run:
         for stage, why in self._recorder.failed.items():
             print(f"not on record: {stage}: {why}; the next run sees to it")
         if not ended and not self._recorder.failed:
-            print(f"all {len(self._chosen)} cells of profile {profile} are done")
+            print(f"all {counted(len(self._chosen), 'cell')} of profile {profile} are done")
         if any(event.state != "unavailable" for event in causes.values()) or self._recorder.failed:
             return 1
         return 3 if causes else 0

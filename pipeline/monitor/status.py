@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.grid.axes import Cell, GridParams, expand_grid
+from pipeline.grid.checked import ensure_checked
 from pipeline.grid.graph import read_graph
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.hashes import Hashes
 from pipeline.lease import EXPIRY_SECONDS
 from pipeline.record.freshness import stage_states
-from schoenbat.errors import UserError
 from schoenbat.registry import build_config
 
 STATE_FILE = "grid.json"
@@ -71,9 +71,8 @@ class Snapshot:
 
 def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
     """Profile, cells and content of params.yaml; raises UserError."""
+    ensure_checked()
     settings = read_yaml(PARAMS_FILE)
-    if not isinstance(settings, dict) or not isinstance(settings.get("profile"), str):
-        raise UserError(f"{PARAMS_FILE}: missing key 'profile'")
     grid = build_config(GridParams, settings.get("grid"), f"{PARAMS_FILE}: grid")
     return settings["profile"], expand_grid(grid), settings
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.monitor.status import Row, Snapshot
+from pipeline.text import counted
 
 _STYLE = {"running": "cyan", "failed": "red", "unavailable": "yellow", "skipped": "yellow", "interrupted": "yellow"}
 _SHOWN_FIRST = ("running", "waiting", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
@@ -43,7 +44,7 @@ def progress_lines(rows: Sequence[Row]) -> list[str]:
 def summary(snapshot: Snapshot) -> str:
     counts = snapshot.counts()
     parts = [f"{counts[state]} {state}" for state in _SHOWN_FIRST if state != "done" and counts[state]]
-    done = f"profile {snapshot.profile}: {counts['done']} of {len(snapshot.cells)} cells done"
+    done = f"profile {snapshot.profile}: {counts['done']} of {counted(len(snapshot.cells), 'cell')} done"
     left = f"; about {duration(snapshot.seconds_left)} left" if snapshot.seconds_left is not None else ""
     return ", ".join([done, *parts]) + left
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pipeline.files import write_json
 from pipeline.grid.graph import Graph, Stage, lookup
+from pipeline.grid.sources import is_outdated
 from pipeline.hashes import Hashes
 from pipeline.record.lock_file import Entry, parse_block, read_blocks
 
@@ -44,7 +45,8 @@ def stage_states(
     on_record: dict[str, str] = {}
     for stage in chosen:
         name = stage.name
-        if any(states[need] == "due" for need in graph.needs[name]):
+        outdated = any(is_outdated(Path(out), hashes) for out in stage.persistent)
+        if outdated or any(states[need] == "due" for need in graph.needs[name]):
             states[name] = "due"
             continue
         entry = parse_block(blocks[name]) if name in blocks else None

@@ -1,8 +1,13 @@
 """Stage `download`: the verified raw files of one task."""
 
-from pipeline.files import write_json
+import dataclasses
+from typing import Any
+
+from pipeline.files import read_json, write_json
 from pipeline.grid.cells import raw_folder
 from pipeline.grid.params import Params, task_section
+from pipeline.grid.sources import PROVENANCE, named_files
+from pipeline.hashes import hash_of
 from pipeline.monitor.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
 from schoenbat.tasks import TASKS
@@ -10,6 +15,8 @@ from schoenbat.tasks import TASKS
 
 def run(params: Params, task: str) -> None:
     """Put the raw files of `task` and provenance.json, which says where they came from, into data/raw/TASK.
+
+    Files of this machine that the task's settings name are on record there with their hashes, for `is_outdated`.
 
     Raises:
         DataUnavailable: no source could be reached, or the only one is too large; the message says what to do.
@@ -26,5 +33,18 @@ def run(params: Params, task: str) -> None:
             provenance = TASKS.get(task)(section.data).download(folder, mirror, params.data.limit_bytes, meter.update)
         except DataUnavailable as error:
             raise DataUnavailable(f"{error}; {TASKS.get(task).how_to_get}") from error
-    write_json(folder / "provenance.json", provenance)
+    record = folder / PROVENANCE
+    before = read_json(record) if record.is_file() else {}
+    sources = {path: hash_of(path) for path in named_files(dataclasses.asdict(section.data))}
+    write_json(record, _as_at_first(provenance, before) | ({"sources": sources} if sources else {}))
     print(f"{task}: {'generated, nothing to fetch' if provenance.get('generated') else f'raw files in {folder}'}")
+
+
+def _as_at_first(provenance: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """With the word of the first time for files that were already there, so that nothing seems to have changed."""
+    files = provenance.get("files", [])
+    known = [file for file in before.get("files", []) if isinstance(file, dict)]
+    for index, file in enumerate(files):
+        if isinstance(file, dict) and file.get("from") == "already there":
+            files[index] = next((old for old in known if old | {"from": file["from"]} == file), file)
+    return provenance

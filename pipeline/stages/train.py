@@ -83,10 +83,18 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         tracked.log_evaluations(result.evaluations)
         results = CellResults(params.profile, cell.id)
         save_model(results.best, model, described | {"best_step": result.best_step})
-        resources = _resources(result, device, tracked.run_id)
+        resources = _resources(result, device, tracked.run_id or "")
         metrics = _metrics(cell, params, meta, model, result, identity, device)
         results.write_training(result.evaluations, resources, metrics)
-        tracked.log_model(model, results.best)
+        tracked.log_best(
+            step=result.best_step,
+            dev_accuracy=result.best_dev_accuracy,
+            dev_loss=result.best_dev_loss,
+            num_parameters=_num_parameters(model),
+        )
+        tracked.log_model(
+            model, results.best, name=cell.id, num_texts=meta["num_texts"], num_classes=meta["num_classes"]
+        )
         tracked.log_resources(dataclasses.asdict(resources))
     if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
         checkpoint.unlink(missing_ok=True)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schoenbat.attention import KernelAttention
+from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention
 from schoenbat.estimate import Estimate
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import attend
+from schoenbat.registry import check_bounds
 
 
 class Rmfa(KernelAttention):
@@ -18,6 +19,9 @@ class Rmfa(KernelAttention):
     class Config:
         num_features: int = 128
         max_degree: int = 20
+
+        def __post_init__(self) -> None:
+            check_bounds(self, num_features=(1, MAX_FEATURES), max_degree=(1, MAX_DEGREE))
 
     is_random = True
     cost = "linear"

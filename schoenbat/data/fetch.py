@@ -7,12 +7,15 @@ the destination's name is always whole and verified.
 """
 
 import fcntl
+import filecmp
+import gzip
 import hashlib
 import http.client
 import json
 import os
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +46,10 @@ class RemoteFile:
     checksum: str | None
     """`sha256:HEX` or `md5:HEX`; None where no checksum is published."""
     size_is_exact: bool = True
+    is_gzip: bool = False
+    """Without a published checksum, the ones inside a gzip file tell whether it is whole."""
+    most_unpacked: int = 2**38
+    """Bytes: a gzip file that unpacks to more is refused."""
 
 
 class CorruptFile(DataUnavailable):
@@ -63,7 +70,9 @@ def fetch(
 ) -> str:
     """Put `file` at `destination`, from the mirror folder if it lies there, else from the first URL that works.
 
-    A destination that is already there is verified and kept. Concurrent calls wait for each other.
+    A destination that is already there is verified and kept; one without a published checksum is replaced where the
+    mirror has another file now, or where it came from a URL that is not among those of `file`. Concurrent calls wait
+    for each other.
 
     Args:
         mirror: a folder, only ever read; None for none.
@@ -80,20 +89,21 @@ def fetch(
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _locked(_part(destination)) as target:
-        if destination.exists():
+        origin = mirror / file.mirror_path if mirror else None
+        if destination.exists() and not (file.checksum is None and _is_other(file, origin, destination)):
             with open(destination, "rb") as present:
-                problem = _problem(present, file, file.size if file.size_is_exact else None)
+                problem = _problem(present, file, file.size if file.size_is_exact else None, is_new=False)
             if problem:
                 destination.unlink()
                 raise CorruptFile(f"{destination} was corrupt and has been removed, run again: {problem}")
             return "already there"
-        origin = mirror / file.mirror_path if mirror else None
         if origin and origin.is_file():
             size = _copy(origin, destination, target, on_progress)
             problem = _problem(target, file, file.size if file.size_is_exact else size)
             if problem:
                 target.truncate(0)
                 raise CorruptFile(f"{origin} is corrupt: {problem}")
+            _url_record(destination).unlink(missing_ok=True)
             _put_in_place(target, destination)
             return "mirror"
         if not file.urls:
@@ -108,6 +118,8 @@ def fetch(
                 continue
             problem = _problem(target, file, size)
             if not problem:
+                if file.checksum is None:
+                    _url_record(destination).write_text(url, encoding="utf-8")
                 _put_in_place(target, destination)
                 return url
             target.truncate(0)
@@ -115,6 +127,19 @@ def fetch(
             failures.append(f"{url} is corrupt: {problem}")
         kind = CorruptFile if corrupt else DataUnavailable
         raise kind(f"{destination.name} cannot be downloaded: {'; '.join(failures)}")
+
+
+def _is_other(file: RemoteFile, origin: Path | None, destination: Path) -> bool:
+    """Whether what is there is not the file of the mirror, or came from a URL that is not asked any more."""
+    if origin is not None and origin.is_file():
+        return not filecmp.cmp(origin, destination, shallow=False)
+    record = _url_record(destination)
+    return record.is_file() and record.read_text(encoding="utf-8") not in file.urls
+
+
+def _url_record(destination: Path) -> Path:
+    """Where a file without a published checksum came from."""
+    return destination.with_name(destination.name + ".url")
 
 
 def _part(destination: Path) -> Path:
@@ -283,20 +308,46 @@ def _reason(error: Exception) -> str:
     return " ".join(str(reason).split()) or type(error).__name__
 
 
-def _problem(content: BinaryIO, file: RemoteFile, size: int | None) -> str | None:
-    """What is wrong with a complete file, or None."""
+def _problem(content: BinaryIO, file: RemoteFile, size: int | None, *, is_new: bool = True) -> str | None:
+    """What is wrong with a complete file, or None.
+
+    Args:
+        is_new: it has just come. A gzip file of old has been unpacked then, which can take minutes.
+    """
     content.flush()
     found = content.seek(0, os.SEEK_END)
     if size is not None and found != size:
         return f"it has {found} bytes, expected {size}"
-    if file.checksum is None:
-        return None
-    algorithm, expected = file.checksum.split(":")
+    if found == 0:
+        return "it is empty"
     content.seek(0)
+    if file.checksum is None:
+        return _gzip_problem(content, file.most_unpacked, whole=is_new) if file.is_gzip else None
+    algorithm, expected = file.checksum.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)
     while block := content.read(BLOCK):
         digest.update(block)
     return None if digest.hexdigest() == expected else f"its {algorithm} is {digest.hexdigest()}, expected {expected}"
+
+
+def _gzip_problem(content: BinaryIO, most: int, *, whole: bool) -> str | None:
+    """Whether a file is a gzip file, and, if `whole`, whether all of it fits its own checksums."""
+    beginning = content.read(40)
+    content.seek(0)
+    if not beginning.startswith(b"\x1f\x8b\x08"):
+        return f"it is no gzip file but begins with {beginning!r}"
+    if not whole:
+        return None
+    unpacked = 0
+    try:
+        with gzip.GzipFile(fileobj=content) as archive:
+            while block := archive.read(BLOCK):
+                unpacked += len(block)
+                if unpacked > most:
+                    return f"it unpacks to more than {most:,} bytes"
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        return f"it cannot be unpacked: {_reason(error)}"
+    return None
 
 
 def _put_in_place(target: BinaryIO, destination: Path) -> None:

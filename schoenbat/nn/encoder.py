@@ -12,15 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import ATTENTIONS, check_kernel
+from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
-from schoenbat.registry import build_config
+from schoenbat.registry import build_config, check_bounds
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
 EMBEDDING_STD = 0.02
+
+MAX_LAYERS, MAX_WIDTH = 1000, 2**16
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class ModelConfig:
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "width", "ffn_width", "num_heads", "head_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        wide = (1, MAX_WIDTH)
+        check_bounds(self, num_layers=(1, MAX_LAYERS), width=wide, ffn_width=wide, num_heads=wide, head_width=wide)
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} cannot be split over {self.num_heads} heads")
         if not 0 <= self.dropout < 1:
@@ -151,12 +152,14 @@ class Classifier(nn.Module):
             nn.Linear(inputs, config.head_width), nn.ReLU(), nn.Linear(config.head_width, num_classes)
         )
 
-    def forward(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
-        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N].
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N]; by default token 0 is padding.
 
         [B, N, num_classes] where each position is classified.
         """
         batch, num_texts, _ = tokens.shape
+        if key_mask is None:
+            key_mask = tokens != 0
         encoded = self.encoder(tokens.flatten(0, 1), key_mask.flatten(0, 1)).unflatten(0, (batch, num_texts))
         if num_texts == 1:
             return self.head(encoded[:, 0])
@@ -190,24 +193,27 @@ def build_model(
 
     Raises:
         UserError: an unknown name or option, a kernel missing or superfluous, one that the former cannot keep inside
-            its radius of convergence, or a pooling that the task has no use for.
+            its radius of convergence, a mechanism that cannot be causal, or a pooling that the task has no use for.
     """
     if model.pooling == "cls" and (per_position or causal):
         raise UserError(
             "pooling 'cls' needs a task that classifies whole texts and is not causal; leave it at 'mean' here"
         )
     attention_class = ATTENTIONS.get(attn)
+    if causal and not attention_class.has_causal_form:
+        raise UserError(f"attn {attn!r} has no causal form, which this task needs: a token would learn of later ones")
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
     kernel = _kernel_for(attn, dotf, former)
     for option in fields(FormerConfig):
         if getattr(former_config, option.name) != option.default and former != "maclauformer":
             raise UserError(f"former {former!r} has no SBN, so it takes no option {option.name!r}")
+    check_length(attn, attention_class, config, max_length + (model.pooling == "cls"))
     head_dim = model.width // model.num_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks = []
         for layer in range(model.num_layers):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
             try:
                 mechanism = attention_class(config, head_dim=head_dim, kernel=kernel, generator=generator)
             except ValueError as error:

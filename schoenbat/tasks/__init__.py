@@ -21,6 +21,10 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while something is fetched."""
 
 
+MAX_LENGTH = 2**20
+"""The most tokens of a text."""
+
+
 class Task(ABC):
     """One classification problem: over a text, over a pair of texts, or at positions of a text.
 

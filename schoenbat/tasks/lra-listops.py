@@ -13,7 +13,8 @@ import numpy as np
 
 from schoenbat.data.arrays import Dataset, batches, write_dataset
 from schoenbat.errors import UserError
-from schoenbat.tasks import Progress, Task
+from schoenbat.registry import check_bounds
+from schoenbat.tasks import MAX_LENGTH, Progress, Task
 
 TOKENS = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 MIN, MAX, MED, SM = range(4)
@@ -62,11 +63,9 @@ class ListOps(Task):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            for name in ("train_size", "dev_size", "test_size"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-            if self.max_depth < 2 or self.max_args < 2:
-                raise ValueError("max_depth and max_args must be at least 2")
+            size = (1, 10**8)
+            check_bounds(self, train_size=size, dev_size=size, test_size=size, max_length=(1, MAX_LENGTH))
+            check_bounds(self, max_depth=(2, 100), max_args=(2, 100))
             if self.min_length < 0 or self.max_length < self.min_length + 2:
                 raise ValueError(
                     f"no length lies between min_length {self.min_length} and max_length {self.max_length}"

@@ -9,8 +9,8 @@ import csv
 import io
 import json
 import lzma
-import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,8 +21,9 @@ import numpy as np
 from schoenbat.data.arrays import SPLITS, write_dataset
 from schoenbat.data.fetch import RemoteFile, fetch
 from schoenbat.data.subset import balanced_rows, check_size
-from schoenbat.errors import UserError
-from schoenbat.tasks import Progress, Task
+from schoenbat.errors import UserError, shorten
+from schoenbat.registry import check_bounds
+from schoenbat.tasks import MAX_LENGTH, Progress, Task
 
 ARCHIVE = RemoteFile(
     mirror_path="lra/lra_release.gz",
@@ -30,6 +31,7 @@ ARCHIVE = RemoteFile(
     size=7_700_000_000,
     size_is_exact=False,
     checksum=None,
+    is_gzip=True,
 )
 """The Long Range Arena's release; only tsv_data/new_aan_pairs.{train,eval,test}.tsv are read."""
 DOCS = RemoteFile(
@@ -54,6 +56,9 @@ NETWORK = RemoteFile(
 )
 """`citing , cited`: every citation known, used to tell that two papers are not linked."""
 LAST_TRAIN_YEAR, DEV_YEAR = 2009, 2010
+_LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+MOST_TEXT, MOST_TEXTS = 2**26, 2**34
+"""Bytes of one text of the release, and of all of them, which are held in memory: far more than papers have."""
 
 
 @dataclass
@@ -86,7 +91,8 @@ class Retrieval(Task):
     file alone would tell much about whether a paper is ever cited. Papers that cite up to 2009 give train, 2010 dev,
     2011 and later test.
 
-    No pair occurs in two splits, though papers do (the cited ones above all).
+    No pair occurs in two splits, in neither order, though papers do (the cited ones above all). Pairs of the archive
+    with an empty text are left out.
     `train_size`, `dev_size`, `test_size` draw a subset, half of each label.
     """
 
@@ -107,8 +113,7 @@ class Retrieval(Task):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            if self.max_length < 1:
-                raise ValueError(f"max_length must be at least 1, not {self.max_length}")
+            check_bounds(self, max_length=(1, MAX_LENGTH))
             for split in SPLITS:
                 check_size(f"{split}_size", getattr(self, f"{split}_size"))
             if self.seed < 0:
@@ -141,7 +146,9 @@ class Retrieval(Task):
             raise UserError(f"no raw data of lra-retrieval in {raw}; download the task")
         try:
             found = read_archive(_raw(raw, ARCHIVE)) if whole else build_pairs(raw, self.config.seed)
-        except (EOFError, lzma.LZMAError, tarfile.TarError, OSError, ValueError, KeyError) as error:
+        except UserError:
+            raise
+        except (EOFError, lzma.LZMAError, tarfile.TarError, zlib.error, OSError, ValueError, KeyError) as error:
             raise UserError(f"raw data in {raw} cannot be read, remove it and download again: {error!r}") from error
         splits, subset = {}, False
         for stream, split in enumerate(SPLITS):
@@ -195,42 +202,84 @@ def _raw(folder: Path, file: RemoteFile) -> Path:
 def read_archive(path: Path) -> Pairs:
     """The pairs of the release: one pass over the archive, without unpacking it.
 
-    A line holds label, two ids and two texts between tabs. A pair that another, later read split also has is dropped
-    from train first, then from dev, so that nothing tested was trained on.
+    A line holds label, two ids and two texts between tabs. A pair that another, later read split also has, in either
+    order, is dropped from train first, then from dev, so that nothing tested was trained on.
+
+    Raises:
+        UserError: a file of pairs is missing, or a line of it is not as described.
     """
     names = {"train": "new_aan_pairs.train.tsv", "dev": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
     found, numbers = Pairs([]), dict[bytes, int]()
+    kept_bytes = 0
     with tarfile.open(path, "r:gz") as archive:
         while (member := archive.next()) and not all(found.labels.values()):
             archive.members.clear()  # type: ignore[attr-defined]  # there are hundreds of thousands of images
             for split, name in names.items():
-                if PurePosixPath(member.name).parts[-2:] == ("tsv_data", name):
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    for label, texts in read_rows(content):
-                        first, second = (numbers.setdefault(text, len(numbers)) for text in texts)
-                        found.add(split, (first, second), label)
+                if PurePosixPath(member.name).parts[-2:] != ("tsv_data", name) or not member.isfile():
+                    continue
+                content = archive.extractfile(member)
+                assert content is not None
+                empty = 0
+                for label, texts in read_rows(content, f"{path.name}: {name}"):
+                    if not all(texts):
+                        empty += 1
+                        continue
+                    for text in texts:
+                        if text not in numbers:
+                            numbers[text] = len(numbers)
+                            kept_bytes += len(text)
+                    if kept_bytes > MOST_TEXTS:
+                        raise UserError(f"{path.name}: {name} holds more than {MOST_TEXTS:,} bytes of texts")
+                    found.add(split, (numbers[texts[0]], numbers[texts[1]]), label)
+                if empty:
+                    found.notes.append(f"{empty} {split} pairs dropped: a text is empty")
     found.texts = list(numbers)
     missing = [names[split] for split in SPLITS if not found.labels[split]]
     if missing:
-        raise ValueError(f"{path.name} has no pairs in tsv_data/: {', '.join(missing)}")
-    taken: set[tuple[int, int]] = set()
+        raise UserError(f"{path} has no pairs in tsv_data/: {', '.join(missing)}; it is not the release or incomplete")
+    taken: set[frozenset[int]] = set()
     for split in reversed(SPLITS):
-        kept = [row for row, pair in enumerate(found.pairs[split]) if pair not in taken]
-        dropped = len(found.pairs[split]) - len(kept)
-        taken |= set(found.pairs[split])
+        pairs = [frozenset(pair) for pair in found.pairs[split]]
+        kept = [row for row, pair in enumerate(pairs) if pair not in taken]
+        dropped = len(pairs) - len(kept)
+        taken |= set(pairs)
         found.pairs[split] = [found.pairs[split][row] for row in kept]
         found.labels[split] = [found.labels[split][row] for row in kept]
         if dropped:
             found.notes.append(f"{dropped} {split} pairs dropped: they occur in a later split")
+        if not kept:
+            raise UserError(f"{path}: every pair of {names[split]} occurs in a later split")
     return found
 
 
-def read_rows(content: IO[bytes]) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
-    """Label and texts of each line; Latin-1 in and out hands the bytes through as they are."""
-    csv.field_size_limit(sys.maxsize)
-    for label, _, _, first, second in csv.reader(io.TextIOWrapper(content, "latin-1", newline=""), delimiter="\t"):
-        yield int(float(label)), (first.encode("latin-1"), second.encode("latin-1"))
+def read_rows(content: IO[bytes], where: str) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
+    """Label and texts of each line; Latin-1 in and out hands the bytes through as they are.
+
+    Raises:
+        UserError: a line that is not label, two ids and two texts, which `where` helps to find.
+    """
+    csv.field_size_limit(MOST_TEXT)
+    rows = csv.reader(_lines(content, where), delimiter="\t")
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(f"{where}, line {rows.line_num}: {error}") from None
+        if row is None:
+            return
+        if len(row) != 5:
+            raise UserError(f"{where}, line {rows.line_num}: {len(row)} fields, where label, 2 ids and 2 texts belong")
+        if row[0] not in _LABELS:
+            raise UserError(f"{where}, line {rows.line_num}: the label is {shorten(row[0])}, neither 0.0 nor 1.0")
+        yield _LABELS[row[0]], (row[3].encode("latin-1"), row[4].encode("latin-1"))
+
+
+def _lines(content: IO[bytes], where: str) -> Iterator[str]:
+    text = io.TextIOWrapper(content, "latin-1", newline="")
+    while line := text.readline(2 * MOST_TEXT + 1):
+        if len(line) > 2 * MOST_TEXT:
+            raise UserError(f"{where}: a line is longer than {2 * MOST_TEXT:,} bytes")
+        yield line
 
 
 def build_pairs(raw: Path, seed: int) -> Pairs:

@@ -16,7 +16,8 @@ from schoenbat.data.bag import bag_accuracy
 from schoenbat.data.fetch import RemoteFile, fetch
 from schoenbat.data.subset import balanced_rows, check_size
 from schoenbat.errors import UserError
-from schoenbat.tasks import Progress, Task
+from schoenbat.registry import check_bounds
+from schoenbat.tasks import MAX_LENGTH, Progress, Task
 
 LINES = RemoteFile(
     mirror_path="imdb/imdb.jsonl.xz",
@@ -74,8 +75,7 @@ class Text(Task):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            if self.max_length < 1:
-                raise ValueError(f"max_length must be at least 1, not {self.max_length}")
+            check_bounds(self, max_length=(1, MAX_LENGTH))
             for name in ("dev_size", "train_size", "test_size"):
                 check_size(name, getattr(self, name))
             if self.seed < 0:

@@ -1,5 +1,6 @@
 """Downloads against a real server on this machine that breaks in the ways servers break."""
 
+import gzip
 import hashlib
 import os
 import re
@@ -292,6 +293,17 @@ def test_concurrent_calls_fetch_once(server: Server, tmp_path: Path) -> None:
         thread.join()
     assert sorted(sources) == sorted(["already there"] * 5 + [server.file().urls[0]])
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_gzip_file_without_published_checksum_is_checked_by_its_own(server: Server, tmp_path: Path) -> None:
+    server.behaviour.content = b"<!DOCTYPE html><title>Sign in</title>"
+    with pytest.raises(CorruptFile, match="is corrupt: it is no gzip file but begins with b'<!DOCTYPE html>"):
+        get(server.file(size_is_exact=False, checksum=None, is_gzip=True), tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+    server.behaviour.content = gzip.compress(CONTENT)
+    with pytest.raises(CorruptFile, match="it unpacks to more than 1,000,000 bytes"):
+        get(server.file(size_is_exact=False, checksum=None, is_gzip=True, most_unpacked=10**6), tmp_path / "f")
+    get(server.file(size_is_exact=False, checksum=None, is_gzip=True), tmp_path / "f")
 
 
 FULL_DISK = """

@@ -81,7 +81,7 @@ def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> Non
     for arguments, message in (
         (("lra-text", "rmfa", None, "maclauformer", 0), "needs a kernel; choose dotf from: exp"),
         (("lra-text", "mean", "exp", "transformer", 0), "takes no kernel; leave out dotf 'exp'"),
-        (("lra-text", "mean", None, "transformer", -1), "--seed must not be negative"),
+        (("lra-text", "mean", None, "transformer", -1), "--seed must lie between 0 and 9223372036854775807, not -1"),
         (("lra-retrieval", "mean", None, "transformer", 0), "missing section task.lra-retrieval"),
         (("lra-text", "taylor1", "exp", "maclauformer", 0), "missing section attention.taylor1"),
     ):

@@ -24,7 +24,7 @@ KERNEL = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-image, lra-listops"),
+        (("train", *PLAIN, "--task", "lra-txet"), "unknown task 'lra-txet'; choose one of: lra-text, "),
         (("train", *PLAIN, "--attn", "sofmax"), "unknown attn 'sofmax'; choose one of: "),
         (("train", *PLAIN, "--former", "macformer"), "unknown former 'macformer'; choose one of: maclauformer"),
         (("train", *KERNEL, "--dotf", "expo"), "unknown dotf 'expo'; choose one of: exp, inverse"),
@@ -89,7 +89,7 @@ def test_outside_a_project_the_missing_file_is_named(
 def test_what_goes_wrong_on_the_way_is_one_line_and_exit_code_1(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
 ) -> None:
-    def fail() -> None:
+    def fail(profile: str | None = None) -> None:
         raise error
 
     monkeypatch.setattr(commands, "load", fail)
@@ -124,11 +124,17 @@ def test_help_and_names_are_quick_and_need_neither_torch_nor_mlflow(project: Pro
 def test_list_names_everything_that_can_be_used(project: Project, invoke: Invoke) -> None:
     Path("profiles").mkdir()
     Path("profiles/tiny.yaml").write_bytes(Path("params.yaml").read_bytes())
-    assert invoke("list", "dotf")[1].split() == ["exp", "inverse", "log", "sqrt", "trigh"]
-    assert invoke("list", "profiles")[1] == "tiny\n"
-    out = invoke("list")[1]
-    assert "former: maclauformer transformer\n" in out
-    assert "lra-retrieval" in out
+    lines = invoke("list", "dotf")[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["exp", "inverse", "log", "sqrt", "trigh"]
+    assert lines[0] == "  exp      exp(x): normalised, it is softmax attention."
+    assert invoke("list", "profiles")[1] == "  tiny  For tests.\n"
+    code, out, _ = invoke("list", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert list(listed) == ["tasks", "attn", "dotf", "former", "profiles"]
+    assert [name["name"] for name in listed["former"]] == ["maclauformer", "transformer"]
+    assert all(name["about"] for names in listed.values() for name in names)
+    assert invoke("list")[1].startswith("tasks:\n  lra-listops ")
 
 
 def test_use_puts_a_valid_profile_into_params_and_never_loses_edits(project: Project, invoke: Invoke) -> None:

@@ -60,8 +60,8 @@ def test_the_stages_are_those_that_dvc_reads_with_and_without_empty_axes(project
     found = as_it_is_read_here(project.settings)
     assert found == as_dvc_reads_it(project.folder)
     assert set(found) == {
-        "download@lra-listops",
-        "download@lra-text",
+        "download@tiny-lra-listops",
+        "download@tiny-lra-text",
         "preprocess@tiny-lra-listops",
         "preprocess@tiny-lra-text",
         "bench@tiny",
@@ -100,7 +100,7 @@ def test_a_cell_is_made_from_the_code_that_its_stage_lists(project: Project) -> 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("    cmd: schoenbat-exp bench\n", "    cmd: schoenbat-exp bench\n    wdir: elsewhere\n", "wdir is not read"),
+        ("    cmd: schoenbat-exp bench", "    wdir: elsewhere\n    cmd: schoenbat-exp bench", "wdir is not read"),
         ("      - bench\n", "      - bench\n      - other.yaml: [a]\n", "a file other than params.yaml"),
         ("      - bench\n", "      - benches\n", "missing key 'benches', which stage bench@tiny"),
         ("${errors.trained}", "${errors.unknown}", "missing key 'errors.unknown'"),

@@ -102,12 +102,13 @@ def test_each_profile_has_its_parent_run(project: Path) -> None:
     assert tracking.start_grid("quick") == quick
 
 
-def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path) -> None:
+def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_STAGE", "train_kernel@quick-x")
     with tracking.cell_run(CELL, "f1", "quick", {"learning_rate": 1e-4}) as run:
         run.log_evaluation(evaluation(10))
         run.log_resources({"device": "cpu", "seconds": 1.5, "run_id": None})
     with tracking.attach(CELL, "f1", "quick") as attached:
-        attached.log_test({"accuracy": 0.5, "loss": 0.7})
+        attached.log_test({"accuracy": 0.5, "loss": 0.7}, 10)
     client, (held,) = client_and_cells(tracking.start_grid("quick"))
     assert attached.run_id == run.run_id == held.info.run_id
     assert held.info.run_name == CELL.id
@@ -121,7 +122,7 @@ def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path) -> 
         "profile": "quick",
         "learning_rate": "0.0001",
     }
-    assert held.data.tags["dvc_stage"] == f"train_kernel@quick-{CELL.id}"
+    assert held.data.tags["dvc_stage"] == "train_kernel@quick-x"
     assert {"git_sha", "torch", "python", "cell", "fingerprint"} <= set(held.data.tags)
     assert held.data.metrics["dev_accuracy"] == 0.1
     assert held.data.metrics["test_accuracy"] == 0.5
@@ -157,7 +158,7 @@ def test_a_finished_run_is_left_alone_and_evaluated_by_its_newest_successor(proj
     for fingerprint in ("f1", "f1", "f2"):
         with tracking.cell_run(CELL, fingerprint, "quick", {}) as run:
             ids.append(run.run_id)
-            run.log_test({"accuracy": 0.5})
+            run.log_test({"accuracy": 0.5}, 10)
         time.sleep(0.01)
     assert len(set(ids)) == 3
     with tracking.attach(CELL, "f1", "quick") as run:
@@ -172,7 +173,7 @@ def test_a_run_that_ended_but_was_never_tested_is_continued(project: Path) -> No
         again.log_evaluation(evaluation(10))
         again.log_evaluations([evaluation(10), evaluation(20)])
         for _ in range(2):
-            again.log_test({"accuracy": 0.5})
+            again.log_test({"accuracy": 0.5}, 10)
     client, (run,) = client_and_cells(tracking.start_grid("quick"))
     assert held_steps(client, run) == [10, 20]
     assert len(client.get_metric_history(run.info.run_id, "test_accuracy")) == 1
@@ -191,10 +192,160 @@ def test_evaluations_that_meet_a_locked_database_are_logged_later(
         with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
             database.execute("BEGIN EXCLUSIVE")
             run.log_evaluation(evaluation(20))
-            assert "MLflow cannot be reached, 1 evaluations are kept for later" in capsys.readouterr().out
+            assert "MLflow cannot be reached, 1 evaluation kept for later" in capsys.readouterr().out
         run.log_evaluation(evaluation(30))
     client, (held,) = client_and_cells(tracking.start_grid("quick"))
     assert held_steps(client, held) == [10, 20, 30]
+
+
+def test_a_parent_ends_with_its_grid_and_begins_again_with_the_next(project: Path) -> None:
+    def status(grid: dict[str, str]) -> str:
+        client, _ = client_and_cells(grid)
+        return str(client.get_run(grid[tracking.PARENT_RUN_ID]).info.status)
+
+    grid = tracking.start_grid("quick")
+    assert status(grid) == "RUNNING"
+    tracking.end_grid(grid, "KILLED")
+    assert status(grid) == "KILLED"
+    assert tracking.start_grid("quick") == grid
+    assert status(grid) == "RUNNING"
+    with tracking.cell_run(CELL, "f1", "quick", {}):
+        pass
+    assert status(grid) == "FINISHED", "a cell that was started alone left the grid running"
+
+
+def test_the_best_weights_are_logged_with_their_step_beside_the_test_of_them(project: Path) -> None:
+    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
+        for step in (10, 20, 30):
+            run.log_evaluation(evaluation(step))
+        run.log_best(step=20, dev_accuracy=0.2, dev_loss=0.6, num_parameters=1234)
+        run.log_test({"accuracy": 0.19}, 20)
+    client, (held,) = client_and_cells(tracking.start_grid("quick"))
+    best = {name: held.data.metrics[name] for name in ("best_step", "best_dev_accuracy", "num_parameters")}
+    assert best == {"best_step": 20, "best_dev_accuracy": 0.2, "num_parameters": 1234}
+    (tested,) = client.get_metric_history(run.run_id, "test_accuracy")
+    assert (tested.step, tested.value) == (20, 0.19)
+
+
+def test_parameters_of_any_name_are_logged(project: Path) -> None:
+    odd = {
+        "attention.a=b": 1,
+        "attention.../x": 2,
+        "attention.\N{GREEK SMALL LETTER ALPHA}$": 3,
+        "/abs": 4,
+        "n" * 300: 5,
+    }
+    with tracking.cell_run(CELL, "f1", "quick", odd) as run:
+        assert run.run_id is not None
+    _, (held,) = client_and_cells(tracking.start_grid("quick"))
+    assert "attention.a_b" in held.data.params
+    assert {int(value) for value in held.data.params.values() if value.isdigit()} >= {1, 2, 3, 4, 5}
+
+
+def test_the_database_lies_in_the_checkout_whatever_that_is_called(tmp_path: Path, start: Start) -> None:
+    folder = tmp_path / "what? 100%20 #1; a&b"
+    folder.mkdir()
+    before = set(tmp_path.iterdir())
+    code = "os.chdir(sys.argv[1]); g = tracking.start_grid('quick'); print(g['MLFLOW_TRACKING_URI'])"
+    finish(start(code, str(folder)))
+    assert {path.name for path in folder.iterdir()} >= {"mlflow.db", "logs"}
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_kill_while_the_database_is_made_leaves_one_that_works(project: Path, start: Start) -> None:
+    # What is made aside shows when to kill: at different sizes of it.
+    for size in (1, 100_000, 400_000):
+        process = start("tracking.start_grid('quick')")
+        while process.poll() is None:
+            made = [file.stat().st_size for file in project.glob(".mlflow.db.*.tmp")]
+            if made and max(made) >= size:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.005)
+        assert process.returncode == -signal.SIGKILL
+        assert not (project / "mlflow.db").exists()
+    grid = tracking.start_grid("quick")
+    client, _ = client_and_cells(grid)
+    assert [file.name for file in project.iterdir() if "mlflow.db" in file.name] == ["mlflow.db"]
+    assert client.get_run(grid[tracking.PARENT_RUN_ID]).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("statement", ["create table spans (x)", "create table alembic_version (version_num)", ""])
+def test_a_half_made_database_is_made_anew(project: Path, start: Start, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
+        database.execute(statement)
+    if not statement:
+        (project / "mlflow.db").touch()
+    finish(start("tracking.start_grid('quick')"))
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)
+
+
+UNUSABLE = """
+from schoenbat.errors import UserError
+try:
+    tracking.start_grid("quick")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_what_mlflow_cannot_use_is_one_line(project: Path, start: Start) -> None:
+    (project / "mlflow.db").write_bytes(b"no database at all" * 100)
+    assert finish(start(UNUSABLE)) == (
+        f"{project / 'mlflow.db'} cannot be used (file is not a database); move it away and run again: reports do not "
+        f"need it\n"
+    )
+    for uri, message in (
+        ("postgresql://me:secret@localhost/db", "MLflow cannot use postgresql://me:***@localhost/db: No module named"),
+        ("gopher://somewhere", "MLflow cannot use gopher://somewhere: "),
+    ):
+        output = finish(start(UNUSABLE, **{tracking.TRACKING_URI: uri}))
+        assert message in output
+        assert len(output.splitlines()) == 1, output
+
+
+def test_a_database_that_another_process_holds_is_named(project: Path, start: Start) -> None:
+    tracking.start_grid("quick")
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        assert "mlflow.db is locked by another process; wait for its end" in finish(start(UNUSABLE))
+
+
+def test_a_full_disk_is_said_in_one_line(project: Path, start: Start) -> None:
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+    output = finish(start(code + UNUSABLE))
+    assert output.startswith("MLflow cannot use sqlite:////")
+    assert len(output.splitlines()) == 1, output
+    assert not (project / "mlflow.db").exists()
+
+
+def test_a_cell_goes_on_without_a_database_that_has_gone(
+    project: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = tracking.start_grid("quick")
+    (project / "mlflow.db").unlink()
+    code = """
+    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
+        run.log_evaluation(evaluation(10))
+        run.log_evaluations([evaluation(10)])
+        run.log_best(step=10, dev_accuracy=0.1, dev_loss=1.0, num_parameters=3)
+        run.log_resources({"seconds": 1.0})
+    with tracking.attach(CELL, "f1", "quick") as run:
+        run.log_test({"accuracy": 0.5}, 10)
+    tracking.end_grid(os.environ, "FINISHED")
+    print("trained")
+    """
+    lines = finish(start(code, **grid)).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["warning", "warning", "warning", "trained"]
+    assert "mlflow.db cannot be used, so nothing is logged there: No such file or directory" in lines[0]
+    assert not (project / "mlflow.db").exists()
+
+
+def test_telemetry_is_off(start: Start) -> None:
+    code = "from pipeline.quiet_mlflow import import_mlflow; import_mlflow()\n"
+    code += "from mlflow.telemetry import get_telemetry_client; print(get_telemetry_client())"
+    assert finish(start(code)) == "None\n"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -225,8 +376,8 @@ LOG_MODEL = f"""{MODEL}
 with tracking.cell_run(CELL, "f1", "quick", {{}}) as run:
     trained = model()
     Path("best.pt").write_bytes(b"weights")
-    run.log_model(trained, Path("best.pt"))
-    run.log_model(trained, Path("best.pt"))
+    for _ in range(2):
+        run.log_model(trained, Path("best.pt"), name=CELL.id, num_texts=1, num_classes=3)
     assert trained.training
     print(run.run_id, *trained.eval()(tokens, mask).flatten().tolist())
 """
@@ -234,9 +385,14 @@ LOAD_MODEL = f"""{MODEL}
 import mlflow
 mlflow.set_tracking_uri(sys.argv[1])
 (logged,) = mlflow.MlflowClient().get_run(sys.argv[2]).outputs.model_outputs
+logged_model = mlflow.MlflowClient().get_logged_model(logged.model_id)
 loaded = mlflow.pytorch.load_model(f"models:/{{logged.model_id}}")
 artifact = mlflow.artifacts.download_artifacts(run_id=sys.argv[2], artifact_path="best.pt")
 assert Path(artifact).read_bytes() == b"weights"
+assert logged_model.name == CELL.id
+served = mlflow.pyfunc.load_model(f"models:/{{logged.model_id}}")
+assert served.metadata.signature.inputs.inputs[0].shape == (-1, 1, -1)
+assert served.predict(tokens.numpy()).tolist() == loaded(tokens, mask).tolist()
 print(sys.argv[2], *loaded(tokens, mask).flatten().tolist())
 """
 
@@ -270,7 +426,7 @@ def test_a_training_goes_on_without_the_server_and_its_evaluations_arrive_when_i
         running_server.kill()
         run.log_evaluation(evaluation(20))
         run.log_evaluation(evaluation(30))
-        assert "2 evaluations are kept for later" in capsys.readouterr().out
+        assert "2 evaluations kept for later" in capsys.readouterr().out
         threading.Timer(1.0, running_server.start).start()
         run.log_evaluations([evaluation(step) for step in (10, 20, 30, 40)])
     client, (held,) = client_and_cells(grid)

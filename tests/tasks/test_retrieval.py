@@ -1,5 +1,6 @@
 """Retrieval: pairs follow the recipe, and both raw forms are read."""
 
+import gzip
 import importlib
 import io
 import lzma
@@ -143,6 +144,108 @@ def test_a_release_without_pairs_or_cut_short_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="remove it and download again"):
         prepare(tmp_path / "raw", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("1.0", "A", "B", "text"), "new_aan_pairs.train.tsv, line 2: 4 fields, where label, 2 ids and 2 texts belong"),
+        (("1.0", "A", "B", "t", "t", "t"), "line 2: 6 fields"),
+        (("7.0", "A", "B", "t", "u"), "line 2: the label is '7.0', neither 0.0 nor 1.0"),
+        (("nan", "A", "B", "t", "u"), "line 2: the label is 'nan'"),
+        (("", "A", "B", "t", "u"), "line 2: the label is ''"),
+        ((), "line 2: 0 fields"),
+        (("<html><body>Not found</body></html>",), "line 2: 1 fields"),
+    ],
+)
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path, row: tuple[str, ...], message: str) -> None:
+    rows: Any = {**RELEASE, "train": [RELEASE["train"][0], row]}
+    write_release(tmp_path / "raw" / "lra_release.gz", rows)
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path / "raw", tmp_path / "a")
+    assert message in str(caught.value)
+    assert "download again" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pairs_with_an_empty_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = {**RELEASE, "train": [*RELEASE["train"], ("1.0", "A", "E", "text a", ""), ("0.0", "E", "A", "", "text a")]}
+    write_release(tmp_path / "raw" / "lra_release.gz", rows)
+    dataset = prepare(tmp_path / "raw", tmp_path / "a")
+    assert dataset.meta["splits"]["train"] == 2
+    assert "2 train pairs dropped: a text is empty" in dataset.meta["notes"]
+
+
+def test_no_pair_is_in_two_splits_in_either_order(tmp_path: Path) -> None:
+    rows = {**RELEASE, "train": [*RELEASE["train"], ("1.0", "C", "B", "text c", "text b")]}
+    write_release(tmp_path / "raw" / "lra_release.gz", rows)
+    dataset = prepare(tmp_path / "raw", tmp_path / "a")
+    assert dataset.meta["splits"]["train"] == 2
+    assert "1 train pairs dropped: they occur in a later split" in dataset.meta["notes"]
+    write_release(tmp_path / "raw" / "lra_release.gz", {**RELEASE, "train": [("1.0", "C", "B", "text c", "text b")]})
+    with pytest.raises(UserError, match=r"every pair of new_aan_pairs\.train\.tsv occurs in a later split"):
+        prepare(tmp_path / "raw", tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_a_member_that_is_no_file_is_no_split(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "raw" / "lra_release.gz"
+    write_release(path, {"train": RELEASE["train"], "eval": RELEASE["eval"]})
+    with tarfile.open(path) as before:
+        members = [(member, before.extractfile(member).read()) for member in before]  # type: ignore[union-attr]
+    with tarfile.open(path, "w:gz") as archive:
+        for member, content in members:
+            archive.addfile(member, io.BytesIO(content))
+        odd = tarfile.TarInfo("lra_release/tsv_data/new_aan_pairs.test.tsv")
+        odd.type, odd.linkname = kind, "nowhere"
+        archive.addfile(odd)
+    with pytest.raises(UserError, match=r"no pairs in tsv_data/: new_aan_pairs\.test\.tsv"):
+        prepare(tmp_path / "raw", tmp_path / "a")
+
+
+def test_a_text_that_never_ends_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TEXT", 1000)
+    path = tmp_path / "raw" / "lra_release.gz"
+    write_release(path, {**RELEASE, "train": [("1.0", "A", "B", "a" * 1001, "b")]})
+    with pytest.raises(UserError, match=r"new_aan_pairs\.train\.tsv, line 1: field larger than field limit \(1000\)"):
+        prepare(tmp_path / "raw", tmp_path / "a")
+    write_release(path, {**RELEASE, "train": [("1.0", "A", "B", "a" * 100_000, "b")]})
+    with pytest.raises(UserError, match=r"new_aan_pairs\.train\.tsv: a line is longer than 2,000 bytes"):
+        prepare(tmp_path / "raw", tmp_path / "a")
+    monkeypatch.setattr(module, "MOST_TEXTS", 10)
+    write_release(path, RELEASE)
+    with pytest.raises(UserError, match="holds more than 10 bytes of texts"):
+        prepare(tmp_path / "raw", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"<html>Not found</html>", "it is no gzip file but begins with b'<html>Not found</html>'"),
+        (gzip.compress(b"x" * 10_000)[:-9], "it cannot be unpacked: Compressed file ended"),
+        (gzip.compress(b"x" * 10_000)[:-8] + b"\0" * 8, "it cannot be unpacked: CRC check failed"),
+    ],
+)
+def test_what_is_no_whole_gzip_file_does_not_count_as_downloaded(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "mirror" / "lra" / "lra_release.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(DataUnavailable) as caught:
+        Retrieval(Retrieval.Config()).download(tmp_path / "raw", tmp_path / "mirror", 0, None)
+    assert message in str(caught.value)
+    assert not (tmp_path / "raw" / "lra_release.gz").exists()
+
+
+def test_another_release_in_the_mirror_replaces_the_copy(tmp_path: Path) -> None:
+    mirrored = tmp_path / "mirror" / "lra" / "lra_release.gz"
+    write_release(mirrored, RELEASE)
+    task, raw = Retrieval(Retrieval.Config()), tmp_path / "raw"
+    assert task.download(raw, tmp_path / "mirror", 0, None)["files"][0]["from"] == "mirror"
+    assert task.download(raw, tmp_path / "mirror", 0, None)["files"][0]["from"] == "already there"
+    write_release(mirrored, {**RELEASE, "train": RELEASE["train"][:1]})
+    assert task.download(raw, tmp_path / "mirror", 0, None)["files"][0]["from"] == "mirror"
+    assert (raw / "lra_release.gz").read_bytes() == mirrored.read_bytes()
 
 
 def test_the_release_is_not_begun_at_the_usual_limit(tmp_path: Path) -> None:

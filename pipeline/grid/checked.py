@@ -1,0 +1,72 @@
+"""Whether params.yaml is right, told without importing torch as long as nothing has changed.
+
+The whole check builds every model of the grid, so it needs torch, whose import takes longer than all that `status`
+does. What was found right is therefore remembered as a digest in logs/params-checked: of the file, and of what decides
+the check, which is the code of this project and what is installed.
+"""
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from schoenbat.errors import UserError, list_choices
+from schoenbat.files import write_bytes
+
+if TYPE_CHECKING:
+    from pipeline.grid.params import Params
+
+_RECORD = Path("logs", "params-checked")
+_PACKAGES = ("schoenbat", "pipeline")
+
+
+def load_checked(path: Path = PARAMS_FILE) -> "Params":
+    """All of a params file; raises UserError in one line that names the key."""
+    from pipeline.grid.cells import check_models, expand
+    from pipeline.grid.params import load_params
+
+    digest = _digest(path)
+    params = load_params(path)
+    if not _is_recorded(digest):
+        cells = expand(params)
+        ids = [cell.id for cell in cells]
+        for name in params.errors.trained:
+            if name not in ids:
+                choices = list_choices(name, ids)
+                raise UserError(f"{path}: errors.trained: the grid has no cell {name!r}; choose from: {choices}")
+        check_models(params, cells)
+        if path == PARAMS_FILE:
+            write_bytes(_RECORD, digest.encode())
+    return params
+
+
+def ensure_checked() -> None:
+    """Raise UserError as `load_checked` does for params.yaml."""
+    # For the line that it raises where there is no such file, or no YAML in it.
+    read_yaml(PARAMS_FILE)
+    if not _is_recorded(_digest(PARAMS_FILE)):
+        load_checked()
+
+
+def _is_recorded(digest: str) -> bool:
+    return _RECORD.is_file() and _RECORD.read_text(encoding="utf-8", errors="replace") == digest
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+    roots = [Path(root) for name in _PACKAGES for root in _folders(name)]
+    # A folder of installed packages is changed by each installation.
+    watched = [*(file for root in roots for file in root.rglob("*.py")), *map(Path, sys.path)]
+    for file in sorted(set(watched)):
+        if file.exists():
+            known = file.stat()
+            digest.update(f"{file} {known.st_mtime_ns} {known.st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _folders(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return list(spec.submodule_search_locations or [])

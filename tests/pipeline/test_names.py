@@ -1,0 +1,94 @@
+"""Names of cells, and numbers at the ends of what is allowed."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from project_folder import Project
+
+from pipeline.grid.cells import expand, make_cell
+from pipeline.grid.params import MAX_SEED, load_params
+from pipeline.names import Kind, names
+from schoenbat import registry
+from schoenbat.errors import UserError
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+MECHANISM = '''
+"""The mean, under a name that reads like another mechanism with a kernel."""
+
+from schoenbat.attention import ATTENTIONS
+
+
+class RmfaExp(ATTENTIONS.get("mean")):
+    pass
+'''
+
+
+@pytest.fixture
+def hyphenated(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Project]:
+    """A project with a mechanism `rmfa-exp` that takes no kernel, beside `rmfa` with the kernel `exp`."""
+    installed = tmp_path_factory.mktemp("installed")
+    (installed / "my_attention.py").write_text(MECHANISM)
+    metadata = installed / "my_attention-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-attention\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text("[schoenbat.attention]\nrmfa-exp = my_attention:RmfaExp\n")
+    monkeypatch.syspath_prepend(installed)
+    registry._entry_points.cache_clear()
+    project.settings["attention"]["rmfa-exp"] = {}
+    project.write()
+    yield project
+    registry._entry_points.cache_clear()
+    sys.modules.pop("my_attention", None)
+    importlib.invalidate_caches()
+
+
+def test_two_cells_of_one_id_are_an_error_that_names_both(hyphenated: Project, invoke: Invoke) -> None:
+    assert len(expand(load_params())) == 16
+    with pytest.raises(UserError, match="two cells have the id lra-text-rmfa-exp-maclauformer-0"):
+        make_cell(load_params(), "lra-text", "rmfa-exp", None, "maclauformer", 0)
+    assert make_cell(load_params(), "lra-text", "rmfa-exp", None, "transformer", 0)
+
+    hyphenated.set("grid.plain", {"attn": ["rmfa-exp"], "former": ["maclauformer"]})
+    for arguments in (("run", "--grid", "--dry-run"), ("status",), ("list",)):
+        code, _, err = invoke(*arguments)
+        assert code == 2
+        assert err == (
+            "error: params.yaml: grid: two cells have the id lra-listops-rmfa-exp-maclauformer-0: "
+            "--task lra-listops --attn rmfa-exp --former maclauformer --seed 0 and "
+            "--task lra-listops --attn rmfa --dotf exp --former maclauformer --seed 0; leave one of them out\n"
+        )
+
+
+@pytest.mark.parametrize("seed", [0, 2**43, MAX_SEED])
+def test_every_seed_that_is_accepted_trains(project: Project, invoke: Invoke, seed: int) -> None:
+    project.add_dvc()
+    project.set("grid.seeds", [seed])
+    for command in ("download", "preprocess"):
+        assert invoke(command, "--task", "lra-listops")[0] == 0
+    rmfa = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer", "--no-save")
+    code, out, err = invoke("train", *rmfa)
+    assert code == 0, err
+    assert f"lra-listops-rmfa-exp-maclauformer-{seed}: dev accuracy" in out
+    for wrong in (-1, MAX_SEED + 1):
+        code, _, err = invoke("train", *rmfa, "--seed", str(wrong))
+        assert (code, err) == (2, f"error: --seed must lie between 0 and {MAX_SEED}, not {wrong}\n")
+
+
+def test_every_name_says_what_it_stands_for(project: Project) -> None:
+    for kind in Kind:
+        for name in names(kind):
+            assert name.about, f"{kind} {name.name} has no first line in its docstring"
+            assert name.origin == ""
+
+
+def test_a_profile_that_is_no_yaml_is_listed_with_its_error(project: Project) -> None:
+    Path("profiles").mkdir()
+    Path("profiles/broken.yaml").write_text("a: [")
+    ((broken,)) = names(Kind.PROFILES)
+    assert "not valid YAML" in broken.about

@@ -1,0 +1,235 @@
+"""Every option that the help shows has a test that runs it, here or where the table says."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from project_folder import ROOT, Project
+from small_grid import MEAN, RMFA, TASK, make_small, numbers, start_grid
+
+from pipeline import cli
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+CELL = ("--task", "lra-listops", "--attn", "mean", "--former", "transformer")
+FILTERS = {
+    "--task": ("lra-text", 8),
+    "--attn": ("mean", 4),
+    "--dotf": ("exp", 4),
+    "--former": ("transformer", 8),
+    "--seed": ("1", 8),
+    "--cell": ("lra-text-mean-transformer-0", 1),
+}
+OF_A_CELL = ("--task", "--attn", "--dotf", "--former", "--seed", "--profile")
+WITH_PROFILE = ("train", "eval", "download", "preprocess", "report", "bench", "errors")
+HERE = "test_options.py"
+WHERE = {
+    **{("run", option): HERE for option in FILTERS},
+    **{("run", option): HERE for option in ("--grid", "--dry-run", "--json", "--jobs", "--devices", "--force")},
+    **{("run", option): HERE for option in ("--restart", "--fail-fast", "--keep-going")},
+    ("run", "--backend"): "test_slurm.py",
+    **{(command, option): HERE for command in ("train", "eval") for option in (*OF_A_CELL, "--device")},
+    ("train", "--save"): HERE,
+    ("train", "--no-save"): "test_cli.py",
+    ("train", "--restart"): "test_cli.py",
+    **{(command, "--profile"): HERE for command in WITH_PROFILE},
+    **{(command, "--task"): HERE for command in ("download", "preprocess")},
+    ("errors", "--cell"): "test_errors.py",
+    ("status", "--watch"): HERE,
+    ("status", "--json"): HERE,
+    ("logs", "--follow"): HERE,
+    ("logs", "-f"): HERE,
+    ("list", "--json"): HERE,
+    ("use", "--force"): HERE,
+    ("", "--version"): HERE,
+}
+
+
+def documented() -> set[tuple[str, str]]:
+    """All options of all commands; "" is the program itself."""
+    program: Any = typer.main.get_command(cli.app)
+    groups = {"": program, **program.commands}
+    return {
+        (name, option)
+        for name, command in groups.items()
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+def test_every_option_is_run_by_a_test() -> None:
+    assert documented() == set(WHERE)
+    for (command, option), file in WHERE.items():
+        assert f'"{option}"' in (Path(__file__).parent / file).read_text(encoding="utf-8"), (command, option, file)
+
+
+def test_help_and_version_are_where_one_looks_for_them(project: Project, invoke: Invoke) -> None:
+    assert invoke("--version")[:2] == (0, "schoenbat-exp 0.1.0\n")
+    for command in (None, *sorted({command for command, _ in WHERE if command})):
+        before = [command] if command else []
+        assert invoke(*before, "-h") == invoke(*before, "--help")
+        assert invoke(*before, "-h")[0] == 0
+
+
+@pytest.mark.parametrize("option", FILTERS)
+def test_a_filter_of_run_chooses_cells(project: Project, invoke: Invoke, option: str) -> None:
+    project.add_dvc()
+    value, expected = FILTERS[option]
+    code, out, err = invoke("run", option, value, "--dry-run", "--json")
+    assert code == 0, err
+    jobs = [job["job"] for job in json.loads(out)["jobs"]]
+    assert len([job for job in jobs if job.startswith("lra-")]) == expected
+    unit = "1 cell," if expected == 1 else f"{expected} cells,"
+    assert unit in invoke("run", option, value, "--dry-run")[1]
+
+
+def test_a_plan_of_thousands_of_cells_is_made_without_dvc(project: Project) -> None:
+    project.add_dvc()
+    project.set("grid.tasks", ["lra-listops"])
+    project.set("grid.kernel.dotf", ["exp"])
+    project.set("grid.seeds", list(range(667)))
+    code = """
+import sys
+from pipeline.commands import exit_code
+from pipeline.cli import app
+assert exit_code(app, sys.argv[1:]) == 0
+print(sorted({"dvc", "mlflow"} & set(sys.modules)))
+"""
+    for choice, cells in (("--grid", "2,001 cells, 4,007 of 4,007 stages"), ("--cell", "1 cell, 5 of 5 stages")):
+        value = [MEAN] if choice == "--cell" else []
+        arguments = [sys.executable, "-c", code, "run", choice, *value, "--dry-run"]
+        out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
+        assert out[0] == f"profile tiny: {cells} to run"
+        assert out[-1] == "[]"
+
+
+def test_json_of_run_goes_with_a_dry_run(project: Project, invoke: Invoke) -> None:
+    assert invoke("run", "--grid", "--json") == (2, "", "error: --json goes with --dry-run\n")
+
+
+@pytest.mark.parametrize("command", WITH_PROFILE)
+def test_a_stage_refuses_to_run_under_another_profile(project: Project, invoke: Invoke, command: str) -> None:
+    arguments = {"train": CELL, "eval": CELL, "download": TASK, "preprocess": TASK}.get(command, ())
+    code, _, err = invoke(command, *arguments, "--profile", "other")
+    assert (code, err) == (2, "error: params.yaml is of profile 'tiny', not 'other'\n")
+
+
+def test_the_options_of_one_cell(project: Project, invoke: Invoke) -> None:
+    project.add_dvc()
+    profile = ("--profile", "tiny")
+    assert invoke("download", "--task", "lra-listops", *profile)[0] == 0
+    assert invoke("preprocess", "--task", "lra-listops", *profile)[0] == 0
+    cell = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "inverse", "--former", "maclauformer", "--seed", "1")
+    assert invoke("train", *cell, *profile, "--device", "cpu", "--save")[0] == 0
+    code, out, err = invoke("eval", *cell, *profile, "--device", "cpu")
+    assert code == 0, err
+    assert "lra-listops-rmfa-inverse-maclauformer-1: test accuracy" in out
+    assert Path("runs/tiny/lra-listops-rmfa-inverse-maclauformer-1/test.json").is_file()
+
+
+def run(folder: Path, *options: str) -> tuple[int, str]:
+    process = start_grid(folder, *options)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.chdir(tmp_path)
+    for name in ("SCHOENBAT_DATA_MIRROR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return make_small(tmp_path)
+
+
+def test_force_and_restart_run_again_what_is_up_to_date(small: Project, invoke: Invoke) -> None:
+    code, out = run(small.folder, "--jobs", "1", "--devices", "cpu")
+    assert code == 0, out
+    assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
+    before = numbers(small.folder)
+    written = {cell: Path("runs/tiny", cell, "metrics.json").stat().st_mtime_ns for cell in (MEAN, RMFA)}
+    # Without --restart this checkpoint would be an error.
+    Path("checkpoints/tiny", MEAN, "last.pt").write_bytes(b"of another time")
+    code, out = run(small.folder, "--cell", MEAN, "--force", "--restart")
+    assert code == 0, out
+    assert "all 1 cell of profile tiny are done" in out
+    assert Path("runs/tiny", MEAN, "metrics.json").stat().st_mtime_ns > written[MEAN]
+    assert Path("runs/tiny", RMFA, "metrics.json").stat().st_mtime_ns == written[RMFA]
+    assert numbers(small.folder) == before
+    assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
+
+
+@pytest.mark.parametrize(("option", "failures"), [("--fail-fast", 1), ("--keep-going", 2)])
+def test_the_first_failure_stops_the_grid_or_does_not(small: Project, option: str, failures: int) -> None:
+    small.set("task.lra-listops.training.learning_rate", 1e30)
+    code, out = run(small.folder, "--jobs", "1", option)
+    assert code == 1, out
+    assert len([line for line in out.splitlines() if line.startswith("failed: train")]) == failures, out
+
+
+def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
+    """Run a command that goes on until Ctrl-C, interrupt it after its first line; its exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipeline.cli", *arguments],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(begins)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    return process.wait(timeout=60)
+
+
+def test_what_goes_on_ends_with_an_interrupt(project: Project) -> None:
+    project.add_dvc()
+    log = Path("logs/tiny", f"{MEAN}.log")
+    log.parent.mkdir(parents=True)
+    log.write_text("first line\n")
+    assert until_interrupted(project.folder, "status", "--watch", begins="profile tiny: 0 of 16 cells done") == 0
+    assert until_interrupted(project.folder, "logs", MEAN, "--follow", begins="first line") == 0
+    assert until_interrupted(project.folder, "logs", MEAN, "-f", begins="first line") == 0
+
+
+def test_what_programs_read(project: Project, invoke: Invoke) -> None:
+    project.add_dvc()
+    assert len(json.loads(invoke("status", "--json")[1])["cells"]) == 16
+    assert list(json.loads(invoke("list", "dotf", "--json")[1])) == ["dotf"]
+    plan = json.loads(invoke("run", "--grid", "--dry-run", "--json")[1])
+    assert {"job": "report@tiny", "stages": ["report@tiny"]} in plan["jobs"]
+
+
+def test_a_profile_can_be_forced_over_an_edited_file(project: Project, invoke: Invoke) -> None:
+    Path("profiles").mkdir()
+    other = Path("profiles/other.yaml")
+    other.write_text(Path("params.yaml").read_text().replace("profile: tiny", "profile: other"))
+    assert invoke("use", "other")[0] == 2
+    assert invoke("use", "other", "--force")[0] == 0
+    assert Path("params.yaml").read_bytes() == other.read_bytes()
+
+
+def test_the_project_is_found_from_its_subfolders(
+    project: Project, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    project.add_dvc()
+    (project.folder / "mirror").mkdir()
+    monkeypatch.setenv("SCHOENBAT_DATA_MIRROR", "../mirror")
+    for folder in ("schoenbat", "schoenbat/nn"):
+        monkeypatch.setenv("SCHOENBAT_DATA_MIRROR", "/".join([*[".."] * len(Path(folder).parts), "mirror"]))
+        monkeypatch.chdir(project.folder / folder)
+        code, out, err = invoke("status")
+        assert code == 0, err
+        assert out.endswith("profile tiny: 0 of 16 cells done, 16 to run\n")
+        monkeypatch.chdir(project.folder / folder)
+        assert invoke("download", "--task", "lra-listops")[0] == 0, "the mirror was looked for elsewhere"
+    assert not (project.folder / "schoenbat/logs").exists()
