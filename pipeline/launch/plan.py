@@ -23,7 +23,6 @@ from schoenbat.errors import UserError
 _USABLE_SHARE = 0.9
 """Of a device's free memory."""
 _TOKENS_PER_SECOND, _PAIRS_PER_SECOND = 2e4, 2e7
-_QUADRATIC = ("softmax", "kernelized")
 """Guesses for cells of which no like has run: they decide nothing but the order."""
 
 
@@ -156,8 +155,7 @@ class _Measured:
         task = self._params.task[cell.task]
         length = task.data.max_length
         tokens = task.training.steps * task.training.batch_size * length
-        unstated = "quadratic" if cell.attn in _QUADRATIC else "linear"
-        pairs = tokens * length if getattr(ATTENTIONS.get(cell.attn), "cost", unstated) == "quadratic" else 0
+        pairs = tokens * length if ATTENTIONS.get(cell.attn).cost == "quadratic" else 0
         return task.model.num_layers * (tokens / _TOKENS_PER_SECOND + pairs / _PAIRS_PER_SECOND)
 
 

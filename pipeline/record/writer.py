@@ -104,6 +104,7 @@ def record(names: Sequence[str]) -> dict[str, str]:
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
     # What went wrong is in the results; nothing else is to be seen among the lines of the grid.
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
@@ -113,12 +114,12 @@ def record(names: Sequence[str]) -> dict[str, str]:
         # What was unpacked and not cloned has no history that DVC could look at.
         versioned = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
         with Repo(config={} if versioned else {"core": {"no_scm": True}}) as repo, repo.lock, _whole(LOCK_FILE):
+            stages = {stage.name: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)}
             ready: list[Any] = []
             for name in dict.fromkeys(names):
                 try:
-                    results[name] = _prepare(repo, name, ready)
+                    results[name] = _prepare(stages.get(name), read_receipt(name), ready)
                 except (DvcException, OSError) as error:
-                    # Such as a stage that dvc.yaml does not have any more.
                     results[name] = _reason(error)
             if ready:
                 ready[0].dvcfile.dump_stages(ready, update_pipeline=False)
@@ -129,11 +130,9 @@ def record(names: Sequence[str]) -> dict[str, str]:
     return results
 
 
-def _prepare(repo: Any, name: str, ready: list[Any]) -> str:
-    receipt = read_receipt(name)
-    if receipt is None:
-        return "its receipt is gone"
-    (stage,) = repo.stage.collect(name)
+def _prepare(stage: Any, receipt: Entry | None, ready: list[Any]) -> str:
+    if receipt is None or stage is None:
+        return "dvc.yaml does not have it any more" if stage is None else "its receipt is gone"
     stage.save()
     changed = _changed(stage, receipt)
     if changed:

@@ -31,7 +31,14 @@ Quantities by where they come from:
 """
 
 BENCH_VALUES = ("milliseconds", "spread", "peak_memory_mb", "relative_error", "speedup_vs_sdpa")
-ERROR_VALUES = ("kernel_error", "kernel_spread", "output_error", "output_spread")
+ERROR_VALUES = (
+    "kernel_error",
+    "kernel_spread",
+    "output_error",
+    "output_spread",
+    "unexplained",
+    "unexplained_spread",
+)
 ERROR_SETTING = ("tokens", "draws", "head_dim", "torch", "git_revision")
 BENCH_SETTING = ("batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision")
 

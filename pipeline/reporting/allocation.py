@@ -1,6 +1,7 @@
 """How many features of each degree the sketch of a kernel takes, and the error to expect: computed, not measured."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,16 +98,23 @@ def _degrees_table(allocations: dict[Key, Allocation], chosen: int, circumstance
         title=f"Features of each degree at {chosen:,} features",
         values=values,
         shown=pd.DataFrame(shown),
-        caption="of: how many there could be; exact: this term of the series comes out exactly for all vectors; gain: "
-        f"what the degree takes off the expected squared error, relative to the mean of f^2. {circumstances} Other "
-        "numbers of features: CSV.",
+        caption="of: how many there could be; exact: all of them, so that this term of the series comes out exactly "
+        "for all vectors; gain: what the degree takes off the expected squared error, relative to the mean of f^2. "
+        "Harmonics of low degrees are part of higher powers, so that a kernel whose series lacks a degree may have "
+        f"features of it. {circumstances} Other numbers of features: CSV.",
     )
 
 
 def _errors_table(allocations: dict[Key, Allocation], circumstances: str) -> Table:
     values = pd.DataFrame(
         [
-            {"head_dim": head_dim, "kernel": dotf, "budget": budget, "expected_error": allocation.expected_error}
+            {
+                "head_dim": head_dim,
+                "kernel": dotf,
+                "root_mean_square": allocation.root_mean_square,
+                "budget": budget,
+                "expected_error": allocation.expected_error,
+            }
             for (head_dim, dotf, budget), allocation in allocations.items()
         ]
     )
@@ -114,16 +122,18 @@ def _errors_table(allocations: dict[Key, Allocation], circumstances: str) -> Tab
         {
             "head_dim": str(head_dim),
             "kernel": dotf,
+            "size of f": f"{size:.2g}",
             **{f"{row.budget:,}": f"{row.expected_error:.1e}" for row in rows.itertuples()},
         }
-        for (head_dim, dotf), rows in values.groupby(["head_dim", "kernel"], sort=False)
+        for (head_dim, dotf, size), rows in values.groupby(["head_dim", "kernel", "root_mean_square"], sort=False)
     ]
     return Table(
         name="allocation-error",
         title="Expected relative error of the kernel, by number of features",
         values=values,
         shown=pd.DataFrame(shown),
-        caption=f"Root of the expected squared error over the mean of f^2. {circumstances}",
+        caption="Root of the expected squared error over the mean of f^2, whose root is the size of f. "
+        f"{circumstances}",
     )
 
 
@@ -179,7 +189,8 @@ def _errors_figure(head_dim: int, own: dict[tuple[str, int], Allocation], circum
     for index, dotf in enumerate(dict.fromkeys(dotf for dotf, _ in own)):
         axes.plot(
             budgets,
-            [own[dotf, budget].expected_error for budget in budgets],
+            # There is no 0 on a logarithmic axis: the line ends before.
+            [own[dotf, budget].expected_error or math.nan for budget in budgets],
             label=dotf,
             color=COLOURS[index % len(COLOURS)],
             linestyle=DASHES[index % len(DASHES)],
@@ -199,5 +210,5 @@ def _errors_figure(head_dim: int, own: dict[tuple[str, int], Allocation], circum
         name=f"allocation-error-{head_dim}",
         title=f"Expected relative error of the kernel over the number of features at head_dim {head_dim}",
         canvas=canvas,
-        caption=circumstances,
+        caption=f"A line ends where features leave no error. {circumstances}",
     )

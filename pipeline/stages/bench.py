@@ -1,26 +1,29 @@
 """Stage `bench`: every mechanism timed side by side, in one process, against torch's exact softmax attention.
 
 One attention is batch 1, 2 heads of 32, on queries and keys of unit length (what pre-SBN gives) and Gaussian values,
-with the kernel exp where one is needed. In each round every mechanism is timed once, in turn, so that what disturbs the
-machine disturbs all alike; a row holds the median over rounds and the interquartile range, per call.
+with the kernel exp where one is needed. It is timed forward, and forward and backward; and the causal form as well, if
+there is one, against torch's with is_causal. In each round every mechanism is timed once, in turn, so that what
+disturbs the machine disturbs all alike; a row holds the median over rounds and the interquartile range, per call.
 
 Mechanisms with the option `num_features` are timed at each of `bench.num_features`, all of them at each of
 `bench.threads`.
 
 Nothing is timed before its result has been compared, at the same length, with exact attention in float64, for 128
 queries spread over the sequence: outputs, and the gradients of query, key and value that those outputs cause.
-`relative_error` is the norm of the difference over the norm of the truth, for the outputs ("forward") or for the three
-gradients together ("forward+backward"). Mechanisms that are exact must be within 1e-4. Those that estimate a kernel are
-given exp, which is softmax: they must be within 1, the error of an output of zeros, as must other libraries' estimates
-of softmax. The others are attentions of their own and must be finite; their error says how far from softmax they are.
+`relative_error` is the norm of the difference over the norm of the truth, for the outputs ("forward", "causal forward")
+or for the three gradients together ("forward+backward", "causal forward+backward"). Mechanisms that are exact must be
+within 1e-4. Those that estimate a kernel are given exp, which is softmax: they must be within 1, the error of an output
+of zeros, as must other libraries' estimates of softmax. The others are attentions of their own and must be finite;
+their error says how far from softmax they are.
 
 Peak memory is what torch's allocator held at most, beyond the inputs, during one call of its own: on the CPU from the
 allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
-not seen. Mechanisms whose number of operations more than triples when the length doubles are quadratic, and are left
-out above `bench.max_quadratic_length`, except torch's own, which the speed-ups refer to.
+not seen. Mechanisms of quadratic cost are left out above `bench.max_quadratic_length`, except torch's own, which the
+speed-ups refer to.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -34,19 +37,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, write_csv
 from pipeline.grid.params import Params
 from pipeline.stages._rivals import installed_rivals
-from schoenbat.attention import ATTENTIONS
+from schoenbat.attention import ATTENTIONS, KernelAttention
 from schoenbat.errors import TrainingFailed
 from schoenbat.kernels import KERNELS
 from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
 from schoenbat.nn.multihead import FormerConfig
 from schoenbat.norm import pre_sbn
-from schoenbat.ops.reference import kernel_attention
 from schoenbat.registry import build_config
 
 COLUMNS = (
@@ -80,19 +81,30 @@ SAMPLE_SECONDS = 0.02
 """A sample repeats a short call for about so long."""
 STEP_BATCH, STEP_LENGTH, STEP_VOCABULARY = 32, 4096, 257
 
+PASSES = ("forward", "forward+backward")
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 K = TypeVar("K")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One mechanism; `num_features` is None where it has no such option, lengths are multiples of `multiple_of`."""
+    """One mechanism.
+
+    Attributes:
+        num_features: None where it has no such option.
+        attend: every query sees every key.
+        quadratic: whether its cost is, in the length.
+        causal: a query sees the keys up to its own; None where there is no such form.
+        multiple_of: what lengths must be.
+    """
 
     attn: str
     dotf: str | None
     num_features: int | None
     attend: Attend
     quadratic: bool
+    causal: Attend | None = None
     multiple_of: int = 1
 
     @property
@@ -102,6 +114,10 @@ class Contender:
     def can_bear(self, length: int, max_quadratic_length: int) -> bool:
         affordable = not self.quadratic or self.key == SDPA or length <= max_quadratic_length
         return affordable and length % self.multiple_of == 0
+
+    def forms(self) -> dict[str, Attend]:
+        """What it can compute, by what stands before the names of `PASSES`."""
+        return {"": self.attend} if self.causal is None else {"": self.attend, "causal ": self.causal}
 
 
 def run(params: Params, out: Path) -> None:
@@ -138,41 +154,26 @@ def run(params: Params, out: Path) -> None:
 
 def _contenders(params: Params, device: torch.device) -> Iterator[Contender]:
     """torch's own attention, every registered one with its section of params.yaml (or its defaults), and rivals."""
-    yield Contender("sdpa", None, None, F.scaled_dot_product_attention, quadratic=True)
+    exact = F.scaled_dot_product_attention
+    yield Contender("sdpa", None, None, exact, quadratic=True, causal=functools.partial(exact, is_causal=True))
     for name in ATTENTIONS.names():
         found = ATTENTIONS.get(name)
         written: Any = build_config(found.Config, params.attention.get(name), f"attention.{name}")
+        if found.needs_max_length:
+            written = dataclasses.replace(written, max_length=max([written.max_length, *params.bench.lengths]))
         counted = hasattr(written, "num_features")
         for num_features in params.bench.num_features if counted else [None]:
             config = dataclasses.replace(written, num_features=num_features) if counted else written
             kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
             generator = torch.Generator().manual_seed(0)
             module = found(config, head_dim=HEAD_DIM, kernel=kernel, generator=generator).to(device)
-            yield Contender(name, DOTF if kernel else None, num_features, module, _is_quadratic(module, device))
+            if isinstance(module, KernelAttention):
+                module.gets_units = True
+            causal = functools.partial(module, is_causal=True) if found.has_causal_form else None
+            yield Contender(name, DOTF if kernel else None, num_features, module, found.cost == "quadratic", causal)
     for num_features in params.bench.num_features:
         for rival in installed_rivals(heads=HEADS, head_dim=HEAD_DIM, num_features=num_features, device=device):
-            quadratic = _is_quadratic(rival.attend, device)
-            yield Contender(rival.name, None, num_features, rival.attend, quadratic, rival.multiple_of)
-
-
-def quadratic_mechanisms(params: Params) -> set[str]:
-    """The registered mechanisms whose cost is quadratic in the length."""
-    return {contender.attn for contender in _contenders(params, torch.device("cpu")) if contender.quadratic}
-
-
-def _is_quadratic(attend: Attend, device: torch.device) -> bool:
-    """Whether the number of operations grows like it; torch counts those of its CUDA attention, not of the CPU's."""
-
-    def count(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    flops = []
-    cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    for length in (256, 512):
-        with FlopCounterMode(display=False, custom_mapping={cpu_kernel: count}) as counter:
-            attend(*_inputs(length, device))
-        flops.append(counter.get_total_flops())
-    return flops[1] > 3 * flops[0]
+            yield Contender(rival.name, None, num_features, rival.attend, False, multiple_of=rival.multiple_of)
 
 
 def _inputs(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,54 +189,59 @@ def _bench_length(
 ) -> list[dict[str, Any]]:
     inputs = _inputs(length, device)
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(length + 1)).to(device)
-    errors = {c.key: _errors(c, inputs, weight) for c in contenders}
 
-    def calls(contender: Contender) -> dict[str, Callable[[], Any]]:
+    def calls(attend: Attend) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def forward() -> None:
             with torch.no_grad():
-                contender.attend(*inputs)
+                attend(*inputs)
 
         def both() -> None:
-            torch.autograd.grad(contender.attend(*inputs), inputs, weight, allow_unused=True)
+            torch.autograd.grad(attend(*inputs), inputs, weight, allow_unused=True)
 
-        return {"forward": forward, "forward+backward": both}
+        return forward, both
 
-    tasks = {(c.key, direction): call for c in contenders for direction, call in calls(c).items()}
-    samples = _interleaved(tasks, repeats, device)
-    rows = []
+    tasks, errors = {}, {}
     for contender in contenders:
-        for direction, error in zip(("forward", "forward+backward"), errors[contender.key], strict=True):
-            row = {
-                "attn": contender.attn,
-                "dotf": contender.dotf,
-                "length": length,
-                "direction": direction,
-                "batch": BATCH,
-                "num_features": contender.num_features,
-                "relative_error": error,
-                "threads": torch.get_num_threads(),
-                "peak_memory_mb": _peak_memory_mb(tasks[contender.key, direction], device),
-                **_summary(samples[contender.key, direction], samples[SDPA, direction]),
-            }
-            rows.append(row)
-            print(
-                f"{length:>6} {contender.attn:<12} {contender.num_features or '':>5} {direction:<17} "
-                f"{row['milliseconds']:10.3f} ms {row['peak_memory_mb']:9.2f} MB  error {error:.1e}",
-                flush=True,
-            )
+        for form, attend in contender.forms().items():
+            found = _errors(contender, form, inputs, weight)
+            for name, call, error in zip(PASSES, calls(attend), found, strict=True):
+                tasks[contender, form + name], errors[contender, form + name] = call, error
+    samples = _interleaved(tasks, repeats, device)
+    baselines = {direction: samples[contender, direction] for contender, direction in tasks if contender.key == SDPA}
+    rows = []
+    for (contender, direction), call in tasks.items():
+        row = {
+            "attn": contender.attn,
+            "dotf": contender.dotf,
+            "length": length,
+            "direction": direction,
+            "batch": BATCH,
+            "num_features": contender.num_features,
+            "relative_error": errors[contender, direction],
+            "threads": torch.get_num_threads(),
+            "peak_memory_mb": _peak_memory_mb(call, device),
+            **_summary(samples[contender, direction], baselines[direction]),
+        }
+        rows.append(row)
+        print(
+            f"{length:>6} {contender.attn:<12} {contender.num_features or '':>5} {direction:<24} "
+            f"{row['milliseconds']:10.3f} ms {row['peak_memory_mb']:9.2f} MB  error {row['relative_error']:.1e}",
+            flush=True,
+        )
     return rows
 
 
-def _errors(contender: Contender, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[float, float]:
+def _errors(contender: Contender, form: str, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[float, float]:
     """Relative error of outputs and of gradients; raises TrainingFailed where they may not be timed."""
     length = inputs[0].shape[-2]
     picked = torch.linspace(0, length - 1, min(length, CHECKED_QUERIES), device=weight.device).long()
     weight = weight[..., picked, :]
-    output = contender.attend(*inputs)[..., picked, :]
+    output = contender.forms()[form](*inputs)[..., picked, :]
     gradients = torch.autograd.grad(output, inputs, weight, allow_unused=True)
     query, key, value = (x.detach().double().requires_grad_() for x in inputs)
-    scale = HEAD_DIM**-0.25
-    truth = kernel_attention(query[..., picked, :] * scale, key * scale, value, KERNELS.get(DOTF)())
+    allowed = torch.arange(length, device=weight.device) <= picked[:, None] if form else None
+    scores = query[..., picked, :] @ key.mT * HEAD_DIM**-0.5
+    truth = KERNELS.get(DOTF)().normalise(scores, allowed) @ value
     true_gradients = torch.autograd.grad(truth, (query, key, value), weight.double())
     found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
     errors = _relative_error([output.detach()], [truth.detach()]), _relative_error(found, true_gradients)
@@ -244,8 +250,8 @@ def _errors(contender: Contender, inputs: tuple[Tensor, ...], weight: Tensor) ->
         tolerance = math.inf
     if not all(math.isfinite(error) and error <= tolerance for error in errors):
         raise TrainingFailed(
-            f"{contender.attn} at length {length} is not timed: its relative error is {errors[0]:.2g} (outputs) and "
-            f"{errors[1]:.2g} (gradients), and may be {tolerance:g}"
+            f"{form}{contender.attn} at length {length} is not timed: its relative error is {errors[0]:.2g} (outputs) "
+            f"and {errors[1]:.2g} (gradients), and may be {tolerance:g}"
         )
     return errors
 

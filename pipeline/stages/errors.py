@@ -1,8 +1,12 @@
 """Stage `errors`: how far each estimate of a kernel is from it, at equal numbers of features.
 
-Two errors are measured against the exact kernel in float64, each as the norm of the difference over the norm of the
-truth: of the matrix f(<q_i, k_j>), and of the attention output that its rows give with the values. A row of the result
-holds the mean and the standard deviation over draws of the features.
+Three figures are taken against the exact kernel in float64. A row of the result holds their means and standard
+deviations over draws of the features:
+
+- `kernel_error`: of the matrix f(<q_i, k_j>), the norm of the difference over the norm of the truth;
+- `output_error`: the same of the attention output, which is what `schoenbat.ops.linear.attend` gives;
+- `unexplained`: the norm of the output's error over the distance of the exact output from that of uniform weights. It
+  is 1 for a method that knows nothing of the attention; 1 - unexplained^2 is the share of the attention explained.
 
 Made-up queries and keys are unit vectors times the root of a scale, with Gaussian values, drawn anew for each draw and
 the same for all estimators:
@@ -11,19 +15,24 @@ the same for all estimators:
 - `shared mean`: all around one direction, with a mean cosine of 0.6;
 - `8 clusters`: around eight directions, with a mean cosine of 0.6 within a cluster.
 
-The scale is that of attention after pre-SBN, `cos/sqrt(d)`, or one for which the kernels differ: `cos`, and `0.9 cos`
-where the radius of convergence is 1. Of a trained cell, the queries, keys and values of all layers and heads are taken
-from its best weights on the first test examples.
+The scale is that of attention after pre-SBN, `cos/sqrt(d)`, or one for which the kernels differ: `cos`, or `0.9 cos`
+where the radius of convergence is 1, and `2.83 cos` where it is infinite.
+
+Of a trained cell, the queries, keys and values of all layers and heads are taken from its best weights on the first
+test examples. A cell that was trained through features has learned with one draw of them: that draw, which is what the
+cell computes with, has a row of its own, `ATTN as trained`, with no spread.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.devices import prepare_host
 from pipeline.files import git_revision, write_csv
@@ -33,14 +42,17 @@ from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
+from schoenbat.estimate import Estimate
 from schoenbat.features.fourier import RandomFourier
-from schoenbat.features.maclaurin import RandomMaclaurin
+from schoenbat.features.plan import FeatureMap
 from schoenbat.features.positive import PositiveRandom
-from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
-from schoenbat.ops.reference import divide
+from schoenbat.ops.linear import attend
+from schoenbat.ops.reference import kernel_attention
 from schoenbat.training import load_model
 
+MEASURES = ("kernel_error", "output_error", "unexplained")
+SPREADS = ("kernel_spread", "output_spread", "unexplained_spread")
 COLUMNS = (
     "points",
     "argument",
@@ -51,6 +63,8 @@ COLUMNS = (
     "kernel_spread",
     "output_error",
     "output_spread",
+    "unexplained",
+    "unexplained_spread",
     "tokens",
     "draws",
     "head_dim",
@@ -60,15 +74,44 @@ COLUMNS = (
 HEAD_DIM = 32
 MAX_DEGREE = 20
 MEAN_COSINE = 0.6
+LARGE = 2.83
+"""A scale at which softmax attention of unit vectors is far from uniform: sqrt(8), 16 times that after pre-SBN."""
 EXAMPLES = 4
 """Test examples of a trained cell."""
 
-Vectors = tuple[Tensor, Tensor, Tensor]
-"""Query and key [G, N, d], whose dot products are the argument of the kernel, and value [G, N, v]."""
-Weigh = Callable[[Tensor, Tensor], Tensor]
-"""Estimated kernel values [G, N, N] from query and key."""
-Draw = Callable[[torch.Generator], Weigh]
-"""An estimate with the features that the generator gives."""
+
+class Vectors(NamedTuple):
+    """Query and key [G, N, d], whose dot products are the argument of the kernel, and value [G, N, v]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What an estimate on some vectors is compared with: f [G, N, N], the output, and that of uniform weights."""
+
+    kernel: Tensor
+    output: Tensor
+    uniform: Tensor
+
+    @staticmethod
+    def of(kernel: Kernel, vectors: Vectors) -> "Truth":
+        query, key, value = vectors
+        output = kernel_attention(query[None], key[None], value[None], kernel)[0]
+        return Truth(kernel(query @ key.mT), output, value.mean(-2, keepdim=True))
+
+    def errors(self, weights: Tensor, output: Tensor) -> tuple[float, float, float]:
+        """The three figures, in the order of `MEASURES`."""
+        off = (output - self.output).norm()
+        known = ((weights - self.kernel).norm() / self.kernel.norm(), off / self.output.norm())
+        return float(known[0]), float(known[1]), float(off / (self.output - self.uniform).norm())
+
+
+Features = FeatureMap | Callable[[Tensor], Tensor]
+Draw = Callable[[torch.Generator], Features]
+"""The features that the generator gives."""
 
 
 def run(params: Params, out: Path) -> None:
@@ -77,8 +120,7 @@ def run(params: Params, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for dotf in KERNELS.names():
         kernel = KERNELS.get(dotf)()
-        wide = 0.9 if kernel.radius <= 1 else 1.0
-        for argument, scale in (("cos/sqrt(d)", HEAD_DIM**-0.5), (f"{'' if wide == 1 else f'{wide:g} '}cos", wide)):
+        for argument, scale in _arguments(kernel):
             for points in ("isotropic", "shared mean", "8 clusters"):
                 sets = [_made_up(points, scale, params.errors.tokens, seed) for seed in range(params.errors.draws)]
                 found = _measure(dotf, kernel, sets, scale, params.errors)
@@ -96,19 +138,23 @@ def run_trained(params: Params, cell: Cell, out: Path) -> None:
         UserError: the cell has not been trained, or its texts have fewer than 2 tokens.
     """
     prepare_host(params.run.threads)
-    vectors = _trained(params, cell)
+    layers = _trained(params, cell)
+    vectors = Vectors(*map(torch.cat, zip(*(scale_and_widen(*seen) for _, seen in layers), strict=True)))
     query, key, _ = vectors
-    largest = float((query @ key.transpose(-1, -2)).abs().max())
-    rows = []
+    largest = float((query @ key.mT).abs().max())
+    units = all(bool((x.norm(dim=-1) < 1 + 1e-5).all()) for _, seen in layers for x in (seen.query, seen.key))
+    rows: list[dict[str, Any]] = []
     for dotf in KERNELS.names():
         kernel = KERNELS.get(dotf)()
         if largest >= kernel.radius:
             continue
         sets = [vectors] * params.errors.draws
-        found = _measure(dotf, kernel, sets, query.shape[-1] ** -0.5, params.errors)
-        rows += [{"points": f"trained {cell.id}", "argument": "<q, k>/sqrt(d)", **row} for row in found]
+        rows += _measure(dotf, kernel, sets, query.shape[-1] ** -0.5, params.errors, units)
+        if dotf == cell.dotf and isinstance(getattr(layers[0][0], "features", None), FeatureMap):
+            rows.append(_measure_own(cell, kernel, layers, vectors))
         print(f"{dotf}: done", flush=True)
-    _write(out, [row | {"tokens": query.shape[-2], "head_dim": query.shape[-1]} for row in rows], params)
+    place = {"points": f"trained {cell.id}", "argument": "<q, k>/sqrt(d)"}
+    _write(out, [place | row | {"tokens": query.shape[-2], "head_dim": query.shape[-1]} for row in rows], params)
 
 
 def _write(out: Path, rows: list[dict[str, Any]], params: Params) -> None:
@@ -123,6 +169,16 @@ def _write(out: Path, rows: list[dict[str, Any]], params: Params) -> None:
     print(f"{len(rows)} rows: {out}")
 
 
+def _arguments(kernel: Kernel) -> Iterator[tuple[str, float]]:
+    """Names and scales of the arguments of a kernel on made-up vectors."""
+    if kernel.radius > HEAD_DIM**-0.5:
+        yield "cos/sqrt(d)", HEAD_DIM**-0.5
+    wide = 1.0 if kernel.radius > 1 else 0.9 * kernel.radius
+    yield ("cos" if wide == 1 else f"{wide:g} cos"), wide
+    if math.isinf(kernel.radius):
+        yield f"{LARGE:g} cos", LARGE
+
+
 def _made_up(points: str, scale: float, tokens: int, seed: int) -> Vectors:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = torch.randn(3, 1, tokens, HEAD_DIM, generator=generator, dtype=torch.float64)
@@ -134,15 +190,15 @@ def _made_up(points: str, scale: float, tokens: int, seed: int) -> Vectors:
             math.sqrt(MEAN_COSINE) * centre + math.sqrt(1 - MEAN_COSINE) * _unit(x)
             for x, centre in zip((query, key), chosen, strict=True)
         )
-    return math.sqrt(scale) * _unit(query), math.sqrt(scale) * _unit(key), value
+    return Vectors(math.sqrt(scale) * _unit(query), math.sqrt(scale) * _unit(key), value)
 
 
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def _trained(params: Params, cell: Cell) -> Vectors:
-    """What the mechanisms of the trained model are given, all layers, examples and heads as one batch."""
+def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
+    """The mechanism of each layer of the trained model, and what it is given for all examples and heads, not scaled."""
     best = cell.run_folder(params.profile) / "best.pt"
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
@@ -153,81 +209,92 @@ def _trained(params: Params, cell: Cell) -> Vectors:
     tokens = min(params.errors.tokens, int(batch.key_mask.sum(-1).min()))
     if tokens < 2:
         raise UserError(f"the first test examples of {cell.task} are too short to measure errors on")
-    seen: list[Vectors] = []
+    seen: list[tuple[Attention, Vectors]] = []
 
-    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        query, key, value = (x[..., :tokens, :].flatten(0, 1).double() for x in arguments[:3])
-        seen.append(scale_and_widen(query, key, value))
+    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(module, Attention)
+        seen.append((module, Vectors(*(x[..., :tokens, :].flatten(0, 1).double() for x in arguments[:3]))))
 
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.register_forward_pre_hook(keep)
+    hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, Attention)]
     with torch.no_grad():
         model.eval()(batch.tokens, batch.key_mask)
-    query, key, value = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    return query, key, value
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
+@torch.no_grad()
 def _measure(
-    dotf: str, kernel: Kernel, sets: list[Vectors], scale: float, params: ErrorsParams
+    dotf: str, kernel: Kernel, sets: list[Vectors], scale: float, params: ErrorsParams, units: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """One row per estimator and number of features; set i is for draw i."""
-    head_dim = sets[0][0].shape[-1]
-    truths = [kernel(query @ key.transpose(-1, -2)) for query, key, _ in sets]
-    outputs = [_attend(truth, value) for truth, (_, _, value) in zip(truths, sets, strict=True)]
+    """One row per estimator and number of features; set i is for draw i.
+
+    Args:
+        scale: the largest argument of the kernel, if all vectors are `units` times its root.
+    """
+    head_dim = sets[0].query.shape[-1]
+    truths = [Truth.of(kernel, vectors) for vectors in sets]
     for num_features in params.num_features:
-        for name, draw in _estimators(dotf, kernel, head_dim, num_features, scale).items():
-            kernel_errors, output_errors = [], []
-            for seed, (query, key, value) in enumerate(sets):
-                estimate = draw(torch.Generator().manual_seed(seed))(query, key)
-                kernel_errors.append(_relative(estimate, truths[seed]))
-                output_errors.append(_relative(_attend(estimate, value), outputs[seed]))
+        for name, draw in _estimators(dotf, kernel, head_dim, num_features, scale, units).items():
+            found = []
+            for seed, (vectors, truth) in enumerate(zip(sets, truths, strict=True)):
+                features = draw(torch.Generator().manual_seed(seed))
+                found.append(truth.errors(_weights(features, vectors), _output(features, vectors)))
+            columns = list(zip(*found, strict=True))
             yield {
                 "dotf": dotf,
                 "estimator": name,
                 "num_features": num_features,
-                "kernel_error": statistics.fmean(kernel_errors),
-                "kernel_spread": statistics.stdev(kernel_errors),
-                "output_error": statistics.fmean(output_errors),
-                "output_spread": statistics.stdev(output_errors),
+                **dict(zip(MEASURES, map(statistics.fmean, columns), strict=True)),
+                **dict(zip(SPREADS, map(statistics.stdev, columns), strict=True)),
             }
 
 
-def _estimators(dotf: str, kernel: Kernel, head_dim: int, num_features: int, scale: float) -> Mapping[str, Draw]:
-    """What there is at `num_features`: by name, a draw of the features that gives their estimate."""
+@torch.no_grad()
+def _measure_own(
+    cell: Cell, kernel: Kernel, layers: list[tuple[Attention, Vectors]], vectors: Vectors
+) -> dict[str, Any]:
+    """The row of the draw that the cell was trained with, by its own mechanisms on their own vectors."""
+    weights, outputs = [], []
+    num_features = 0
+    for module, (query, key, value) in layers:
+        features = module.features
+        assert isinstance(features, FeatureMap)
+        num_features = features.plan.num_features
+        weights.append(_weights(features, Vectors(*scale_and_widen(query, key, value))))
+        outputs.append(module(query[None], key[None], value[None])[0])
+    errors = Truth.of(kernel, vectors).errors(torch.cat(weights), torch.cat(outputs))
+    return {
+        "dotf": cell.dotf,
+        "estimator": f"{cell.attn} as trained",
+        "num_features": num_features,
+        **dict(zip(MEASURES, errors, strict=True)),
+        **dict.fromkeys(SPREADS),
+    }
+
+
+def _estimators(
+    dotf: str, kernel: Kernel, head_dim: int, num_features: int, scale: float, units: bool
+) -> Mapping[str, Draw]:
+    """What there is at `num_features`, by name."""
     seed = torch.Generator()
 
-    def redrawn(features: Any, estimate: Callable[[nn.Module], Weigh] = _products) -> Draw:
-        def draw(generator: torch.Generator) -> Weigh:
+    def redrawn(features: Any) -> Draw:
+        def draw(generator: torch.Generator) -> Features:
             features.resample(generator)
-            return estimate(features)
+            return features
 
         return draw
 
-    def sketch(fixed_norm: bool) -> Sketch:
-        return Sketch(
-            kernel,
-            head_dim=head_dim,
-            num_features=num_features,
-            max_degree=MAX_DEGREE,
-            scale=scale,
-            fixed_norm=fixed_norm,
-            generator=seed,
-        )
+    def estimate(estimator: str) -> FeatureMap:
+        settings = Estimate(kernel, num_features, estimator, normalize=True, max_degree=MAX_DEGREE)
+        return settings.make(head_dim, scale, seed)
 
-    published = RandomMaclaurin(
-        kernel, head_dim=head_dim, num_features=num_features, max_degree=MAX_DEGREE, generator=seed
-    )
-    found = {"rmfa": redrawn(published)}
-    if kernel.is_exponential:
-        found["rmfa-sketch"] = redrawn(sketch(False), _centred_products)
-        found["rmfa-sketch, not centred"] = redrawn(sketch(True))
-    else:
-        found["rmfa-sketch"] = redrawn(sketch(True))
-    if num_features > head_dim:
-        found["taylor1"] = lambda _: (
-            lambda q, k: kernel.coefficient(0) + kernel.coefficient(1) * q @ k.transpose(-1, -2)
-        )
+    sketch = estimate("sketch")
+    sketch.is_bounded = sketch.is_bounded or not units
+    found = {"rmfa": redrawn(estimate("maclaurin")), "rmfa-sketch": redrawn(sketch)}
+    if num_features > head_dim and kernel.coefficient(0) > 0:
+        found["taylor1"] = lambda _: _linear_features(kernel)
     if dotf == "exp":
         found["FAVOR+"] = redrawn(PositiveRandom(head_dim=head_dim, num_features=num_features, generator=seed))
         if num_features % 2 == 0:
@@ -237,24 +304,27 @@ def _estimators(dotf: str, kernel: Kernel, head_dim: int, num_features: int, sca
     return found
 
 
-def _products(features: nn.Module) -> Weigh:
-    return lambda query, key: features(query) @ features(key).transpose(-1, -2)
+def _linear_features(kernel: Kernel) -> Features:
+    """Those of a_0 + a_1 x."""
+    constant, slope = (math.sqrt(kernel.coefficient(degree)) for degree in (0, 1))
+    return lambda x: F.pad(slope * x, (0, 1), value=constant)
 
 
-def _centred_products(features: nn.Module) -> Weigh:
-    """exp(<q, k>) = exp(<q, c>) exp(<m, k - c>) exp(<q - m, k - c>), with the last factor estimated."""
-
-    def weigh(query: Tensor, key: Tensor) -> Tensor:
-        mean, centre = query.mean(-2, keepdim=True), key.mean(-2, keepdim=True)
-        exact = query @ centre.transpose(-1, -2) + mean @ (key - centre).transpose(-1, -2)
-        return torch.exp(exact) * _products(features)(query - mean, key - centre)
-
-    return weigh
+def _output(features: Features, vectors: Vectors) -> Tensor:
+    query, key, value = vectors
+    return attend(features, query[None], key[None], value[None], self_attention=True)[0]
 
 
-def _attend(weights: Tensor, value: Tensor) -> Tensor:
-    return divide(weights @ value, weights.sum(-1, keepdim=True))
+def _weights(features: Features, vectors: Vectors) -> Tensor:
+    """<phi(q), phi(k)>; for features that want shifted vectors, times what their shift makes of exp.
 
-
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+    exp(<q, k>) = exp(<q, c>) exp(<m, k - c>) exp(<q - m, k - c>), with the last factor estimated, m the mean query and
+    c the mean of the keys under the weights that m gives them (`schoenbat.ops.linear`).
+    """
+    query, key, _ = vectors
+    if not isinstance(features, FeatureMap) or not features.centres:
+        return features(query) @ features(key).mT
+    mean = query.mean(-2, keepdim=True)
+    centre = torch.softmax(mean @ key.mT, -1) @ key
+    exact = query @ centre.mT + mean @ (key - centre).mT
+    return torch.exp(exact) * (features(query - mean) @ features(key - centre).mT)

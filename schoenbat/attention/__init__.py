@@ -125,18 +125,13 @@ class Attention(nn.Module, ABC):
         name = type(self).__module__.rpartition(".")[2]
         if is_causal and not self.has_causal_form:
             raise UserError(f"attn {name!r} has no causal form: a token would learn of later ones")
-        if num_queries != num_keys:
-            if not self.has_cross_form:
-                raise UserError(
-                    f"attn {name!r} has no form for other keys than the queries: {num_queries} queries, {num_keys} keys"
-                )
-            if is_causal:
-                raise UserError(f"causal attention needs as many queries as keys, not {num_queries} and {num_keys}")
-        if self.needs_max_length and max(num_queries, num_keys) > self.config.max_length:
+        if num_queries != num_keys and not self.has_cross_form:
             raise UserError(
-                f"attn {name!r} was made for {self.config.max_length} tokens at most, not for "
-                f"{max(num_queries, num_keys)}: raise max_length"
+                f"attn {name!r} has no form for other keys than the queries: {num_queries} queries, {num_keys} keys"
             )
+        if num_queries != num_keys and is_causal:
+            raise UserError(f"causal attention needs as many queries as keys, not {num_queries} and {num_keys}")
+        check_length(name, type(self), self.config, max(num_queries, num_keys))
 
 
 class KernelAttention(Attention):
@@ -166,6 +161,14 @@ def check_kernel(attn: str, dotf: str | None) -> None:
         raise UserError(f"attn {attn!r} needs a kernel; choose dotf from: {', '.join(KERNELS.names())}")
     if not needs_kernel and dotf is not None:
         raise UserError(f"attn {attn!r} takes no kernel; leave out dotf {dotf!r}")
+
+
+def check_length(name: str, attention: type[Attention], config: Any, length: int) -> None:
+    """Raise UserError where the mechanism called `name`, with this Config, takes fewer tokens than `length`."""
+    if attention.needs_max_length and length > config.max_length:
+        raise UserError(
+            f"attn {name!r} was made for {config.max_length} tokens at most, not for {length}: raise max_length"
+        )
 
 
 def check_positive(**counts: int) -> None:

@@ -65,8 +65,7 @@ class Skyformer(Attention):
         q, k = q * scale, k * scale
         real = real_tokens(key_mask, k)
         landmarks = gather_tokens(torch.cat([q, k], -2), places_of(self.uniform, torch.cat([real, real], -1)))
-        kernel = gaussian_exponent(landmarks, k).exp().masked_fill(~real[:, None, None], 0.0)
-        summary = self._solve(gaussian_exponent(landmarks, landmarks).exp(), kernel @ v)
+        summary = self._solve(gaussian_exponent(landmarks, landmarks).exp(), gaussian_exponent(landmarks, k).exp() @ v)
         return gaussian_exponent(q, landmarks).exp() @ summary
 
     def _solve(self, matrix: Tensor, right: Tensor) -> Tensor:

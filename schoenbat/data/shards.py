@@ -1,6 +1,6 @@
 """Draw pathfinder pictures on several cores, into files that appear whole or not at all.
 
-Apart from the task, because what a new process imports to draw should not include torch.
+Apart from the task, so that a new process imports little before it draws.
 """
 
 import io

@@ -21,9 +21,10 @@ Vectors come in one of two ways:
 - of any length up to sqrt(s). Each feature is then weighted by its own Maclaurin term, sqrt(l! a_l), which is right for
   every length.
 
-Real vectors are not isotropic but share directions, and for those a shrunken degree is a bias that all pairs have in
-common. So a degree of which the share r = n / N_l is covered is made larger again by 1 + r, up to what is unbiased: it
-keeps 1 - r^2 and more of what it takes off the expected squared error.
+Real vectors are not isotropic. Where few tokens cancel, a sketch of little has more variance than that, and where
+vectors share directions, the shrinkage of a large share is a bias that all pairs have in common. So the factor of a
+degree of which the share r = n / N_l is covered is not r but r min(1/2 + 3 r, 1 + r / 2), up to 1: half of the best one
+for a small share, which keeps three quarters of what it takes off the expected squared error, and more for a large one.
 """
 
 import itertools
@@ -198,7 +199,7 @@ def _allocate_rest(
         # Below that it is rounding.
         if count and gains[degree] > 1e-26 * total:
             share = count / num_harmonics(head_dim, degree)
-            boost = min(1 + share, 1 / share)
+            boost = min(0.5 + 3 * share, 1 + share / 2, 1 / share)
             enlarged = boost * used[degree]
             gain = 2 * projections[degree] * enlarged - enlarged**2
             complete = degree <= 1 and count == capacity

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import ATTENTIONS, check_kernel
+from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
@@ -193,18 +193,21 @@ def build_model(
 
     Raises:
         UserError: an unknown name or option, a kernel missing or superfluous, one that the former cannot keep inside
-            its radius of convergence, or a pooling that the task has no use for.
+            its radius of convergence, a mechanism that cannot be causal, or a pooling that the task has no use for.
     """
     if model.pooling == "cls" and (per_position or causal):
         raise UserError(
             "pooling 'cls' needs a task that classifies whole texts and is not causal; leave it at 'mean' here"
         )
     attention_class = ATTENTIONS.get(attn)
+    if causal and not attention_class.has_causal_form:
+        raise UserError(f"attn {attn!r} has no causal form, which this task needs: a token would learn of later ones")
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
     kernel = _kernel_for(attn, dotf, former)
     for option in fields(FormerConfig):
         if getattr(former_config, option.name) != option.default and former != "maclauformer":
             raise UserError(f"former {former!r} has no SBN, so it takes no option {option.name!r}")
+    check_length(attn, attention_class, config, max_length + (model.pooling == "cls"))
     head_dim = model.width // model.num_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -236,11 +236,16 @@ def test_logits_in_several_goes_equal_those_at_once(family: str, goes: list[int]
             assert cache.get_seq_length() == 70
 
 
-def sizes_of(state: State) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of a state, the sums over complete chunks and the keys and values since."""
-    assert state.far is not None
-    tensors = {**state.far._asdict(), "key": state.key, "extended": state.extended}
-    return {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
+def sizes_of(state: State) -> list[tuple[int, ...]]:
+    """Of all tensors of a state."""
+    sizes = []
+
+    def note(x: Tensor) -> Tensor:
+        sizes.append(tuple(x.shape))
+        return x
+
+    state.map(note)
+    return sizes
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -249,7 +254,7 @@ def test_the_cache_keeps_its_size_and_serves_again_after_a_reset(family: str) ->
     cache = KernelCache()
     first = model.generate(**prompt(70), max_new_tokens=3, do_sample=False, cache=cache)
     size = [sizes_of(layer.state) for layer in cache.layers]
-    assert size[0]["key"] == (2, 2 if family == "llama" else 4, 72 % 64, 8)
+    assert cache.layers[0].state.key.shape == (2, 2 if family == "llama" else 4, 72 % 64, 8)
     cache.reset()
     second = model.generate(**prompt(70), max_new_tokens=3 + 64, do_sample=False, cache=cache)
     assert [sizes_of(layer.state) for layer in cache.layers] == size

@@ -38,19 +38,22 @@ SHARED_HEADS = r"(.*_)?(num_)?(query_groups|kv_heads|key_value_heads|n_head_kv|h
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
 
 
-def tiny(config: PreTrainedConfig, layers: int) -> dict[str, Any]:
-    """What has to be said to the class of a configuration for one of the same kind to be small."""
+def tiny(config: PreTrainedConfig, layers: int, sections: bool) -> dict[str, Any]:
+    """What has to be said to the class of a configuration for one of the same kind to be small.
+
+    `sections` makes the parts of rotary embeddings explicit that models of images and text have.
+    """
     said: dict[str, Any] = {}
     names = inspect.signature(type(config).__init__).parameters
     special, heads = VOCABULARY - 1, getattr(config, "num_attention_heads", None)
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            said[name] = {"model_type": value.model_type, **tiny(value, layers)}
+            said[name] = {"model_type": value.model_type, **tiny(value, layers, sections)}
         elif name.startswith("_") or isinstance(value, bool) or (name not in names and name not in vars(type(config))):
             continue
         elif name in TOKENS:
             said[name] = TOKENS[name]
-        elif name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+        elif name == "rope_parameters" and isinstance(value, dict) and (sections or "mrope_section" in value):
             half = int(16 * value.get("partial_rotary_factor", 1)) // 2
             said[name] = {**value, "mrope_section": [half // 3, half // 3 or 1, half - half // 3 - (half // 3 or 1)]}
         elif re.fullmatch(r".*_token_(id|index)", name) and isinstance(value, int) and value >= VOCABULARY:
@@ -115,9 +118,9 @@ def class_of(model_type: str) -> type[PreTrainedModel]:
     return found
 
 
-def config_of(model_type: str, layers: int = 2, **options: Any) -> PreTrainedConfig:
+def config_of(model_type: str, layers: int = 2, sections: bool = False, **options: Any) -> PreTrainedConfig:
     config_class, more = CONFIG_MAPPING[model_type], OPTIONS.get(model_type, {})
-    return config_class(**{**tiny(config_class(**more), layers), **more, **options})
+    return config_class(**{**tiny(config_class(**more), layers, sections), **more, **options})
 
 
 def model_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> PreTrainedModel:
@@ -128,6 +131,7 @@ def model_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, atten
         size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise DoesNotBuild(f"has {size / 1e6:.0f} million parameters even so")
+    torch.manual_seed(0)
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -115,6 +115,10 @@ def test_texts_of_a_pair_go_through_the_same_encoder() -> None:
         ({"model": replace(SMALL, pooling="cls"), "per_position": True}, "pooling 'cls' needs a task that classifies"),
         ({"model": replace(SMALL, pooling="cls"), "causal": True}, "pooling 'cls' needs a task that classifies"),
         (
+            {"attn": "linformer", "dotf": None, "attention": {"max_length": 10}},
+            "attn 'linformer' was made for 10 tokens at most",
+        ),
+        (
             {"former": "transformer", "former_config": FormerConfig(temperature=True)},
             "former 'transformer' has no SBN, so it takes no option 'temperature'",
         ),
@@ -194,6 +198,10 @@ def test_post_norm_leaves_normalised_vectors() -> None:
 
 @pytest.mark.parametrize(("attn", "dotf"), MECHANISMS)
 def test_a_causal_model_of_positions_sees_nothing_of_later_tokens(attn: str, dotf: str | None) -> None:
+    if not ATTENTIONS.get(attn).has_causal_form:
+        with pytest.raises(UserError, match=f"attn '{attn}' has no causal form, which this task needs"):
+            build(attn, dotf, "maclauformer", per_position=True, causal=True)
+        return
     model = build(attn, dotf, "maclauformer", per_position=True, causal=True).eval()
     tokens, mask = batch()
     other = tokens.clone()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pipeline.grid.params import BenchParams, Params, load_params
 from pipeline.stages import bench
 from pipeline.stages._rivals import installed_rivals
-from schoenbat.attention import ATTENTIONS
+from schoenbat.attention import ATTENTIONS, Attention, KernelAttention
 from schoenbat.attention.kernelized import Kernelized
 from schoenbat.errors import TrainingFailed
 
@@ -30,7 +30,7 @@ def params(monkeypatch: pytest.MonkeyPatch) -> Params:
     quick = load_params(PROJECT / "profiles/quick.yaml")
     return dataclasses.replace(
         quick,
-        bench=BenchParams(lengths=[64, 130], repeats=2, num_features=[64, 32], threads=[2, 1], max_quadratic_length=64),
+        bench=BenchParams(lengths=[64, 130], repeats=1, num_features=[64, 32], threads=[2, 1], max_quadratic_length=64),
     )
 
 
@@ -52,7 +52,11 @@ def test_every_mechanism_is_timed_at_every_length_it_can_bear(tmp_path: Path, pa
     }
     found = Counter((row["threads"], row["length"], row["attn"], row["num_features"]) for row in rows)
     rivals = {key for key in found if key[2] in RIVALS}
-    assert Counter({key: found[key] for key in found.keys() - rivals}) == dict.fromkeys(expected, 2)
+    causal = {"sdpa"} | {name for name in ATTENTIONS.names() if ATTENTIONS.get(name).has_causal_form}
+    assert {key: found[key] for key in found.keys() - rivals} == {key: 4 if key[2] in causal else 2 for key in expected}
+    directions = Counter(row["direction"] for row in rows if row["attn"] in causal)
+    every = ("forward", "forward+backward", "causal forward", "causal forward+backward")
+    assert directions == dict.fromkeys(every, sum(key[2] in causal for key in expected))
     for row in rows:
         assert float(row["milliseconds"]) > 0
         assert float(row["peak_memory_mb"]) > 0
@@ -70,10 +74,34 @@ def test_a_wrong_result_is_not_timed(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor]
 ) -> None:
     right = Kernelized.forward
-    monkeypatch.setattr(Kernelized, "forward", lambda self, *inputs: wrong(right(self, *inputs)))
+    monkeypatch.setattr(Kernelized, "forward", lambda self, *inputs, **options: wrong(right(self, *inputs, **options)))
     with pytest.raises(TrainingFailed, match="kernelized at length 64 is not timed"):
         bench.run(params, tmp_path / "bench.csv")
     assert not (tmp_path / "bench.csv").exists()
+
+
+def test_a_mechanism_made_for_a_largest_length_is_made_for_the_longest_that_is_timed(params: Params) -> None:
+    longer = dataclasses.replace(params, bench=dataclasses.replace(params.bench, lengths=[64, 5000]))
+    made = {c.attn: c.attend for c in bench._contenders(longer, torch.device("cpu"))}
+    linformer = made["linformer"]
+    assert isinstance(linformer, Attention)
+    assert linformer.config.max_length == 5000
+
+
+def test_a_causal_form_that_sees_the_future_is_not_timed(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Kernelized.forward
+    monkeypatch.setattr(Kernelized, "forward", lambda self, *inputs, is_causal=False: right(self, *inputs))
+    with pytest.raises(TrainingFailed, match="causal kernelized at length 64 is not timed"):
+        bench.run(params, tmp_path / "bench.csv")
+
+
+def test_mechanisms_are_timed_as_the_encoder_runs_them_on_unit_vectors(params: Params) -> None:
+    modules = [c.attend for c in bench._contenders(params, torch.device("cpu"))]
+    kernels = [module for module in modules if isinstance(module, KernelAttention)]
+    assert kernels
+    assert all(module.gets_units for module in kernels)
 
 
 def test_a_wrong_gradient_is_not_timed(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Proje
             time.sleep(0.05)
         # The state of a grid is written once a second.
         while (state := state_of(cell, invoke)) != "running":
-            assert state in ("to run", "queued", "interrupted")
+            assert state in ("to run", "queued", "waiting", "interrupted")
             assert grid.poll() is None, grid.communicate()
         grid.send_signal(number)
         out, _ = grid.communicate()
