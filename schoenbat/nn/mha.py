@@ -126,6 +126,11 @@ class MultiheadKernelAttention(nn.Module):
         """
         if need_weights:
             raise UserError("need_weights must be False: linear attention has no weights to return")
+        if query.is_nested:
+            raise UserError(
+                "nested tensors are not supported; build nn.TransformerEncoder with enable_nested_tensor=False, or set "
+                "its use_nested_tensor to False"
+            )
         if attn_mask is not None and not is_causal:
             _check_causal(attn_mask, query, key, self.batch_first)
             is_causal = True

@@ -115,6 +115,17 @@ def test_torchs_encoder_does_not_go_around_it() -> None:
             torch.testing.assert_close(encoder.eval()(x, **call), training)
 
 
+def test_nested_tensors_of_torchs_encoder_are_refused_with_what_to_do() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 4, 16, dropout=0.0, batch_first=True), 2)
+    for layer in encoder.layers:
+        layer.self_attn = MultiheadKernelAttention(WIDTH, 4, batch_first=True)
+    with torch.no_grad(), pytest.raises(UserError, match="set its use_nested_tensor to False"):
+        encoder.eval()(tokens(batch_first=True), src_key_padding_mask=PADDING)
+    encoder.use_nested_tensor = False
+    with torch.no_grad():
+        encoder(tokens(batch_first=True), src_key_padding_mask=PADDING)
+
+
 def test_training_reaches_every_parameter() -> None:
     _, ours = pair(64)
     x = tokens()
