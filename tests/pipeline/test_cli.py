@@ -125,7 +125,7 @@ def test_list_names_everything_that_can_be_used(project: Project, invoke: Invoke
     Path("profiles").mkdir()
     Path("profiles/tiny.yaml").write_bytes(Path("params.yaml").read_bytes())
     lines = invoke("list", "dotf")[1].splitlines()
-    assert [line.split()[0] for line in lines] == ["exp", "inverse", "log", "sqrt", "trigh"]
+    assert {"exp", "inverse", "log", "sqrt", "trigh"} <= {line.split()[0] for line in lines}
     assert lines[0] == "  exp      exp(x): normalised, it is softmax attention."
     assert invoke("list", "profiles")[1] == "  tiny  For tests.\n"
     code, out, _ = invoke("list", "--json")
@@ -134,7 +134,7 @@ def test_list_names_everything_that_can_be_used(project: Project, invoke: Invoke
     assert list(listed) == ["tasks", "attn", "dotf", "former", "profiles"]
     assert [name["name"] for name in listed["former"]] == ["maclauformer", "transformer"]
     assert all(name["about"] for names in listed.values() for name in names)
-    assert invoke("list")[1].startswith("tasks:\n  lra-listops ")
+    assert "\n  lra-listops " in invoke("list")[1].partition("attn:")[0]
 
 
 def test_use_puts_a_valid_profile_into_params_and_never_loses_edits(project: Project, invoke: Invoke) -> None:
