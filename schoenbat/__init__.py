@@ -1,4 +1,7 @@
-"""Linear-time dot-product-kernel attention, its rivals, and the tasks to compare them on."""
+"""Linear-time dot-product-kernel attention, its rivals, and the tasks to compare them on.
+
+The public names are imported when they are first asked for: the names of components can be listed without torch.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -22,22 +25,24 @@ __all__ = [
     "diagnose_tensors",
     "dot_product_kernel_attention",
 ]
-
 _HOMES = {
-    "ATTENTIONS": "schoenbat.attention",
-    "Estimate": "schoenbat.estimate",
-    "KERNELS": "schoenbat.kernels",
-    "Kernel": "schoenbat.kernels",
-    "MultiheadKernelAttention": "schoenbat.nn.mha",
-    "PoorEstimateWarning": "schoenbat.diagnosis",
-    "diagnose": "schoenbat.diagnosis",
-    "diagnose_tensors": "schoenbat.diagnosis",
-    "dot_product_kernel_attention": "schoenbat.functional",
+    "ATTENTIONS": "attention",
+    "KERNELS": "kernels",
+    "Estimate": "estimate",
+    "Kernel": "kernels",
+    "MultiheadKernelAttention": "nn.mha",
+    "PoorEstimateWarning": "diagnosis",
+    "diagnose": "diagnosis",
+    "diagnose_tensors": "diagnosis",
+    "dot_product_kernel_attention": "functional",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # What only asks for names or errors need not wait for torch.
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'schoenbat' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"schoenbat.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

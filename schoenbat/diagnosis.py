@@ -8,7 +8,6 @@ over the outputs of some queries: 1 is exact, 0 is what uniform weights reach, a
 knowing nothing. A relative error does not tell these apart, as attention may be close to uniform anyway.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,20 +18,15 @@ from torch import Tensor, nn
 from schoenbat.attention import KernelAttention
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHERS, Estimate
-from schoenbat.features.plan import FeatureMap
 from schoenbat.nn.mha import MultiheadKernelAttention
+from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly, share_explained
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import fill_masked
 
+__all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
+
 NUM_FEATURES = (64, 128, 256, 512, 1024)
 ENOUGH = 0.9
-POOR = 0.5
-_QUERIES = 64
-"""Queries, spread over the sequence, on which outputs are compared."""
-
-
-class PoorEstimateWarning(UserWarning):
-    """A drop-in explains less than half of the attention that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ def diagnose_tensors(
     estimate = Estimate() if estimate is None else estimate
     with torch.no_grad():
         query, key, value = query.detach(), key.detach(), fill_masked(value.detach(), key_mask)
-        truth, uniform, scores, rows, allowed = _truth(estimate, query, key, value, key_mask, is_causal, scale)
+        truth, uniform, scores, rows, allowed = compare_exactly(estimate, query, key, value, key_mask, is_causal, scale)
         counts = allowed.sum(-1).clamp_min(1)
         mean = scores.sum(-1) / counts
         variance = (scores.square().sum(-1) / counts - mean.square()).clamp_min(0)
@@ -106,7 +100,7 @@ def diagnose_tensors(
         for budget in num_features:
             features = replace(estimate, num_features=budget).draw(query.shape[-1], positive, query.device)
             found = attend(features, q, k, value, key_mask, is_causal, positive)
-            shares[budget] = _share(found[:, :, rows], truth, uniform, dim=(0, 2, 3))
+            shares[budget] = share_explained(found[:, :, rows], truth, uniform, dim=(0, 2, 3))
     heads = []
     for head in range(query.shape[1]):
         own = {budget: values[head] for budget, values in shares.items()}
@@ -158,81 +152,6 @@ def diagnose(
     if not found:
         raise UserError(f"{type(model).__name__} called no attention layer that schoenbat knows")
     return found
-
-
-def warn_if_poor(
-    estimate: Estimate,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    features: FeatureMap | None,
-) -> None:
-    """Warn, once for each Estimate, if the first batch shows that it explains less than half of the attention."""
-    if features is None or estimate in _SEEN:
-        return
-    _SEEN.add(estimate)
-    with torch.no_grad():
-        query, key, value = query.detach(), key.detach(), fill_masked(value.detach(), key_mask)
-        # A prepared query has been normalised.
-        plain = replace(estimate, normalize=False)
-        truth, uniform, _, rows, _ = _truth(plain, query, key, value, key_mask, is_causal, scale)
-        found = attend(features, query, key, value, key_mask, is_causal, scale)[:, :, rows]
-        try:
-            (share,) = _share(found, truth, uniform, dim=(0, 1, 2, 3), keepdim=True)
-        except RuntimeError:
-            # Under vmap tensors have no values to look at.
-            return
-    if share < POOR:
-        warnings.warn(
-            f"{estimate.num_features} features explain {share:.0%} of the attention of this batch; "
-            "schoenbat.diagnose says what would. Switch this off by "
-            "warnings.simplefilter('ignore', schoenbat.PoorEstimateWarning)",
-            PoorEstimateWarning,
-            stacklevel=4,
-        )
-
-
-_SEEN: set[Estimate] = set()
-WATCHERS.append(warn_if_poor)
-
-
-def _truth(
-    estimate: Estimate,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of some queries: exact and uniform outputs, the kernel's arguments [B, H, n, M], which queries, what they see."""
-    q, k, positive = estimate.prepare(query, key, scale, key_mask)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    k, v = (fill_masked(x.to(wide), key_mask).repeat_interleave(groups, 1) for x in (k, value))
-    length, keys = query.shape[2], key.shape[2]
-    rows = torch.linspace(0, length - 1, min(_QUERIES, length), device=query.device).long()
-    allowed = torch.ones(len(rows), keys, dtype=torch.bool, device=query.device)
-    if is_causal:
-        allowed = torch.arange(keys, device=query.device) <= rows[:, None]
-    allowed = allowed.expand(query.shape[0], 1, len(rows), keys)
-    if key_mask is not None:
-        allowed = allowed & key_mask[:, None, None, :]
-    scores = positive * (q[:, :, rows].to(wide) @ k.mT).masked_fill(~allowed, 0.0)
-    truth = estimate.function.normalise(scores, allowed) @ v
-    counts = allowed.sum(-1, keepdim=True).clamp_min(1)
-    return truth, allowed.to(wide) @ v / counts, scores, rows, allowed
-
-
-def _share(found: Tensor, truth: Tensor, uniform: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> list[float]:
-    error = (found.to(truth.dtype) - truth).square().sum(dim, keepdim)
-    distance = (truth - uniform).square().sum(dim, keepdim)
-    # Attention that is uniform is explained by anything.
-    share = 1 - error / distance.clamp_min(torch.finfo(truth.dtype).tiny)
-    return torch.where(error <= 1e-10 * truth.square().sum(dim, keepdim), 1.0, share).flatten().tolist()
 
 
 def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.norm import pre_sbn
+from schoenbat.ops._share import warn_if_poor
 from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
 
@@ -159,12 +160,28 @@ class Estimate:
         q, k, positive = self.prepare(query, key, scale, key_mask)
         if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], positive, query.device)
-        if not torch.compiler.is_compiling():
-            for watcher in WATCHERS:
-                watcher(self, q, k, value, key_mask, is_causal, positive, features)
+        self.observe(q, k, value, key_mask, is_causal, positive, features)
         if features is None:
             return self._exact(q, k, value, key_mask, is_causal, positive)
         return attend(features, q, k, value, key_mask, is_causal, positive, block, self_attention)
+
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        features: FeatureMap | None,
+    ) -> None:
+        """Show prepared tensors to `schoenbat.diagnose`, and warn once if little of this attention is explained."""
+        if torch.compiler.is_compiling():
+            return
+        for watcher in WATCHERS:
+            watcher(self, query, key, value, key_mask, is_causal, scale, features)
+        if features is not None:
+            warn_if_poor(self, query, key, value, key_mask, is_causal, scale, features)
 
     def _exact(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float

@@ -1,5 +1,6 @@
 """What `diagnose` says of a layer is what its replacement then does."""
 
+import importlib
 import warnings
 
 import pytest
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 import schoenbat
 from schoenbat import Estimate, MultiheadKernelAttention, PoorEstimateWarning, diagnose, diagnose_tensors
-from schoenbat.diagnosis import _SEEN
 from schoenbat.errors import UserError
+from schoenbat.ops._share import _SEEN
 
 
 def tensors(size: float = 1.0, length: int = 200) -> list[Tensor]:
@@ -89,3 +90,15 @@ def test_a_poor_drop_in_warns_once() -> None:
         warnings.simplefilter("error")
         schoenbat.dot_product_kernel_attention(query, key, value)
         schoenbat.dot_product_kernel_attention(*tensors(0.5), num_features=128)
+
+
+def test_models_of_transformers_are_looked_at_through_our_attention() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
+    importlib.import_module("schoenbat.integrations.huggingface")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="schoenbat")
+    found = diagnose(model, torch.randint(0, 60, (2, 90)), num_features=(64,))
+    assert [head.layer for head in found] == [f"model.layers.{i}.self_attn" for i in (0, 1) for _ in range(4)]
+    assert all(head.needed == 64 for head in found)

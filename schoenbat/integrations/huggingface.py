@@ -241,6 +241,8 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
             query, key, scale = estimate.prepare(query, key, scaling, key_mask)
             if features is None:
                 features = estimate.draw(query.shape[-1], scale, query.device)
+            if kernel_state is None and (not causal or query.shape[2] == key.shape[2]):
+                estimate.observe(query, key, value, key_mask, causal, scale, features)
             itself = _attends_to_itself(module)
             out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
         return out.transpose(1, 2).contiguous(), None
