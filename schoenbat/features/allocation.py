@@ -23,7 +23,7 @@ Vectors come in one of two ways:
 
 Real vectors are not isotropic. Where few tokens cancel, a sketch of little has more variance than that, and where
 vectors share directions, the shrinkage of a large share is a bias that all pairs have in common. So the factor of a
-degree of which the share r = n / N_l is covered is not r but r min(1/2 + 3 r, 1 + r / 2), up to 1: half of the best one
+degree of which the share r = n / N_l is covered is not r but r min(1/2 + 3 r, 1 + r), up to 1: half of the best one
 for a small share, which keeps three quarters of what it takes off the expected squared error, and more for a large one.
 """
 
@@ -74,6 +74,7 @@ class Allocation:
         shares: ascending in degree; their sizes add up to the budget, or to less where the series is exhausted.
         expected_error: sqrt(E (estimate - f)^2 / E f^2) over isotropic directions and the random basis.
         root_mean_square: sqrt(E f^2), the size of a kernel value.
+        unexplained: E (estimate - f)^2 over the variance of f: what is not known of how f differs between directions.
     """
 
     head_dim: int
@@ -81,6 +82,7 @@ class Allocation:
     shares: tuple[Share, ...]
     expected_error: float
     root_mean_square: float
+    unexplained: float
 
     @property
     def num_features(self) -> int:
@@ -171,9 +173,9 @@ def _allocate_rest(
         rest = value - sum((coefficients[p] * u**p for p in exact), torch.zeros_like(u))
         harmonics = itertools.islice(_gegenbauer(t, head_dim), len(degrees))
         products = [rest.numpy() * harmonic for harmonic in harmonics]
-        return np.stack([value.numpy() ** 2, rest.numpy() ** 2, *products], -1)
+        return np.stack([value.numpy() ** 2, value.numpy(), rest.numpy() ** 2, *products], -1)
 
-    total, left, *projections = _expect(integrand, head_dim)
+    total, mean, left, *projections = _expect(integrand, head_dim)
     norms = [math.prod(head_dim + 2 * j for j in range(degree)) for degree in degrees]
     used, weights, gains = {}, {}, {}
     for degree, projection in zip(degrees, projections, strict=True):
@@ -199,7 +201,7 @@ def _allocate_rest(
         # Below that it is rounding.
         if count and gains[degree] > 1e-26 * total:
             share = count / num_harmonics(head_dim, degree)
-            boost = min(0.5 + 3 * share, 1 + share / 2, 1 / share)
+            boost = min(0.5 + 3 * share, 1 + share, 1 / share)
             enlarged = boost * used[degree]
             gain = 2 * projections[degree] * enlarged - enlarged**2
             complete = degree <= 1 and count == capacity
@@ -209,7 +211,9 @@ def _allocate_rest(
             budget -= count
     shares.sort(key=lambda share: share.degree)
     # Rounding may leave less than nothing.
-    return Allocation(head_dim, scale, tuple(shares), math.sqrt(max(left, 0.0) / total), math.sqrt(total))
+    left = max(left, 0.0)
+    unexplained = min(1.0, left / max(total - mean**2, 1e-15 * total))
+    return Allocation(head_dim, scale, tuple(shares), math.sqrt(left / total), math.sqrt(total), unexplained)
 
 
 def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:

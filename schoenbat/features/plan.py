@@ -60,6 +60,7 @@ class FeatureMap(nn.Module):
         near: whether causal attention evaluates f itself within a chunk of tokens.
         is_bounded: whether the output is kept from being further off than that of uniform weights.
         error: expected relative error of the kernel on isotropic vectors, from 0 to 1.
+        unexplained: the part of the variance of f over isotropic vectors that is not described, from 0 to 1.
         shares: the share of each degree that is described, by degree.
     """
 
@@ -69,6 +70,7 @@ class FeatureMap(nn.Module):
     near = False
     is_bounded = False
     error = 1.0
+    unexplained = 1.0
     shares: Mapping[int, float] = MappingProxyType({0: 1.0})
 
     def __init__(self, kernel: Kernel, generator: torch.Generator) -> None:

@@ -76,6 +76,7 @@ class Sketch(FeatureMap):
             unit=self.allocation.root_mean_square,
         )
         self.error = self.allocation.expected_error
+        self.unexplained = self.allocation.unexplained
         self.shares = {0: 1.0, **{share.degree: share.num_features / share.of for share in self.allocation.shares}}
         with torch.device("cpu"):
             self.register_buffer("rotation_bits", torch.zeros(head_dim, head_dim, dtype=torch.int32))

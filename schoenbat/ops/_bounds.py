@@ -9,6 +9,10 @@ a denominator that is too large only takes the output on the straight way to the
 - what isotropic vectors of these lengths would give, as far as the features do not describe f, and
 - three standard errors of itself, lest it be noise.
 
+That holds on average over many keys. Few may cancel, so that an N that is a sketch of little has more variance than it
+stands for: it is multiplied by n / (n + 4 u), with n the number of keys and u the part of the variance of f that the
+features do not describe (`trust`).
+
 Moments are exact and cost one product of queries with a d x d matrix. A query of exp whose arguments spread further
 than the features describe is cooled: multiplied by a factor below 1, with which the output lies between the mean value
 and the truth.
@@ -25,6 +29,8 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.ops.reference import two_point_mean
 
 STANDARD_ERRORS = 3.0
+FEW_KEYS = 4.0
+"""So many keys cancel as a rule, by trial over random kernels (benchmarks/bounds.py)."""
 _NODES = tuple(
     (float(node), float(weight / math.sqrt(2 * math.pi)))
     for node, weight in zip(*np.polynomial.hermite_e.hermegauss(8), strict=True)
@@ -86,6 +92,11 @@ def least_denominator(features: FeatureMap, moments: Moments) -> Tensor:
     typical = two_point_mean(kernel, mean, square)
     typical = typical + features.error * (isotropic - typical).clamp_min(0)
     return torch.maximum(typical, STANDARD_ERRORS * features.error * _root(mean_square / number))
+
+
+def trust(features: FeatureMap, number: Tensor) -> Tensor:
+    """The factor of what an estimate over so many keys adds to the mean value."""
+    return number / (number + FEW_KEYS * features.unexplained)
 
 
 def even_excess(features: FeatureMap, square: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
-from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_of
+from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_of, trust
 from schoenbat.ops._planned import look_up, sum_keys
 from schoenbat.ops.reference import divide, two_point_mean
 
@@ -229,7 +229,10 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         query, moments = query * factor, moments.cooled(factor)
     products = look_up(query, far.sums, projection, features.plan)
     lacking = (count * least_denominator(features, moments) - products[..., -1:]).clamp_min(0)
-    return products + lacking * (far.total / count), level
+    average = far.total / count
+    products = products + lacking * average
+    # Numerators towards those of the mean value, of the same denominator.
+    return torch.lerp(products[..., -1:] * average, products, trust(features, count)), level
 
 
 def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops import _causal
-from schoenbat.ops._bounds import cooling, even_excess, least_denominator, moments_of
+from schoenbat.ops._bounds import cooling, even_excess, least_denominator, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
 from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, settle
@@ -194,7 +194,8 @@ def _through_plan(
     if features.centres:
         excess = mass * even_excess(features, moments.square)
         products = torch.cat([products[..., :-1] - excess * average, products[..., -1:] - excess], -1)
-    return settle(products, mass * least_denominator(features, moments), average)
+    out = settle(products, mass * least_denominator(features, moments), average)
+    return torch.lerp(average, out, trust(features, count))
 
 
 def _extend(

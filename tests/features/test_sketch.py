@@ -75,7 +75,7 @@ def test_an_incomplete_degree_is_unbiased_up_to_its_factor(degree: int, cosine: 
     for _ in range(1500):
         features.resample(generator)
         first, second = features(x)
-        estimates.append(float(first @ second) * harmonics / 40 / min(0.5 + 120 / harmonics, 1 + 20 / harmonics))
+        estimates.append(float(first @ second) * harmonics / 40 / min(0.5 + 120 / harmonics, 1 + 40 / harmonics))
     found = torch.tensor(estimates)
     assert abs(float(found.mean()) - harmonic) < 5 * float(found.std()) / math.sqrt(len(found))
 

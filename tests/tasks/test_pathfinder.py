@@ -194,7 +194,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     batch = Dataset(out).batch("train", np.arange(1000))
     first = int(found[0].name.split("-")[1])
     assert (batch.tokens[first] == 78).all()
-    for index in (1, 250, 499, 750, 999):
+    for index in {1, 250, 499, 750, 999} - {first}:
         picture = draw("easy", 0, "train", index)
         assert (batch.tokens[index, 0].numpy() == picture.pixels.ravel().astype(int) + 1).all()
         assert int(batch.labels[index]) == picture.label
