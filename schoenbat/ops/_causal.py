@@ -26,6 +26,8 @@ from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_
 from schoenbat.ops._planned import look_up, sum_keys
 from schoenbat.ops.reference import divide, two_point_mean
 
+MANY_CHUNKS = 128
+"""Beyond so many chunks a scan over them is faster than a product with a triangle."""
 GIVEN_CHUNK = 64
 """Tokens of a chunk where the features are given, so that f itself is not known."""
 
@@ -165,8 +167,14 @@ def _sum_up(
 
 def _running(start: Tensor | None, x: Tensor) -> Tensor:
     """The sums of `start` and the first 0, 1, ... of the chunks of x [B, Hk, n, ...]."""
-    first = torch.zeros_like(x[:, :, :1]) if start is None else start.unsqueeze(2)
-    return torch.cat([first, x], 2).cumsum(2)
+    chunks = x.shape[2]
+    if torch.compiler.is_compiling() or chunks > MANY_CHUNKS:
+        first = torch.zeros_like(x[:, :, :1]) if start is None else start.unsqueeze(2)
+        return torch.cat([first, x], 2).cumsum(2)
+    # By a product with a triangle of ones: a scan over such long rows waits for memory.
+    triangle = torch.ones(chunks + 1, chunks, dtype=x.dtype, device=x.device).tril(-1)
+    sums = (triangle @ x.flatten(3)).unflatten(3, x.shape[3:])
+    return sums if start is None else sums + start.unsqueeze(2)
 
 
 def _attend(
@@ -179,13 +187,13 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """[..., R, d] queries to the [..., M, d] keys that `lower` [R, M] lets them see, and to what lies before."""
-    scores = query @ key.mT
     if features is None:
+        scores = query @ key.mT
         products = scores.masked_fill(~lower, 0.0) @ extended
         products = products if far is None else products + query @ far.sums
         return divide(products[..., :-1], products[..., -1:])
     kernel = features.kernel
-    scores = scores * scale
+    scores = (query * scale) @ key.mT
     allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
     if not kernel.is_exponential:
         weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
@@ -199,14 +207,15 @@ def _attend(
         return products[..., :-1] / torch.where(total > 0, total, 1.0)
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~allowed, lowest)
-    top = scores.amax(-1, keepdim=True).detach()
+    # What is not allowed comes out as exp(lowest - top) = 0, also where nothing is.
+    top = scores.detach().amax(-1, keepdim=True).clamp_min(lowest / 2)
     if far is None:
-        products = torch.exp(scores - top).masked_fill(~allowed, 0.0) @ extended
+        products = torch.exp(scores - top) @ extended
     else:
         found, level = _far(features, far, query, scale)
         level = torch.where(far.total[..., -1:] > 0, level, lowest)
         top = torch.maximum(top, level.detach())
-        products = torch.exp(scores - top).masked_fill(~allowed, 0.0) @ extended + torch.exp(level - top) * found
+        products = torch.exp(scores - top) @ extended + torch.exp(level - top) * found
     total = products[..., -1:]
     return products[..., :-1] / torch.where(total > 0, total, 1.0)
 

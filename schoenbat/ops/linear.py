@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops import _causal
-from schoenbat.ops._bounds import cooling, even_excess, least_denominator, moments_of, trust
+from schoenbat.ops._bounds import Moments, cooling, even_excess, least_denominator, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
 from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, settle
@@ -184,9 +184,7 @@ def _through_plan(
     total = extended.sum(-2, keepdim=True)
     mass = total[..., -1:]
     share, average = (x / torch.where(mass > 0, mass, 1.0) for x in (extended[..., -1:], total[..., :-1]))
-    weighted = key * share
-    count = 1 / share.square().sum(-2, keepdim=True).clamp_min(torch.finfo(share.dtype).eps)
-    moments = moments_of(query, weighted.sum(-2, keepdim=True), weighted.mT @ key, count, scale)
+    moments = _moments(query, key, share, scale)
     if kernel.is_exponential:
         factor = cooling(features, moments)
         query, moments = query * factor, moments.cooled(factor)
@@ -195,7 +193,14 @@ def _through_plan(
         excess = mass * even_excess(features, moments.square)
         products = torch.cat([products[..., :-1] - excess * average, products[..., -1:] - excess], -1)
     out = settle(products, mass * least_denominator(features, moments), average)
-    return torch.lerp(average, out, trust(features, count))
+    return torch.lerp(average, out, trust(features, moments.number))
+
+
+def _moments(query: Tensor, key: Tensor, share: Tensor, scale: float) -> Moments:
+    """Moments over keys of which each has the `share` [B, H, M, 1]."""
+    weighted = key * share
+    number = 1 / share.square().sum(-2, keepdim=True).clamp_min(torch.finfo(share.dtype).eps)
+    return moments_of(query, weighted.sum(-2, keepdim=True), weighted.mT @ key, number, scale)
 
 
 def _extend(
