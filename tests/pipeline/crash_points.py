@@ -27,7 +27,7 @@ from typing import Any
 from small_grid import MEAN, make_small, tracked_runs
 
 KINDS = ("kill", "ENOSPC", "EIO", "torn")
-STAGES = (f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}", "preprocess@tiny-lra-listops", "download@lra-listops")
+STAGES = (f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}", "preprocess@tiny-lra-listops", "download@tiny-lra-listops")
 
 
 class Points:

@@ -153,7 +153,7 @@ def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
         "slow": "stopped",
         "nan": "failed",
         "later": "stopped",
-    }
+    }, ended
     assert _processes_in(stages) == []
 
 
