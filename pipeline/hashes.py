@@ -68,8 +68,9 @@ class Hashes:
         return digest
 
     def _folder(self, path: str) -> str:
-        # The names of links to components of other distributions are no code: .dvcignore.
-        links = ".gitignore" if path.startswith("schoenbat") else ""
+        # The names of links to components of other distributions are no code, nor is what DVC writes beside the results
+        # that it keeps: .dvcignore.
+        links = ".gitignore" if path.startswith(("schoenbat", "runs")) else ""
         entries = []
         for folder, folders, names in os.walk(path):
             folders[:] = [name for name in folders if not _IGNORED.search(name)]
