@@ -77,8 +77,9 @@ class Hashes:
             for name in names:
                 if name != links and not _IGNORED.search(name) and (digest := self._file(os.path.join(folder, name))):
                     relative = Path(folder, name).relative_to(path)
-                    entries.append((relative.parts, {"md5": digest, "relpath": relative.as_posix()}))
-        listing = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+                    entries.append({"md5": digest, "relpath": relative.as_posix()})
+        # By the whole path, in which errors.csv comes before errors/, as it does not folder by folder.
+        listing = sorted(entries, key=lambda entry: entry["relpath"])
         return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
