@@ -15,7 +15,7 @@ weighs in all is taken from the moments of its arguments, as if these were Gauss
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,20 +148,17 @@ def _sum_up(
         moments = torch.cat([counts, key * counts], -1).mT @ key
     first = extended.sum(-2, keepdim=True)
     # What lies before the first chunk, after it, after the second, ...
-    all_sums = _running(None if far is None else far.sums, sums)
-    all_totals = _running(None if far is None else far.total, first)
-    all_moments = None if moments is None else _running(None if far is None else far.moments, moments)
-    after = Far(
-        all_sums[:, :, -1], all_totals[:, :, -1], None if all_moments is None else all_moments[:, :, -1], centre
+    running = Far(
+        _running(None if far is None else far.sums, sums),
+        _running(None if far is None else far.total, first),
+        None if moments is None else _running(None if far is None else far.moments, moments),
+        None,
     )
+    after = replace(running.map(lambda x: x[:, :, -1]), centre=centre)
     if far is None and chunks == 1:
         return None, after
-    before = Far(
-        all_sums[:, :, :chunks],
-        all_totals[:, :, :chunks],
-        None if all_moments is None else all_moments[:, :, :chunks],
-        None if centre is None else centre.unsqueeze(2),
-    )
+    before = running.map(lambda x: x[:, :, :chunks])
+    before = replace(before, centre=None if centre is None else centre.unsqueeze(2))
     return before, after
 
 

@@ -32,10 +32,10 @@ def warn_if_poor(
     key_mask: Tensor | None,
     is_causal: bool,
     scale: float,
-    features: FeatureMap | None,
+    features: FeatureMap,
 ) -> None:
     """Warn, once for each Estimate, if the first batch shows that it explains less than half of the attention."""
-    if features is None or estimate in _SEEN:
+    if estimate in _SEEN:
         return
     _SEEN.add(estimate)
     with torch.no_grad():
