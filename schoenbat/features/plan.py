@@ -1,13 +1,15 @@
 r"""Features that are products of projections: what every estimate of a kernel here consists of.
 
-A plan says which products. A token x becomes the projected token z = P^T x; the features are, in order, a constant, the
-first coordinates of z (the linear features), and runs. A run with the offsets (a, b, ...) and length n is the n features
+A plan says which products. A token x becomes the projected token z = P^T x; the features are, in order, a constant,
+the first coordinates of z (the linear features), and runs. A run with the offsets (a, b, ...) and length n is
 
     weight * z_{a+i} z_{b+i} ...,    i = 0 .. n - 1,
 
-a product of a few slices, one for each offset. It may repeat, each time with the last offset one further. Tokens are columns here, [..., P, N] and [..., D, N]: slices are then
-contiguous, and so are the products. Attention needs no weights at single tokens, as their squares may as well be given
-to the sums over tokens, of which there are fewer (`weigh`).
+a product of a few slices, one for each offset. It may repeat, each time with the last offset one further.
+
+Tokens are columns here, [..., P, N] and [..., D, N]: slices are then contiguous, and so are the products. Attention
+needs no weights at single tokens, as their squares may as well be given to the sums over tokens, of which there are
+fewer (`weigh`).
 """
 
 import functools
