@@ -149,7 +149,7 @@ class KernelAttention(Attention):
         self.kernel = kernel
 
 
-ATTENTIONS: Registry[Attention] = Registry("attn", "schoenbat.attention", Attention)
+ATTENTIONS: Registry[Attention] = Registry("attn", "schoenbat.attention", Attention, has_variants=True)
 
 
 def check_kernel(attn: str, dotf: str | None) -> None:

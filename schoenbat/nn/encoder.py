@@ -16,7 +16,7 @@ from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
-from schoenbat.registry import build_config, check_bounds
+from schoenbat.registry import base_name, build_config, check_bounds
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
@@ -186,9 +186,9 @@ def build_model(
     """A model whose weights and random features are a pure function of the arguments.
 
     Args:
-        attn: name of the attention mechanism; `attention` is its section of options, built strictly.
+        attn: name of the attention mechanism or of a variant; `attention` is its section of options, built strictly.
         dotf: name of the kernel, for the mechanisms that need one.
-        former: "maclauformer" or "transformer".
+        former: "maclauformer" or "transformer", or a variant.
         per_position, causal: what the task says, see `schoenbat.tasks.Task`.
 
     Raises:
@@ -203,9 +203,10 @@ def build_model(
     if causal and not attention_class.has_causal_form:
         raise UserError(f"attn {attn!r} has no causal form, which this task needs: a token would learn of later ones")
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
-    kernel = _kernel_for(attn, dotf, former)
+    former_base = base_name(former)
+    kernel = _kernel_for(attn, dotf, former_base)
     for option in fields(FormerConfig):
-        if getattr(former_config, option.name) != option.default and former != "maclauformer":
+        if getattr(former_config, option.name) != option.default and former_base != "maclauformer":
             raise UserError(f"former {former!r} has no SBN, so it takes no option {option.name!r}")
     check_length(attn, attention_class, config, max_length + (model.pooling == "cls"))
     head_dim = model.width // model.num_heads
@@ -223,7 +224,7 @@ def build_model(
                     mechanism,
                     width=model.width,
                     num_heads=model.num_heads,
-                    former=former,
+                    former=former_base,
                     config=former_config,
                     causal=causal,
                 )
