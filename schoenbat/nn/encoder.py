@@ -22,7 +22,7 @@ POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
 EMBEDDING_STD = 0.02
 
-MAX_LAYERS, MAX_WIDTH = 1000, 2**16
+MAX_LAYERS, MAX_WIDTH, MAX_CONVOLUTION = 1000, 2**16, 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class ModelConfig:
         norm: LayerNorm before attention and MLP, and once at the end (pre); or after each sum (post), as in the first
             Transformer.
         positions: learned vectors; sines and cosines; or none.
+        convolution: so many tokens, a token itself and those before it, are mixed channel by channel and added to the
+            token before the first block (as in H3, Zoology, Based and Mamba); 0 for none. A token then knows its
+            predecessor without attention.
     """
 
     num_layers: int = 2
@@ -47,10 +50,12 @@ class ModelConfig:
     pooling: Literal["mean", "cls"] = "mean"
     norm: Literal["pre", "post"] = "pre"
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
+    convolution: int = 0
 
     def __post_init__(self) -> None:
         wide = (1, MAX_WIDTH)
         check_bounds(self, num_layers=(1, MAX_LAYERS), width=wide, ffn_width=wide, num_heads=wide, head_width=wide)
+        check_bounds(self, convolution=(0, MAX_CONVOLUTION))
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} cannot be split over {self.num_heads} heads")
         if not 0 <= self.dropout < 1:
@@ -82,6 +87,24 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
+class ShortConvolution(nn.Module):
+    """x[t] + sum_i w_i * x[t - i] over i < size, w_i a learned weight per channel: [B, N, width] to the same.
+
+    Masked tokens count as 0.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width).uniform_(-1, 1) * size**-0.5)
+
+    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        there = x.masked_fill(~key_mask[..., None], 0.0)
+        mixed = x
+        for i, weight in enumerate(self.weight.to(x.dtype)):
+            mixed = mixed + weight * nn.functional.pad(there, (0, 0, i, 0))[..., : x.shape[-2], :]
+        return mixed
+
+
 class Encoder(nn.Module):
     """Tokens [B, N] and key_mask [B, N] to one vector per text, [B, width], or per position, [B, N, width]."""
 
@@ -100,6 +123,7 @@ class Encoder(nn.Module):
         else:
             fixed = sinusoidal_positions(length, config.width) if config.positions == "sinusoidal" else None
             self.register_buffer("positions", fixed, persistent=False)
+        self.convolution = ShortConvolution(config.convolution, config.width) if config.convolution else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
@@ -109,6 +133,8 @@ class Encoder(nn.Module):
         x = self.tokens(tokens)
         if self.positions is not None:
             x = x + self.positions[: tokens.shape[-1]]
+        if self.convolution is not None:
+            x = self.convolution(x, key_mask)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=-2)
             key_mask = nn.functional.pad(key_mask, (1, 0), value=True)
