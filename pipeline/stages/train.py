@@ -266,6 +266,7 @@ def _metrics(
         torch=torch.__version__,
         git_revision=git_revision(),
         fingerprint=identity,
+        state_bytes=model.state_bytes(meta["max_length"]) if meta["causal"] else None,
     )
 
 

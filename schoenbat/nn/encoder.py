@@ -192,6 +192,15 @@ class Classifier(nn.Module):
         a, b = encoded[:, 0], encoded[:, 1]
         return self.head(torch.cat([a, b, a * b, a - b], dim=-1))
 
+    def state_bytes(self, length: int) -> int:
+        """What causal attention keeps of the tokens before, over `length` tokens: of all heads of all layers."""
+        layers = [module for module in self.modules() if isinstance(module, SelfAttention)]
+        return sum(
+            layer.num_heads
+            * layer.attention.state_bytes(length=length, head_dim=layer.project_out.in_features // layer.num_heads)
+            for layer in layers
+        )
+
 
 def build_model(
     *,
