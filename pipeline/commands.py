@@ -143,14 +143,12 @@ def load(profile: str | None = None) -> "Params":
     """The settings: params.yaml, or under a grid those of its start; UserError if they are of another profile."""
     from pipeline.grid.checked import load_checked
     from pipeline.grid.code import check_code
-    from pipeline.grid.components import link_components
     from pipeline.grid.settings import PARAMS_FILE
 
     path = Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE))
     params = load_checked(path)
     if profile is not None and profile != params.profile:
         raise UserError(f"{path} is of profile {params.profile!r}, not {profile!r}")
-    link_components()
     check_code()
     return params
 

@@ -25,7 +25,7 @@ from pipeline.grid.cells import (
     settings_fingerprint,
 )
 from pipeline.grid.code import check_code
-from pipeline.grid.params import Params, load_params, task_section
+from pipeline.grid.params import Params, cell_training, load_params, task_section
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, Metrics, Resources
@@ -194,7 +194,7 @@ def _fit(
             return fit(
                 model,
                 dataset,
-                task_section(params, cell.task).training,
+                cell_training(params, cell),
                 seed=cell.seed,
                 device=device,
                 checkpoint=checkpoint,
@@ -266,6 +266,7 @@ def _metrics(
         torch=torch.__version__,
         git_revision=git_revision(),
         fingerprint=identity,
+        state_bytes=model.state_bytes(meta["max_length"]) if meta["causal"] else None,
     )
 
 

@@ -83,4 +83,4 @@ class Task(ABC):
         """Write tiny raw files into `raw` and return a tiny `Config` that goes with them, for tests without data."""
 
 
-TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task)  # type: ignore[type-abstract]
+TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task, has_variants=True)  # type: ignore[type-abstract]

@@ -19,6 +19,7 @@ from schoenbat.attention import ATTENTIONS, Attention
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
 from schoenbat.norm import pre_sbn
+from schoenbat.ops import linear
 
 HEAD_DIM = 8
 
@@ -128,6 +129,32 @@ def test_what_padding_holds_changes_no_bit(name: str, dotf: str | None, filling:
     expected = attention(*tensors, mask, is_causal)[real]
     filled = [x.masked_fill(~real, filling) for x in tensors]
     assert torch.equal(attention(*filled, mask, is_causal)[real], expected)
+
+
+@every("has_causal_form")
+@pytest.mark.parametrize("length", [1, 63, 127, 191])
+def test_the_declared_state_is_what_causal_attention_keeps(
+    name: str, dotf: str | None, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that have a state of a fixed size, at lengths at which it is the largest so far."""
+    attention = make(name, dotf)
+    kept: list[int] = []
+    extend = linear._causal.extend
+
+    def extend_and_look(*arguments: Any) -> tuple[Tensor, linear.State]:
+        out, state = extend(*arguments)
+        tensors: list[Tensor] = []
+        state.map(lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+        kept.append(sum(x[0, 0].numel() * x.element_size() for x in tensors))
+        return out, state
+
+    monkeypatch.setattr(linear._causal, "extend", extend_and_look)
+    attention(*inputs(length), is_causal=True)
+    assert kept in ([], [attention.state_bytes(length=length, head_dim=HEAD_DIM)])
+    grows = attention.state_bytes(length=10**6, head_dim=HEAD_DIM) > attention.state_bytes(
+        length=10**5, head_dim=HEAD_DIM
+    )
+    assert grows == (attention.cost == "quadratic")
 
 
 @every()
