@@ -379,7 +379,7 @@ def _cut(indices: np.ndarray, size: int | None) -> list[np.ndarray]:
 def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Summed loss over the labels of a batch, and how many the model gets right, both left on the device."""
     labels = batch.labels
-    with _autocast(device):
+    with autocast(device):
         logits = model(batch.tokens, batch.key_mask)
     loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     # No logit is the largest at IGNORED, so a position without a label is never right.
@@ -390,7 +390,8 @@ def _row_at(state: _Progress, step: int) -> Evaluation:
     return next(row for row in state.evaluations if row.step == step)
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """What a model is run under: bfloat16 autocast on CUDA, nothing elsewhere."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
