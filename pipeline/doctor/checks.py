@@ -1,4 +1,4 @@
-"""The checks of `schoenbat-exp doctor`. Each looks at one thing, changes nothing, and says one line."""
+"""The checks of `schoenbat-exp doctor`. Each looks at one thing, mends nothing, and says one line."""
 
 import importlib.metadata
 import os

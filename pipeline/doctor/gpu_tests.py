@@ -6,6 +6,7 @@ every timing of the benchmark to docs/gpu.csv.
 """
 
 import csv
+import importlib.util
 import io
 import os
 import subprocess
@@ -22,11 +23,15 @@ from tabulate import tabulate
 from pipeline.doctor import Finding
 from pipeline.doctor.checks import driver_version
 from pipeline.files import git_revision, read_json
+from pipeline.launch.plan import number_of_cores
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
 TESTS = Path("tests/gpu")
 PARTS = ("contract", "training", "packing", "bench")
+MEASURING = ("packing", "bench")
+"""Parts beside which nothing else may run on the card; the others are spread over processes."""
+PROCESSES = 4
 SECONDS = 600.0
 RESULTS = Path("logs/gpu")
 TABLE, TIMINGS = Path("docs/gpu.md"), Path("docs/gpu.csv")
@@ -57,8 +62,10 @@ def examine() -> Iterator[Finding]:
     if not TESTS.is_dir():
         raise UserError(f"no {TESTS} in {Path.cwd()}; run this in a checkout of the project's sources")
     if not torch.cuda.is_available():
-        mend = "`schoenbat-exp doctor` says what torch and the driver are"
-        yield Finding("gpu", "wrong", "no CUDA device", mend)
+        yield Finding("gpu", "wrong", "no CUDA device", "`schoenbat-exp doctor` says what torch and the driver are")
+        return
+    if importlib.util.find_spec("pytest") is None:
+        yield Finding("gpu", "wrong", "pytest is not installed", "make setup")
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     for old in RESULTS.iterdir():
@@ -71,21 +78,23 @@ def examine() -> Iterator[Finding]:
         "revision": git_revision(),
     }
     end = time.monotonic() + SECONDS
-    found: dict[str, list[Case] | None] = {}
+    found: dict[str, list[Case] | None] = dict.fromkeys(PARTS)
     for part in PARTS:
         found[part] = run_part(part, end - time.monotonic())
+        timings = [row for path in sorted(RESULTS.glob("bench-*.csv")) for row in _read_rows(path)]
+        write_bytes(TABLE, document(setting, found, timings, _facts()).encode())
+        if timings:
+            write_bytes(TIMINGS, _as_csv(timings).encode())
         yield _finding(part, found[part])
-    timings = [row for path in sorted(RESULTS.glob("bench-*.csv")) for row in _read_rows(path)]
-    write_bytes(TABLE, document(setting, found, timings, _facts()).encode())
-    if timings:
-        write_bytes(TIMINGS, _as_csv(timings).encode())
-    yield Finding("table", "good", f"{TABLE}{f' and {TIMINGS}' if timings else ''}")
+    yield Finding("table", "good", f"{TABLE}, and every timing in {TIMINGS}")
 
 
 def run_part(part: str, seconds: float) -> list[Case] | None:
     """The cases of tests/gpu/test_gpu_PART.py; None if it did not come to its end in time, or at all."""
     report, log = RESULTS / f"{part}.xml", RESULTS / f"{part}.log"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", str(TESTS / f"test_gpu_{part}.py"), f"--junitxml={report}"]
+    if part not in MEASURING and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(PROCESSES, number_of_cores()))]
     paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, RESULTS_VARIABLE: str(RESULTS.absolute())}
     if seconds <= 0:
