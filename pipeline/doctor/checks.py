@@ -178,7 +178,12 @@ def _mlflow() -> Finding:
         version = importlib.metadata.version("mlflow")
     except importlib.metadata.PackageNotFoundError:
         return Finding("mlflow", "wrong", "MLflow is not installed", "make setup")
-    store = tracking.describe_store(Path.cwd())
+    try:
+        store = tracking.describe_store(Path.cwd())
+    except UserError as error:
+        named = tracking.TRACKING_URI in os.environ
+        mend = f"correct {tracking.TRACKING_URI}" if named else "move it away: reports do not need it"
+        return Finding("mlflow", "wrong", str(error), mend)
     if store is None:
         return Finding("mlflow", "note", f"MLflow {version}; the first run makes its database")
     return Finding("mlflow", "good", f"MLflow {version}; {store}")
