@@ -242,10 +242,16 @@ def _times(timings: Sequence[Row], prefix: str) -> list[dict[str, str]]:
                 and int(row["length"]) == length
             ]
             shown[f"{length:,}"] = " / ".join(
-                f"{float(row['milliseconds']):.3g} ({float(row['speedup_vs_sdpa']):.2g}×)" for row in cell
+                f"{_short(row['milliseconds'])} ({_short(row['speedup_vs_sdpa'])}×)" for row in cell
             )
         rows.append(shown)
     return rows
+
+
+def _short(number: str) -> str:
+    """Three digits, without an exponent."""
+    value = float(number)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _facts() -> dict[str, dict[str, Any]]:

@@ -157,7 +157,7 @@ def test_the_table_says_what_passed_and_how_long_it_took(tmp_path: Path) -> None
     ]
     timings = [
         timing("sdpa", 512, "forward", 0.5, 1),
-        timing("sdpa", 512, "forward+backward", 1.5, 1),
+        timing("sdpa", 512, "forward+backward", 1234.5, 1),
         timing("rmfa", 512, "forward", 0.25, 2, "128"),
         timing("rmfa", 512, "forward+backward", 3, 0.5, "128"),
         timing("rmfa", 512, "causal forward", 0.125, 4, "128"),
@@ -180,7 +180,7 @@ def test_the_table_says_what_passed_and_how_long_it_took(tmp_path: Path) -> None
     assert "| contract | a holds | 1 | 1 | |" in tables
     assert "| contract | b | | | 1 |" in tables
     assert "| bench | not run | | | |" in tables
-    assert "| sdpa | | 0.5 (1×) / 1.5 (1×) |" in tables
+    assert "| sdpa | | 0.5 (1×) / 1,234 (1×) |" in tables
     assert "| rmfa | 128 | 0.25 (2×) / 3 (0.5×) |" in tables
     assert "| rmfa | 128 | 0.125 (4×) |" in tables
     assert "| rmfa | 7.0 | 1.25× | 12 |" in tables
