@@ -187,6 +187,27 @@ def use(
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
 
 
+@app.command()
+def doctor(
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
+    from pipeline.doctor import Finding, checks, gpu_tests
+
+    found: list[Finding] = []
+    for finding in gpu_tests.examine() if gpu else checks.examine():
+        found.append(finding)
+        if not as_json:
+            print(finding.line(width=8), flush=True)
+    wrong = any(finding.state == "wrong" for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
+    raise typer.Exit(int(wrong))
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point."""
     watch()
