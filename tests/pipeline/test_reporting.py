@@ -68,7 +68,8 @@ def write_data(root: Path, task: str) -> None:
 
 
 def made_up_accuracy(cell: Cell) -> float:
-    return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) / 2**16 / 10
+    """A multiple of 1 / 200, as there are 200 test examples."""
+    return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) % 20 / 200
 
 
 def write_cell(root: Path, cell: Cell, params: Params, *, test_code: str = "code") -> None:
