@@ -153,8 +153,14 @@ class CellResults:
 
     def predictions(self) -> "Predictions | None":
         """Those of the test split, in its order; log-probabilities to a hundredth."""
-        path = self.folder / "predictions.npz"
-        return read_predictions(path) if path.is_file() else None
+        return read_predictions(self._predictions) if self.has_predictions() else None
+
+    def has_predictions(self) -> bool:
+        return self._predictions.is_file()
+
+    @property
+    def _predictions(self) -> Path:
+        return self.folder / "predictions.npz"
 
     def write_training(self, evaluations: "Iterable[Evaluation]", resources: Resources, metrics: Metrics) -> None:
         rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
@@ -163,7 +169,7 @@ class CellResults:
         write_json(self.folder / "metrics.json", dataclasses.asdict(metrics))
 
     def write_test(self, score: TestScore, predictions: "Predictions") -> None:
-        write_bytes(self.folder / "predictions.npz", pack_predictions(predictions))
+        write_bytes(self._predictions, pack_predictions(predictions))
         write_json(self.folder / "test.json", dataclasses.asdict(score))
 
 

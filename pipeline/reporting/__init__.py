@@ -16,7 +16,8 @@ import pandas as pd
 
 from pipeline.grid.params import Params
 from pipeline.reporting._collect import Setting, collect
-from pipeline.reporting._output import STYLE, Figure, Table, write_figure, write_table
+from pipeline.reporting._output import STYLE, Figure, write_figure, write_table
+from pipeline.reporting._table import Table
 from schoenbat.registry import Registry
 
 
@@ -24,6 +25,8 @@ class Report(ABC):
     """One view of the results."""
 
     title: ClassVar[str]
+    order: ClassVar[int] = 90
+    """Its place among the sections: those with a smaller number come first."""
 
     @abstractmethod
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterable[Table | Figure]:
@@ -50,8 +53,7 @@ def build(profile: str, params: Params, root: Path) -> None:
         (building / name).mkdir(parents=True)
     sections = [f"# Profile {profile}", *setting.status()]
     with matplotlib.style.context(["default", STYLE]):
-        for name in REPORTS.names():
-            report = REPORTS.get(name)()
+        for report in sorted((REPORTS.get(name)() for name in REPORTS.names()), key=lambda report: report.order):
             parts = [
                 write_table(building, part) if isinstance(part, Table) else write_figure(building, part)
                 for part in report.make(frame, setting)

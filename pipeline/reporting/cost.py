@@ -9,7 +9,8 @@ from matplotlib.ticker import NullLocator
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
 from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style, widened
-from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
+from pipeline.reporting._output import Figure, new_canvas, set_log
+from pipeline.reporting._table import MISSING, Table
 
 PASSES = ("forward", "forward+backward")
 CAUSAL_PASSES = ("causal forward", "causal forward+backward")
@@ -21,6 +22,7 @@ class Cost(Report):
     """Cells share the machine while they train, so their times are never shown."""
 
     title = "Time and memory"
+    order = 40
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
         found = frame[frame.quantity.str.startswith("bench_")]

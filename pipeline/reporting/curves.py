@@ -14,6 +14,7 @@ class Curves(Report):
     """One line per mechanism: the mean over seeds, with a band from the lowest to the highest seed."""
 
     title = "Learning curves"
+    order = 50
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Figure]:
         for task in setting.tasks:

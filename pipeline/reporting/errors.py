@@ -9,7 +9,8 @@ from matplotlib.ticker import NullLocator
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
 from pipeline.reporting._mechanisms import COLOURS, MARKERS, widened
-from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
+from pipeline.reporting._output import Figure, new_canvas, set_log
+from pipeline.reporting._table import MISSING, Table
 
 FIGURE_KERNEL = "exp"
 FIGURE_PANELS = 3
@@ -45,6 +46,7 @@ class Errors(Report):
     """Relative errors hide what an estimate knows of attention that is close to uniform: the share does not."""
 
     title = "Errors of the estimators"
+    order = 35
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
         found = frame[frame.quantity.str.startswith("error_")]

@@ -14,6 +14,7 @@ class Tradeoff(Report):
     """One figure per task; the time is that of forward and backward at the greatest length that all were timed at."""
 
     title = "Accuracy against time"
+    order = 30
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Figure]:
         shown = mechanisms(frame)

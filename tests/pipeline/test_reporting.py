@@ -13,7 +13,7 @@ from project_folder import write_results
 from pipeline import reporting
 from pipeline.grid.cells import Cell, expand, settings_fingerprint
 from pipeline.grid.params import Params, load_params
-from pipeline.reporting._output import escape_latex
+from pipeline.reporting._latex import escape_latex
 from pipeline.reporting.cost import leads_from
 from pipeline.reporting.published import TASKS, published_accuracies, published_sources
 from pipeline.results import CellResults, Fingerprint
@@ -63,6 +63,7 @@ def write_data(root: Path, task: str) -> None:
         "vocab_size": 257,
         "num_texts": 1,
         "max_length": 256,
+        "baselines": {"majority class": 0.5} | ({"byte frequencies": 0.62} if task == "lra-text" else {}),
     }
     (folder / f"{task}.json").write_text(json.dumps(summary))
 
@@ -138,7 +139,7 @@ def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: 
         "index.md",
         "cpu/index.md",
         *(f"cpu/tables/{name}.{end}" for name in TABLES for end in ENDS),
-        *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "png")),
+        *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
 
 
@@ -151,8 +152,12 @@ TABLES = (
     "cost",
     "cost-lead",
     "data",
+    "pairs",
     "published",
     "published-by-source",
+    "rules",
+    "versus-mean",
+    "versus-softmax",
 )
 FIGURES = (
     "allocation-32",
@@ -236,7 +241,7 @@ def test_accuracy_is_mean_and_sample_deviation_over_seeds(tmp_path: Path, params
     assert table.loc["rmfa", "lra-text mean"] == pytest.approx(scores.mean())
     assert table.loc["rmfa", "lra-text std"] == pytest.approx(scores.std(ddof=1))
     shown = (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
-    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f} (3)" in shown
+    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f} " in shown
 
 
 @pytest.mark.parametrize("name", ["accuracy", "cells"])
@@ -271,7 +276,7 @@ def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Pa
     assert "published" in index
 
 
-def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path, params: Params) -> None:
+def test_what_is_missing_is_named_and_spoils_what_is_over_all_tasks(tmp_path: Path, params: Params) -> None:
     write_data(tmp_path, "lra-listops")
     cells = [cell for cell in expand(params) if cell.task == "lra-listops"]
     for cell in cells[1:]:
@@ -282,7 +287,7 @@ def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path,
     assert f"Not finished: `{cells[0].id}`." in index
     assert "- lra-text: " in index
     table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv")
-    assert table["mean over tasks"].isna().all()
+    assert table["iqm"].isna().all()
     assert "(2 of 3)" in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
 
 
