@@ -59,6 +59,7 @@ class Setting:
     Attributes:
         kernels: those of the project and of the grid, as what else is installed is no input of a report.
         sketch: the section attention.rmfa-sketch.
+        training: the options of model and training, by task.
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two count as equal.
         scores: what each mechanism (attn, dotf, former) gets right on each task, by (task, mechanism).
@@ -83,9 +84,11 @@ class Setting:
     data_notes: dict[str, list[str]] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
     revisions: set[str] = field(default_factory=set)
+    torch: set[str] = field(default_factory=set)
     bench: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
     errors_missing: list[str] = field(default_factory=list)
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: str = "softmax"
     margin: float = MARGIN
     scores: dict[tuple[str, Mechanism], Scores] = field(default_factory=dict)
@@ -95,6 +98,11 @@ class Setting:
     @property
     def num_finished(self) -> int:
         return self.num_cells - len(self.missing) - len(self.outdated)
+
+    @property
+    def is_check(self) -> bool:
+        """Whether the profile shows that everything works, and no more."""
+        return self.profile.startswith("quick") or len(self.seeds) < 2
 
     def heading(self, task: str) -> str:
         """The task with the first two parts of its data's label, one of which names a subset; captions have all."""
@@ -165,6 +173,10 @@ def collect(
         head_dims=sorted({model.width // model.num_heads for model in models}),
         kernels=[dotf for dotf in KERNELS.names() if dotf not in KERNELS.external() or dotf in params.grid.kernel.dotf],
         sketch=params.attention.get("rmfa-sketch", {}),
+        training={
+            task: dataclasses.asdict(params.task[task].model) | dataclasses.asdict(params.task[task].training)
+            for task in params.grid.tasks
+        },
         reference=reference,
         margin=margin,
     )
@@ -248,6 +260,7 @@ def _cell_rows(
         ]
         setting.devices.add(f"{metrics.device}, {metrics.threads} thread{'s' if metrics.threads > 1 else ''}")
         setting.revisions.add(metrics.git_revision)
+        setting.torch.add(metrics.torch)
     tested = test is not None and metrics is not None and test.fingerprint == metrics.fingerprint
     if test is not None and current and tested and results.has_predictions():
         values |= {"test_accuracy": test.accuracy, "test_loss": test.loss}

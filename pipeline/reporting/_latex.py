@@ -57,7 +57,7 @@ def latex(table: Table) -> str:
     for number, columns in enumerate(parts):
         caption = table.title + (f" (part {number + 1} of {len(parts)})" if len(parts) > 1 else "")
         label = f"tab:{table.name}" + (f"-{number + 1}" if number else "")
-        note = table.caption if number == len(parts) - 1 else ""
+        note = table.note if number == len(parts) - 1 else ""
         blocks.append(_block(table, columns, size, caption, label, note))
     return "\n".join(blocks) + "\n"
 
@@ -91,7 +91,7 @@ def _texts(column: int, headings: Sequence[str], rows: Sequence[Sequence[str]]) 
 def _width(text: str, size: str) -> float:
     """Points, somewhat more than Computer Modern takes."""
     ems = sum(0.33 if letter in _NARROW else 0.78 if letter in _WIDE else 0.53 for letter in text)
-    return 1.06 * ems * SIZES[size] + 1
+    return 1.1 * ems * SIZES[size] + 1
 
 
 def _natural(texts: Sequence[str], size: str) -> float:

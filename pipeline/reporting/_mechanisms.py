@@ -6,7 +6,6 @@ from typing import Any
 import pandas as pd
 
 from pipeline.reporting._collect import Mechanism
-from pipeline.reporting._table import MISSING
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56A0D3", "#8C564B", "#7A68C8")
 """After Okabe and Ito's palette, which stays distinct for colour-blind readers; all are seen on white and on black."""
@@ -22,9 +21,8 @@ def mechanisms(frame: pd.DataFrame) -> list[Mechanism]:
 
 
 def named(mechanism: Sequence[str]) -> dict[str, str]:
-    """The columns that say in a table which mechanism a row is about: attn, kernel, and whether it has ppSBN."""
-    attn, dotf, *former = mechanism
-    return {"attn": attn, "kernel": dotf or MISSING} | ({"ppSBN": has_ppsbn(former[0])} if former else {})
+    """The column that says in a table which mechanism a row is about."""
+    return {"mechanism": label(mechanism)}
 
 
 def keyed(mechanism: Sequence[str]) -> dict[str, str]:

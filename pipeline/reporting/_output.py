@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from tabulate import tabulate
 
 from pipeline.reporting._latex import latex
-from pipeline.reporting._table import Table
+from pipeline.reporting._table import Table, Text
 
 STYLE: Any = {
     "svg.hashsalt": "schoenbat",
@@ -31,12 +31,18 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: `canvas` is made by `new_canvas` and drawn on."""
+    """One figure: `canvas` is made by `new_canvas` and drawn on.
+
+    Attributes:
+        caption: how to read it, as sentences.
+        provenance: how what it shows came about, likewise.
+    """
 
     name: str
     title: str
     canvas: Canvas
     caption: str
+    provenance: str = ""
 
 
 def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, list[Axes]]:
@@ -44,6 +50,12 @@ def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, li
     canvas = Canvas(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(canvas)
     return canvas, list(canvas.subplots(1, panels, squeeze=False, sharey=True)[0])
+
+
+def add_legend(axes: Axes) -> None:
+    """Beside the axes, in as many columns as the entries need."""
+    entries = len(axes.get_legend_handles_labels()[1])
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), ncols=1 + (entries - 1) // 24, fontsize="small")
 
 
 def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
@@ -63,7 +75,7 @@ def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
 def write_table(folder: Path, table: Table) -> str:
     """Write tables/NAME.{md,csv,tex} under `folder`; returns the table as Markdown for the index."""
     stem = folder / "tables" / table.name
-    text = f"**{_escape_markdown(table.title)}**\n\n{_markdown(table)}\n\n{_escape_markdown(table.caption)}"
+    text = f"**{_escape_markdown(table.title)}**\n\n{_markdown(table)}\n\n{_escape_markdown(table.note)}"
     stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     table.values.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
     stem.with_suffix(".tex").write_text(latex(table), encoding="utf-8")
@@ -79,11 +91,17 @@ def write_figure(folder: Path, figure: Figure) -> str:
     figure.canvas.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
     figure.canvas.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
     figure.canvas.savefig(stem.with_suffix(".png"), dpi=160)
-    title, caption = _escape_markdown(figure.title), _escape_markdown(figure.caption)
+    title, caption = _escape_markdown(figure.title), _escape_markdown(f"{figure.caption} {figure.provenance}".strip())
     return (
         f"![{title}](figures/{figure.name}.svg)\n\n**{title}.** {caption} "
         f"[PDF](figures/{figure.name}.pdf), [PNG](figures/{figure.name}.png)"
     )
+
+
+def write_text(text: Text) -> str:
+    """The sentences as Markdown for the index."""
+    heading = f"**{_escape_markdown(text.title)}**\n\n" if text.title else ""
+    return heading + "\n".join(f"- {_escape_markdown(line)}" for line in text.lines)
 
 
 def _escape_markdown(text: str) -> str:

@@ -41,7 +41,8 @@ class Accuracy(Report):
             title=f"Test accuracy in percent ({spread})",
             values=values,
             shown=shown,
-            caption=f"{_legend(setting)} {setting.caption()}",
+            caption=_legend(setting),
+            provenance=setting.caption(),
             strong=frozenset(strong),
         )
 
@@ -95,7 +96,7 @@ def _rule_row(comparison: Comparison, name: str) -> tuple[dict, dict]:
     if len(setting.tasks) > 1:
         texts["IQM"] = MISSING
     label = f"rule: {name}"
-    return {"attn": label} | numbers, {"attn": label, "kernel": MISSING, "ppSBN": MISSING} | texts
+    return {"attn": label} | numbers, {"mechanism": label} | texts
 
 
 def _show(accuracies: np.ndarray, group: str, mark: str, planned: int) -> str:

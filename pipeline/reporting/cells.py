@@ -40,7 +40,8 @@ class Cells(Report):
             values=values,
             shown=shown,
             caption="Rule passed at: the first evaluation at which dev accuracy was two standard errors above the best "
-            f"rule that needs no model. {setting.caption()}",
+            "rule that needs no model.",
+            provenance=setting.caption(),
         )
 
 

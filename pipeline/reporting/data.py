@@ -50,5 +50,6 @@ class Data(Report):
             title="Numbers of examples, and lengths of texts in tokens before they are cut",
             values=values,
             shown=shown,
-            caption=" ".join([setting.caption(tasks), *notes]),
+            caption=" ".join(notes),
+            provenance=setting.caption(tasks),
         )

@@ -36,8 +36,8 @@ class Differences(Report):
                 title="All pairs of mechanisms: the first less the second, in points of test accuracy",
                 values=pd.DataFrame([values for values, _ in pairs]),
                 shown=pd.DataFrame([shown for _, shown in pairs]),
-                caption=f"{_LEGEND} Verdicts are of the family of all pairs of a task. {_margin(setting)} "
-                f"{setting.caption()}",
+                caption=f"{_LEGEND} Verdicts are of the family of all pairs of a task. {_margin(setting)}",
+                provenance=setting.caption(),
             )
 
 
@@ -62,8 +62,8 @@ def _table(name: str, title: str, rows: Sequence[Versus], setting: Setting) -> T
         title=title,
         values=pd.DataFrame([_values(row) for row in rows]),
         shown=pd.DataFrame([_shown(row, setting) for row in rows]),
-        caption=f"{_LEGEND} p (Holm): corrected over this table, as are verdicts. {_margin(setting)} "
-        f"{setting.caption()}",
+        caption=f"{_LEGEND} p (Holm): corrected over this table, as are verdicts. {_margin(setting)}",
+        provenance=setting.caption(),
     )
 
 

@@ -91,7 +91,8 @@ def _by_source() -> Table:
         title="Not our results: test accuracy in percent as published elsewhere, by source",
         values=values,
         shown=shown,
-        caption=f"To be compared within a source only. ± is a standard deviation over seeds. {' '.join(notes)}",
+        caption="To be compared within a source only. ± is a standard deviation over seeds.",
+        provenance=" ".join(notes),
     )
 
 

@@ -43,7 +43,8 @@ class Rules(Report):
             shown=pd.DataFrame(shown),
             caption="Passed: dev accuracy is above what the rule scores on the test examples by two standard errors of "
             "the difference, at an evaluation for the first time. The median over seeds; in parentheses how many "
-            f"passed at all, if not all did. CSV: inf is never. {setting.caption(list(bars))}",
+            "passed at all, if not all did. CSV: inf is never.",
+            provenance=setting.caption(list(bars)),
         )
 
 
