@@ -121,6 +121,18 @@ def status(
 
 
 @app.command()
+def results(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show what the finished cells have reached, also while a grid runs."""
+    from pipeline.reporting._terminal import results_for_programs, show_results
+
+    params = commands.load()
+    if as_json:
+        print(json.dumps(results_for_programs(params, Path()), indent=2))
+    else:
+        show_results(params, Path())
+
+
+@app.command()
 def logs(
     cell: Annotated[str, typer.Argument(help="The id of a cell, or the name of another job, as `status` shows it.")],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is added, until Ctrl-C.")] = False,

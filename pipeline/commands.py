@@ -102,12 +102,17 @@ def preprocess(task: TaskOption, profile: ProfileOption = None) -> None:
 
 
 @app.command()
-def report(profile: ProfileOption = None) -> None:
-    """Build tables and figures from what is finished."""
+def report(
+    profile: ProfileOption = None,
+    reference: Annotated[str, typer.Option(help="The mechanism that the others are compared with.")] = "softmax",
+    margin: Annotated[float, typer.Option(help="Points of accuracy within which two count as equal.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Even if the report there shows more finished cells.")] = False,
+) -> None:
+    """Build tables, figures and the page from what is finished."""
     from pipeline.stages import report as stage
 
     params = load(profile)
-    stage.run(params)
+    stage.run(params, reference=reference, margin=margin, force=force)
 
 
 @app.command()
