@@ -447,7 +447,7 @@ def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor
 def _predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     """Per example: right targets, targets, mean log-probability of the truth, and the class at the first position."""
     tokens, key_mask, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels))
-    with _autocast(device):
+    with autocast(device):
         logits = model(tokens, key_mask)
     rows = len(labels)
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")

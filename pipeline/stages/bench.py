@@ -74,6 +74,7 @@ COLUMNS = (
     "torch",
     "git_revision",
 )
+CHECKS = ("attn", "dotf", "length", "direction", "num_features", "threads", "relative_error")
 DOTF = "exp"
 SDPA = ("sdpa", None)
 EXACT = ("sdpa", "softmax", "kernelized")
@@ -136,6 +137,8 @@ class Contender:
 def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
     """Time all mechanisms and write `out`, or nothing if a result is wrong.
 
+    Beside it bench-checks.csv has how far each is from the exact result, which is the same each time.
+
     Raises:
         UserError: the device of `run.device` is not there.
         TrainingFailed: a mechanism is further from the exact result than it may be.
@@ -163,6 +166,9 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
     }
     complete = [setting | row for row in rows]
     write_csv(out, COLUMNS, [["" if row[name] is None else row[name] for name in COLUMNS] for row in complete])
+    errors = [(row, row["relative_error"]) for row in rows if row["relative_error"] is not None]
+    checks = [row | {"relative_error": f"{error:.1e}"} for row, error in errors]
+    write_csv(out.with_name("bench-checks.csv"), CHECKS, [[row[name] for name in CHECKS] for row in checks])
     print(f"{len(rows)} rows: {out}")
 
 
