@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import enum
-import importlib.metadata
 import json
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+import schoenbat
 from pipeline import commands
 from pipeline.grid.settings import enter_project
 from pipeline.lease import watch
@@ -33,7 +33,7 @@ _LOOK_SECONDS = 1.0
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"schoenbat-exp {importlib.metadata.version('schoenbat')}")
+        print(f"schoenbat-exp {schoenbat.__version__}")
         raise typer.Exit
 
 

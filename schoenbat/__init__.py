@@ -13,14 +13,19 @@ if TYPE_CHECKING:
     from schoenbat.functional import dot_product_kernel_attention
     from schoenbat.kernels import KERNELS, Kernel
     from schoenbat.nn.mha import MultiheadKernelAttention
+    from schoenbat.tasks import TASKS
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ATTENTIONS",
     "KERNELS",
+    "TASKS",
     "Estimate",
     "Kernel",
     "MultiheadKernelAttention",
     "PoorEstimateWarning",
+    "__version__",
     "diagnose",
     "diagnose_tensors",
     "dot_product_kernel_attention",
@@ -28,6 +33,7 @@ __all__ = [
 _HOMES = {
     "ATTENTIONS": "attention",
     "KERNELS": "kernels",
+    "TASKS": "tasks",
     "Estimate": "estimate",
     "Kernel": "kernels",
     "MultiheadKernelAttention": "nn.mha",
