@@ -49,6 +49,9 @@ WHERE = {
     ("list", "--json"): HERE,
     ("use", "--force"): HERE,
     ("", "--version"): HERE,
+    ("", "--debug"): "test_misuse.py",
+    ("", "--install-completion"): HERE,
+    ("", "--show-completion"): HERE,
 }
 
 
@@ -77,6 +80,17 @@ def test_help_and_version_are_where_one_looks_for_them(project: Project, invoke:
         before = [command] if command else []
         assert invoke(*before, "-h") == invoke(*before, "--help")
         assert invoke(*before, "-h")[0] == 0
+
+
+def test_completion_is_shown_and_installed_for_a_shell(tmp_path: Path) -> None:
+    def run(option: str) -> str:
+        command = [sys.executable, "-m", "pipeline.cli", option, "bash"]
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert "complete -o default -F _schoenbat_exp_completion schoenbat-exp" in run("--show-completion")
+    assert "bash completion installed" in run("--install-completion")
+    assert "schoenbat-exp" in (tmp_path / ".bashrc").read_text()
 
 
 @pytest.mark.parametrize("option", FILTERS)
