@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import schoenbat
-from pipeline import commands, completion
+from pipeline import commands, completion, model_commands
 from pipeline.grid.settings import enter_project
 from pipeline.lease import watch
 from pipeline.names import Kind, described, names
@@ -158,6 +158,7 @@ def run(
     raise typer.Exit(grid_run.run_grid(params, expand(params), wishes, slurm=backend == "slurm"))
 
 
+app.add_typer(model_commands.app)
 app.add_typer(commands.app)
 
 

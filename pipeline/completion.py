@@ -52,3 +52,4 @@ grid_task, grid_attn, grid_dotf, grid_former, grid_seed, cell = map(
 """Those of the grid, for filters."""
 profile = _quietly(lambda: sorted(path.stem for path in Path("profiles").glob("*.yaml")))
 log = _quietly(lambda: sorted(path.stem for path in Path("logs").glob("*/*.log")))
+trained = _quietly(lambda: sorted(path.parent.name for path in Path("runs").glob("*/*/metrics.json")))

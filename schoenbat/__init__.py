@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from schoenbat.functional import dot_product_kernel_attention
     from schoenbat.kernels import KERNELS, Kernel
     from schoenbat.nn.mha import MultiheadKernelAttention
+    from schoenbat.pretrained import PretrainedClassifier
     from schoenbat.tasks import TASKS
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Kernel",
     "MultiheadKernelAttention",
     "PoorEstimateWarning",
+    "PretrainedClassifier",
     "__version__",
     "diagnose",
     "diagnose_tensors",
@@ -38,6 +40,7 @@ _HOMES = {
     "Kernel": "kernels",
     "MultiheadKernelAttention": "nn.mha",
     "PoorEstimateWarning": "diagnosis",
+    "PretrainedClassifier": "pretrained",
     "diagnose": "diagnosis",
     "diagnose_tensors": "diagnosis",
     "dot_product_kernel_attention": "functional",

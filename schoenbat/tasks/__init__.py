@@ -70,7 +70,8 @@ class Task(ABC):
     def prepare(self, raw: Path, out: Path) -> dict[str, Any]:
         """Encode the raw files into arrays in `out` and return their description (`meta.json`)."""
 
-    def encode(self, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
         """The tokens of a text that is in no split, whole, as `prepare` makes them.
 
         Args:

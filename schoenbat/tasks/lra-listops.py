@@ -121,7 +121,8 @@ class ListOps(Task):
         """A tiny configuration for tests."""
         return cls.Config(max_length=40, min_length=5, train_size=24, dev_size=8, test_size=8, max_depth=4, max_args=4)
 
-    def encode(self, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
         """Tokens are separated by spaces, as in "[MAX 2 [MED 4 7 9 ] ]"."""
         ids = {token: number for number, token in enumerate(TOKENS) if number}
         for token in text.split():

@@ -179,7 +179,8 @@ class Retrieval(Task):
             },
         )
 
-    def encode(self, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
         return byte_tokens(text.encode())
 
     @classmethod

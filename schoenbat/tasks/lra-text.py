@@ -141,7 +141,8 @@ class Text(Task):
             },
         )
 
-    def encode(self, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
         return byte_tokens(text.encode())
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:

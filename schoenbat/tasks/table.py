@@ -159,11 +159,12 @@ class Table(Task):
             "source": ", ".join(str(path) for _, path in self._files()),
             "notes": notes,
             "class_names": labels,
+            "tokens": config.tokens,
             "vocabulary": vocabulary,
         }
         self.num_classes, self.vocab_size = meta["num_classes"], meta["vocab_size"]
         number = {label: index for index, label in enumerate(labels)}
-        encode = self._encoder(vocabulary)
+        encode = _encoder(config.tokens, vocabulary)
         docs: list[np.ndarray] = []
         splits = {}
         for split in SPLITS:
@@ -173,8 +174,9 @@ class Table(Task):
             splits[split] = (examples, np.array([number[row.label] for row in chosen]))
         return write_dataset(out, docs, splits, meta)
 
-    def encode(self, text: str, meta: Mapping[str, Any]) -> np.ndarray:
-        return self._encoder(meta["vocabulary"])(text)
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+        return _encoder(meta["tokens"], meta["vocabulary"])(text)
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
@@ -290,18 +292,20 @@ class Table(Task):
         """The characters or words that get a number, the most frequent first; none where bytes are tokens."""
         if self.config.tokens == "bytes":
             return []
-        counts = Counter(piece for row in rows for text in row.texts for piece in self._pieces(text))
+        counts = Counter(piece for row in rows for text in row.texts for piece in _pieces(text, self.config.tokens))
         ordered = sorted(counts, key=lambda piece: (-counts[piece], piece))
         return ordered[: self.config.vocab_size]
 
-    def _pieces(self, text: str) -> Sequence[str]:
-        return text if self.config.tokens == "characters" else _WORD.findall(text.lower())
 
-    def _encoder(self, vocabulary: Sequence[str]) -> Callable[[str], np.ndarray]:
-        if self.config.tokens == "bytes":
-            return lambda text: byte_tokens(text.encode())
-        number = {piece: FIRST_TOKEN + index for index, piece in enumerate(vocabulary)}
-        return lambda text: np.array([number.get(piece, UNKNOWN) for piece in self._pieces(text)], dtype=np.uint16)
+def _pieces(text: str, tokens: str) -> Sequence[str]:
+    return text if tokens == "characters" else _WORD.findall(text.lower())
+
+
+def _encoder(tokens: str, vocabulary: Sequence[str]) -> Callable[[str], np.ndarray]:
+    if tokens == "bytes":
+        return lambda text: byte_tokens(text.encode())
+    number = {piece: FIRST_TOKEN + index for index, piece in enumerate(vocabulary)}
+    return lambda text: np.array([number.get(piece, UNKNOWN) for piece in _pieces(text, tokens)], dtype=np.uint16)
 
 
 def _copy(folder: Path, split: str | None, path: Path) -> Path:

@@ -48,6 +48,8 @@ MISUSES = {
     "logs lra-listops-softmax-0": f"no log of 'lra-listops-softmax-0' in logs/tiny; there are: {CELLS}",
     "errors --cell lra-listops-softmax": "choose from: lra-listops-softmax-transformer-",
     "download --task listops": "unknown task 'listops'; choose one of: lra-listops",
+    "predict --cell lra-listops-softmax-transformer-0 x": "no trained cell",
+    "export nowhere": "Missing argument 'FOLDER'",
     "report --profile tinny": "params.yaml is of profile 'tiny', not 'tinny'",
 }
 assert len(MISUSES) >= 25
@@ -200,5 +202,5 @@ def test_without_a_command_the_groups_are_shown(project: Project, invoke: Invoke
     code, out, _ = invoke()
     assert code == 0
     assert out == invoke("--help")[1]
-    places = [out.index(title) for title in ("The grid", "Names and settings", "One stage at a time")]
+    places = [out.index(title) for title in ("The grid", "Names and settings", "What has been trained", "One stage at a time")]
     assert places == sorted(places)

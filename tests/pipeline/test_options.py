@@ -42,6 +42,8 @@ WHERE = {
     **{(command, "--profile"): HERE for command in WITH_PROFILE},
     **{(command, "--task"): HERE for command in ("download", "preprocess")},
     ("errors", "--cell"): "test_errors.py",
+    **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
+    ("predict", "--json"): "test_trained.py",
     ("status", "--watch"): HERE,
     ("status", "--json"): HERE,
     ("logs", "--follow"): HERE,
@@ -84,7 +86,8 @@ def test_help_and_version_are_where_one_looks_for_them(project: Project, invoke:
 
 def test_completion_is_shown_and_installed_for_a_shell(tmp_path: Path) -> None:
     def run(option: str) -> str:
-        command = [sys.executable, "-m", "pipeline.cli", option, "bash"]
+        # The shell is the process that started the command; without the last word bash would become it.
+        command = ["bash", "-c", f"{sys.executable} -m pipeline.cli {option}; exit $?"]
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
