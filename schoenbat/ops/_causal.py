@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_of, trust
+from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, sum_keys
-from schoenbat.ops.reference import divide, two_point_mean
+from schoenbat.ops.reference import divide, split, two_point_mean
 
 MANY_CHUNKS = 128
 """Beyond so many chunks a scan over them is faster than a product with a triangle."""
@@ -188,11 +189,18 @@ def _attend(
         scores = query @ key.mT
         products = scores.masked_fill(~lower, 0.0) @ extended
         products = products if far is None else products + query @ far.sums
-        return divide(products[..., :-1], products[..., -1:])
+        return divide(*split(products))
     kernel = features.kernel
-    scores = (query * scale) @ key.mT
-    allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
-    if not kernel.is_exponential:
+    if kernel.is_exponential:
+        products, top = near_of_exp(query * scale, key, extended, lower)
+        if far is not None:
+            found, level = _far(features, far, query, scale)
+            level = torch.where(far.total[..., -1:] > 0, level, LOWEST)
+            highest = torch.maximum(top, level.detach())
+            products = torch.exp(top - highest) * products + torch.exp(level - highest) * found
+    else:
+        scores = (query * scale) @ key.mT
+        allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
         weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
         products = weights @ extended
         if kernel.is_signed:
@@ -200,21 +208,8 @@ def _attend(
         if far is not None:
             found, _ = _far(features, far, query, scale)
             products = products + found
-        total = products[..., -1:]
-        return products[..., :-1] / torch.where(total > 0, total, 1.0)
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~allowed, lowest)
-    # What is not allowed comes out as exp(lowest - top) = 0, also where nothing is.
-    top = scores.detach().amax(-1, keepdim=True).clamp_min(lowest / 2)
-    if far is None:
-        products = torch.exp(scores - top) @ extended
-    else:
-        found, level = _far(features, far, query, scale)
-        level = torch.where(far.total[..., -1:] > 0, level, lowest)
-        top = torch.maximum(top, level.detach())
-        products = torch.exp(scores - top) @ extended + torch.exp(level - top) * found
-    total = products[..., -1:]
-    return products[..., :-1] / torch.where(total > 0, total, 1.0)
+    numerator, total = split(products)
+    return numerator / torch.where(total > 0, total, 1.0)
 
 
 def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
