@@ -18,8 +18,8 @@ PANEL = "What has been trained"
 @app.command(
     rich_help_panel=PANEL,
     epilog=commands.examples(
-        'predict --cell lra-text-rmfa-exp-maclauformer-42 "A gem of a film."',
-        "predict --cell lra-text-rmfa-exp-maclauformer-42 --file reviews.txt --json",
+        'predict --cell CELL "A gem of a film."',
+        "predict --cell CELL --file reviews.txt --json",
     ),
 )
 def predict(
@@ -27,7 +27,7 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="In pairs where the task compares two. Default: standard input, a text a line."
+            metavar="TEXT", help="In pairs where the task compares two. Default: standard input, a text a line."
         ),
     ] = None,
     file: Annotated[
@@ -48,7 +48,7 @@ def predict(
     tool.run(cell, texts or [], file, top=top, device_name=device, profile=profile, as_json=as_json)
 
 
-@app.command(rich_help_panel=PANEL, epilog=commands.examples("export lra-text-rmfa-exp-maclauformer-42 exported/rmfa"))
+@app.command(rich_help_panel=PANEL, epilog=commands.examples("export CELL exported/rmfa"))
 def export(
     cell: Annotated[str, typer.Argument(autocompletion=completion.trained, help="The id of a trained cell.")],
     folder: Annotated[Path, typer.Argument(help="Is made; must be empty if it is there.")],

@@ -49,7 +49,7 @@ MISUSES = {
     "errors --cell lra-listops-softmax": "choose from: lra-listops-softmax-transformer-",
     "download --task listops": "unknown task 'listops'; choose one of: lra-listops",
     "predict --cell lra-listops-softmax-transformer-0 x": "no trained cell",
-    "export nowhere": "Missing argument 'FOLDER'",
+    "export nowhere": "Missing argument 'folder'",
     "report --profile tinny": "params.yaml is of profile 'tiny', not 'tinny'",
 }
 assert len(MISUSES) >= 25
