@@ -53,3 +53,6 @@ grid_task, grid_attn, grid_dotf, grid_former, grid_seed, cell = map(
 profile = _quietly(lambda: sorted(path.stem for path in Path("profiles").glob("*.yaml")))
 log = _quietly(lambda: sorted(path.stem for path in Path("logs").glob("*/*.log")))
 trained = _quietly(lambda: sorted(path.parent.name for path in Path("runs").glob("*/*/metrics.json")))
+comparable = _quietly(
+    lambda: sorted({name for path in Path("runs").glob("*/*/metrics.json") for name in path.parts[1:3]})
+)

@@ -58,3 +58,27 @@ def export(
 
     for path in tool.run(cell, folder):
         print(path)
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog=commands.examples("compare quick cpu", "compare HEAD~1", "compare CELL OTHER-CELL", "compare v1 v2 --json"),
+)
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=completion.comparable,
+            help="A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.",
+        ),
+    ],
+    b: Annotated[
+        str,
+        typer.Argument(autocompletion=completion.comparable, help="Another of them; . is the working folder as it is."),
+    ] = ".",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare two profiles, cells or git revisions: settings, data, code, and every number with its significance."""
+    from pipeline import compare as tool
+
+    tool.run(a, b, as_json=as_json)

@@ -202,5 +202,7 @@ def test_without_a_command_the_groups_are_shown(project: Project, invoke: Invoke
     code, out, _ = invoke()
     assert code == 0
     assert out == invoke("--help")[1]
-    places = [out.index(title) for title in ("The grid", "Names and settings", "What has been trained", "One stage at a time")]
+    places = [
+        out.index(title) for title in ("The grid", "Names and settings", "What has been trained", "One stage at a time")
+    ]
     assert places == sorted(places)

@@ -43,7 +43,7 @@ WHERE = {
     **{(command, "--task"): HERE for command in ("download", "preprocess")},
     ("errors", "--cell"): "test_errors.py",
     **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
-    ("predict", "--json"): "test_trained.py",
+    **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,
     ("status", "--json"): HERE,
     ("logs", "--follow"): HERE,

@@ -1,19 +1,23 @@
 """What can be done with trained cells: four small ones, of a table of texts, are trained once for all tests here."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import yaml
 from project_folder import ROOT, Project
 
 from pipeline import cli
+from pipeline.compare import holm
 from pipeline.trained import load_trained
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
@@ -241,3 +245,108 @@ def test_a_damaged_export_is_one_line(trained: Path, invoke: Invoke, tmp_path: P
     (target / "config.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         PretrainedClassifier.from_pretrained(target)
+
+
+def compared(invoke: Invoke, *arguments: str) -> dict[str, Any]:
+    code, out, err = invoke("compare", *arguments, "--json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_two_cells_differ_in_what_they_were_told_and_in_their_numbers(trained: Path, invoke: Invoke) -> None:
+    found = compared(invoke, SOFTMAX, MEAN)
+    assert found["settings"] == {"attn": {"a": "softmax", "b": "mean"}}
+    assert (found["data"], found["code_differs"]) == ({}, None)
+    numbers = {number["name"]: number for number in found["numbers"]}
+    for side, cell in (("a", SOFTMAX), ("b", MEAN)):
+        metrics = json.loads((trained / "runs/tiny" / cell / "metrics.json").read_text())
+        test = json.loads((trained / "runs/tiny" / cell / "test.json").read_text())
+        assert numbers["parameters"][side] == metrics["num_parameters"]
+        assert numbers["dev loss"][side] == metrics["best_dev_loss"]
+        assert numbers["test accuracy"][side] == test["accuracy"]
+    assert numbers["test accuracy"]["p"] is not None
+    assert numbers["parameters"]["p"] is None
+    code, out, _ = invoke("compare", SOFTMAX, MEAN)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "table softmax transformer | table mean transformer, seed 0" in out
+    assert re.search(r"test accuracy +[\d.]+ % +[\d.]+ % ", out)
+
+
+def test_two_profiles_are_paired_by_seed_and_tested(trained: Path, invoke: Invoke) -> None:
+    other = trained / "runs/other"
+    shutil.copytree(trained / "runs/tiny", other)
+    for file in other.glob("*/*.json"):
+        file.write_text(file.read_text().replace('"profile": "tiny"', '"profile": "other"'))
+    losses = {}
+    for seed, loss in ((0, 0.1), (1, 0.3)):
+        path = other / f"table-mean-transformer-{seed}/metrics.json"
+        content = json.loads(path.read_text())
+        losses[seed] = content["best_dev_loss"]
+        path.write_text(json.dumps({**content, "best_dev_loss": losses[seed] + loss, "git_revision": "abc"}))
+    shutil.rmtree(other / "table-softmax-transformer-1")
+    found = compared(invoke, "tiny", "other")
+    numbers = {(number["of"].split()[1], number["name"]): number for number in found["numbers"]}
+    changed = numbers["mean", "dev loss"]
+    assert changed["difference"] == pytest.approx(0.2)
+    assert changed["p"] == pytest.approx(scipy.stats.ttest_rel([0.1, 0.3], [0, 0]).pvalue)
+    assert changed["adjusted"] == pytest.approx(min(1, 10 * changed["p"]), rel=0.9)
+    assert numbers["mean", "test loss"]["same"]
+    assert numbers["softmax", "dev loss"]["seeds"] == [0]
+    assert found["only_a"] == ["table softmax transformer, seed 1"]
+    assert (found["only_b"], found["code_differs"]) == ([], False)
+    out = invoke("compare", "tiny", "other")[1]
+    assert "only in A: table softmax transformer, seed 1" in out
+    assert "Code: the same where cells depend on it" in out
+    shutil.rmtree(other)
+
+
+def test_a_revision_is_compared_by_what_dvc_has_on_record(
+    trained: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "clone"
+    shutil.copytree(trained, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True, capture_output=True
+        )
+
+    git("init", "-q")
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    Path(".gitignore").write_text("/runs\n/data\n/mlflow.db\n/mlruns\n/logs\n/checkpoints\n/.dvc/cache\n/.dvc/tmp\n")
+    stages = [f"{stage}@tiny-{SOFTMAX}" for stage in ("train", "evaluate")]
+    commit = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *stages]
+    subprocess.run(commit, check=True, capture_output=True)
+    git("add", ".")
+    git("commit", "-q", "-m", "before")
+    git("tag", "before")
+    metrics = Path("runs/tiny", SOFTMAX, "metrics.json")
+    content = json.loads(metrics.read_text())
+    metrics.unlink()
+    metrics.write_text(json.dumps({**content, "best_dev_loss": content["best_dev_loss"] + 1}))
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("dropout: 0.1", "dropout: 0.2"))
+    found = compared(invoke, "before")
+    assert found["settings"] == {"task.table.model.dropout": {"a": 0.1, "b": 0.2}}
+    numbers = {number["name"]: number for number in found["numbers"]}
+    assert numbers["dev loss"]["difference"] == pytest.approx(1)
+    assert numbers["test accuracy"]["same"]
+    assert any(missing.startswith("table mean") for missing in found["only_b"])
+    assert compared(invoke, "before", "before")["settings"] == {}
+
+
+@pytest.mark.parametrize("name", ["tinny", "table-sofmax-transformer-0", "--", "nowhere/x"])
+def test_what_cannot_be_compared_is_one_line(trained: Path, invoke: Invoke, name: str) -> None:
+    arguments = ("--", name) if name == "--" else (name,)
+    code, out, err = invoke("compare", *arguments)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "no profile or cell with results, and no git revision; choose from: " in err
+
+
+def test_holm_makes_no_p_smaller_and_keeps_their_order() -> None:
+    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
