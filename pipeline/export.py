@@ -12,7 +12,9 @@ import schoenbat
 from pipeline.grid.cells import settings
 from pipeline.grid.params import load_params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.text import counted
 from pipeline.trained import TrainedCell, load_trained
+from schoenbat.data.arrays import SPLITS
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.tasks import TASKS
@@ -72,7 +74,7 @@ def card(trained: TrainedCell, note: str) -> str:
     about = [
         ("task", f"`{cell.task}`: {paper.partition(chr(10))[0]}"),
         ("data", f"{meta['label']}; {meta['source']}"),
-        ("examples", ", ".join(f"{split} {count}" for split, count in meta["splits"].items())),
+        ("examples", ", ".join(f"{split} {meta['splits'][split]}" for split in SPLITS)),
         ("data fingerprint", f"`{meta['fingerprint']}`"),
         ("attention", f"`{cell.attn}`{kernel}, former `{cell.former}`, options `{json.dumps(metrics.attention)}`"),
         ("model", f"`{json.dumps(trained.description['model'])}`"),
@@ -83,7 +85,8 @@ def card(trained: TrainedCell, note: str) -> str:
         ("fingerprint of code, settings, data", f"`{metrics.fingerprint}`"),
         (
             "made with",
-            f"torch {metrics.torch}, schoenbat {schoenbat.__version__}, {metrics.device}, {metrics.threads} threads",
+            f"torch {metrics.torch}, schoenbat {schoenbat.__version__}, {metrics.device}, "
+            f"{counted(metrics.threads, 'thread')}",
         ),
     ]
     head = {"license": "mit", "library_name": "schoenbat", "pipeline_tag": "text-classification"}

@@ -41,7 +41,9 @@ class Row(NamedTuple):
 
 
 class Table(Task):
-    """Which of the labels of a file belongs to a text, or to two texts? Each row of the file is an example:
+    """Which of the labels that occur in a file belongs to a text, or to two texts?
+
+    Each row of the file is an example:
 
         text,label
         "Not again, please.",bad
