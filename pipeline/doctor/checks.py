@@ -23,7 +23,7 @@ from schoenbat.errors import UserError
 if TYPE_CHECKING:
     from pipeline.grid.params import Params
 
-DISTRIBUTION = "schoenbat"
+DISTRIBUTION = "schoenbat-experiments"
 LEAST_PYTHON = (3, 11)
 LEAST_DISK_GB, SCARCE_DISK_GB = 1.0, 5.0
 """Below the first a grid will fail, below the second a large one may."""
