@@ -10,6 +10,7 @@ A variant, NAME+VARIANT, is the component NAME under settings of its own.
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -106,7 +107,11 @@ class Registry(Generic[T]):
         return found[0]
 
     def _files(self) -> dict[str, Path]:
-        folder = Path(importlib.import_module(self.package).__path__[0])
+        # Looked up and not imported: the package may import torch, which takes seconds, and names do not need it.
+        spec = importlib.util.find_spec(self.package)
+        assert spec is not None
+        assert spec.submodule_search_locations
+        folder = Path(spec.submodule_search_locations[0])
         # An installation may consist of links: they lead to where the package's own __init__.py leads, under its names.
         home = (folder / "__init__.py").resolve().parent
         return {

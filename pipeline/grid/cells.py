@@ -143,9 +143,14 @@ def data_meta(cell: Cell, params: Params) -> dict[str, Any]:
 
 def fingerprint(cell: Cell, params: Params) -> Fingerprint:
     """What a result of the cell would be made from now, which an interrupted run must share with its checkpoint."""
-    sources = cell_sources(cell, "train", params.profile)
-    code = {dep: hash_of(dep) for dep in sources if not dep.startswith(_MADE)}
-    return Fingerprint(_digest(code), settings_fingerprint(cell, params), data_meta(cell, params)["fingerprint"])
+    code = code_fingerprint(cell, params.profile)
+    return Fingerprint(code, settings_fingerprint(cell, params), data_meta(cell, params)["fingerprint"])
+
+
+def code_fingerprint(cell: Cell, profile: str) -> str:
+    """Of the files and folders of code that dvc.yaml lists for the cell's training, as they are now."""
+    sources = cell_sources(cell, "train", profile)
+    return _digest({dep: hash_of(dep) for dep in sources if not dep.startswith(_MADE)})
 
 
 def settings_fingerprint(cell: Cell, params: Params) -> str:

@@ -102,11 +102,11 @@ def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[l
         raise UserError(f"--jobs must be at least 1, not {jobs}")
     chosen = list(dict.fromkeys(name.strip() for name in (names or params.run.device).split(",")))
     found = list(dict.fromkeys(str(get_device(name)) for name in chosen))
-    most = number_of_jobs(_num_cores(), params.run.threads, jobs)
+    most = number_of_jobs(number_of_cores(), params.run.threads, jobs)
     return [_device(name, most) for name in found], most
 
 
-def _num_cores() -> int:
+def number_of_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
