@@ -60,7 +60,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
             on_batch=on_batch,
         )
     with tracking.attach(cell, str(identity), params.profile) as tracked:
-        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss}, described["best_step"])
+        tracked.log({"test_accuracy": score.accuracy, "test_loss": score.loss}, described["best_step"])
     results.write_test(TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity))
     shown.unlink(missing_ok=True)
     print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
