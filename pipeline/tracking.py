@@ -54,6 +54,7 @@ TRACKING_URI = "MLFLOW_TRACKING_URI"
 PATIENCE_SECONDS = 300.0
 """How long a server is waited for at the start and at the end of a cell."""
 _PAUSE_SECONDS = 3.0
+_SHOWN_RUNS = 1000
 
 Scalar = str | int | float | bool | None
 T = TypeVar("T")
@@ -94,6 +95,29 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
         except _errors() as error:
             raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
     return {TRACKING_URI: uri, EXPERIMENT_ID: experiment, PARENT_RUN_ID: run.info.run_id}
+
+
+def describe_store(root: Path) -> str | None:
+    """Where the runs of the project in `root` are recorded, and how many there are; None for a database yet to be made.
+
+    Raises:
+        UserError: the tracking server or database cannot be used.
+    """
+    uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
+    mlflow = import_mlflow()
+    try:
+        _check_database(uri)
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        runs = client.search_runs([experiment.experiment_id], max_results=_SHOWN_RUNS) if experiment else []
+    except FileNotFoundError:
+        return None
+    except ImportError as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
+    except _errors() as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
+    number = f"{len(runs)} or more runs" if len(runs) == _SHOWN_RUNS else counted(len(runs), "run")
+    return f"{number} in {_without_password(uri)}"
 
 
 def end_grid(grid: Mapping[str, str], status: str) -> None:

@@ -24,7 +24,7 @@ from pipeline.grid.cells import (
     settings_fingerprint,
 )
 from pipeline.grid.code import check_code
-from pipeline.grid.params import Params, load_params, task_section
+from pipeline.grid.params import Params, cell_training, load_params, task_section
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Metrics, Resources
@@ -157,7 +157,7 @@ class _Training:
                 return fit(
                     self.model,
                     self.dataset,
-                    task_section(self.params, self.cell.task).training,
+                    cell_training(self.params, self.cell),
                     seed=self.cell.seed,
                     device=self.device,
                     checkpoint=checkpoint,
@@ -206,6 +206,7 @@ class _Training:
             torch=torch.__version__,
             git_revision=git_revision(),
             fingerprint=self.identity,
+            state_bytes=self.model.state_bytes(self.meta["max_length"]) if self.meta["causal"] else None,
         )
 
     def _resources(self, result: FitResult, run_id: str) -> Resources:

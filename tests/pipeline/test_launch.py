@@ -305,7 +305,7 @@ def test_the_grid_goes_on_without_a_task_whose_data_cannot_be_had(
     assert "unavailable: download@tiny-lra-text: " in out
     assert "SCHOENBAT_DATA_MIRROR" in out
     assert "not run: lra-text-mean-transformer-0, because download@tiny-lra-text unavailable" in out
-    assert "report: reports/tiny/index.md" in out
+    assert "report: reports/tiny/index.html" in out
     assert Path("reports/tiny/index.md").is_file()
     assert Path("runs/tiny/lra-listops-mean-transformer-0/test.json").is_file()
 
