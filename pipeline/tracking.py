@@ -274,11 +274,18 @@ class CellRun:
         history = self._client.get_metric_history(self._run_id, "dev_accuracy")
         return {(metric.step, metric.value) for metric in history}
 
-    def log_best(self, *, step: int, dev_accuracy: float, dev_loss: float, num_parameters: int) -> None:
-        """Log what belongs to the best weights: metrics `best_*` at their step, and the number of parameters."""
-        values = {"best_step": step, "best_dev_accuracy": dev_accuracy, "best_dev_loss": dev_loss}
-        metrics = _metrics({**values, "num_parameters": num_parameters}, step)
-        self.do(lambda: self._client.log_batch(self._run_id, metrics=metrics))
+    def log(self, values: Mapping[str, Scalar], step: int = 0) -> None:
+        """Log numbers as metrics at a step and words as tags; what the run already holds is left alone."""
+
+        def log_once() -> None:
+            held = self._client.get_run(self._run_id).data
+            known = {**held.metrics, **held.tags}
+            new = {name: value for name, value in values.items() if known.get(name) != value}
+            words = {name: value for name, value in new.items() if isinstance(value, str)}
+            numbers = {name: value for name, value in new.items() if isinstance(value, int | float)}
+            self._client.log_batch(self._run_id, metrics=_metrics(numbers, step), tags=_tags(words))
+
+        self.do(log_once)
 
     def log_model(self, model: "Classifier", best_path: Path, *, name: str, num_texts: int, num_classes: int) -> None:
         """Log the trained model so that MLflow's `load_model` reads it anywhere, and the file `best.pt` as it is.
@@ -317,34 +324,7 @@ class CellRun:
                 )
 
         self.do(log_once)
-        self.log_artifact(best_path)
-
-    def log_artifact(self, path: Path) -> None:
-        """Log a file under its own name."""
-        self.do(lambda: self._client.log_artifact(self._run_id, str(path)))
-
-    def log_resources(self, resources: Mapping[str, Scalar]) -> None:
-        """Log what the training took: numbers as metrics `resources.*`, the rest as tags of the same names."""
-        numbers, words = {}, {}
-        for name, value in resources.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                numbers[f"resources.{name}"] = value
-            else:
-                words[f"resources.{name}"] = str(value)
-        metrics, tags = _metrics(numbers, step=0), _tags(words)
-        self.do(lambda: self._client.log_batch(self._run_id, metrics=metrics, tags=tags))
-
-    def log_test(self, scores: Mapping[str, float], step: int) -> None:
-        """Log the scores on the test split of the weights after `step`, as metrics `test_*`."""
-        values = {f"test_{name}": value for name, value in scores.items()}
-        metrics = _metrics(values, step)
-
-        def log_once() -> None:
-            held = self._client.get_run(self._run_id).data.metrics
-            if any(held.get(name) != value for name, value in values.items()):
-                self._client.log_batch(self._run_id, metrics=metrics)
-
-        self.do(log_once)
+        self.do(lambda: self._client.log_artifact(self._run_id, str(best_path)))
 
 
 def _check_database(uri: str) -> None:
