@@ -180,6 +180,18 @@ def status(
     print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot)))
 
 
+@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("results", "results --json"))
+def results(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show what the finished cells have reached, also while a grid runs."""
+    from pipeline.reporting._terminal import results_for_programs, show_results
+
+    params = commands.load()
+    if as_json:
+        print(json.dumps(results_for_programs(params, Path()), indent=2))
+    else:
+        show_results(params, Path())
+
+
 @app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("logs lra-text-rmfa-exp-maclauformer-42 -f"))
 def logs(
     cell: Annotated[
@@ -257,6 +269,27 @@ def use(
             )
     write_bytes(PARAMS_FILE, source.read_bytes())
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
+
+
+@app.command()
+def doctor(
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
+    from pipeline.doctor import Finding, checks, gpu_tests
+
+    found: list[Finding] = []
+    for finding in gpu_tests.examine() if gpu else checks.examine():
+        found.append(finding)
+        if not as_json:
+            print(finding.line(width=8), flush=True)
+    wrong = any(finding.state == "wrong" for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
+    raise typer.Exit(int(wrong))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -157,13 +157,18 @@ def preprocess(task: TaskOption, profile: ProfileOption = None) -> None:
     stage.run(params, task)
 
 
-@app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("report"))
-def report(profile: ProfileOption = None) -> None:
-    """Build tables and figures from what is finished."""
+@app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("report", "report --reference mean --margin 2"))
+def report(
+    profile: ProfileOption = None,
+    reference: Annotated[str, typer.Option(help="The mechanism that the others are compared with.")] = "softmax",
+    margin: Annotated[float, typer.Option(help="Points of accuracy within which two count as equal.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Even if the report there shows more finished cells.")] = False,
+) -> None:
+    """Build tables, figures and the page from what is finished."""
     from pipeline.stages import report as stage
 
     params = load(profile)
-    stage.run(params)
+    stage.run(params, reference=reference, margin=margin, force=force)
 
 
 @app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("bench"))
@@ -204,14 +209,12 @@ def load(profile: str | None = None) -> "Params":
     """The settings: params.yaml, or under a grid those of its start; UserError if they are of another profile."""
     from pipeline.grid.checked import load_checked
     from pipeline.grid.code import check_code
-    from pipeline.grid.components import link_components
     from pipeline.grid.settings import PARAMS_FILE
 
     path = Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE))
     params = load_checked(path)
     if profile is not None and profile != params.profile:
         raise UserError(f"{path} is of profile {params.profile!r}, not {profile!r}")
-    link_components()
     check_code()
     return params
 

@@ -2,25 +2,32 @@
 
 In its run folder, and kept by DVC: best.pt, the weights after the best step and what they belong to; metrics.json,
 `Metrics`, written last, so that a folder that has it has all of the training; curves.csv, one `Evaluation` per row;
-test.json, `TestScore`. Beside its checkpoint: resources.json, `Resources`, which differs from run to run.
+test.json, `TestScore`; predictions.npz, what the best weights say of each test example. Beside its checkpoint:
+resources.json, `Resources`, which differs from run to run.
 """
 
 import csv
 import dataclasses
+import io
 import json
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from pipeline.files import write_csv, write_json
 from schoenbat.errors import UserError
+from schoenbat.files import write_bytes
 from schoenbat.registry import build_config
 
 if TYPE_CHECKING:
-    from schoenbat.training import Evaluation
+    from schoenbat.training import Evaluation, Predictions
 
 T = TypeVar("T")
+_LEAST_LOG_PROBABILITY = -1000.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Metrics:
         data: the label of the data.
         attention: the section of the mechanism.
         device: such as "cpu (AMD EPYC 9R14)".
+        state_bytes: what causal attention keeps of the tokens before, in all layers, at the task's length; None where
+            attention is not causal.
     """
 
     cell: str
@@ -75,6 +84,7 @@ class Metrics:
     torch: str
     git_revision: str
     fingerprint: Fingerprint
+    state_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,14 +154,56 @@ class CellResults:
         path = self.folder / "curves.csv"
         return read_rows(path, None) if path.is_file() else []
 
+    def predictions(self) -> "Predictions | None":
+        """Those of the test split, in its order; log-probabilities to a hundredth."""
+        return read_predictions(self._predictions) if self.has_predictions() else None
+
+    def has_predictions(self) -> bool:
+        return self._predictions.is_file()
+
+    @property
+    def _predictions(self) -> Path:
+        return self.folder / "predictions.npz"
+
     def write_training(self, evaluations: "Iterable[Evaluation]", resources: Resources, metrics: Metrics) -> None:
         rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
         write_csv(self.folder / "curves.csv", list(rows[0]), [list(row.values()) for row in rows])
         write_json(self._timings, dataclasses.asdict(resources))
         write_json(self.folder / "metrics.json", dataclasses.asdict(metrics))
 
-    def write_test(self, score: TestScore) -> None:
+    def write_test(self, score: TestScore, predictions: "Predictions") -> None:
+        write_bytes(self._predictions, pack_predictions(predictions))
         write_json(self.folder / "test.json", dataclasses.asdict(score))
+
+
+def pack_predictions(predictions: "Predictions") -> bytes:
+    """An .npz file of the smallest types, the same bytes for the same predictions."""
+    arrays = {name: array for name, array in vars(predictions).items() if array is not None}
+    packed = {
+        name: array.astype(np.min_scalar_type(int(array.max())))
+        for name, array in arrays.items()
+        if array.dtype.kind != "f"
+    }
+    rounded = np.maximum(predictions.log_probability, _LEAST_LOG_PROBABILITY).round(2)
+    content = io.BytesIO()
+    np.savez_compressed(content, log_probability=rounded.astype(np.float16), **packed)
+    return content.getvalue()
+
+
+def read_predictions(path: Path) -> "Predictions":
+    """What `pack_predictions` has made; raises UserError if the file is damaged."""
+    from schoenbat.training import Predictions
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {
+                name: arrays[name].astype(np.float64 if name == "log_probability" else np.int64) for name in arrays
+            }
+        if len({len(array) for array in found.values()}) != 1:
+            raise ValueError("the columns differ in length")
+        return Predictions(**{"predicted": None} | found)
+    except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise damaged(path, error) from None
 
 
 def read_rows(path: Path, numbers: Iterable[str] | None) -> list[dict[str, Any]]:

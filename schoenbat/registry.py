@@ -4,6 +4,8 @@ A component of this project is one file: the file's stem is its name, and the fi
 from the registry's base. A component of another distribution is an entry point, NAME = "module:Class", in the group
 that is called like the package of the registry, such as "schoenbat.kernels". Names are listed without importing any
 component, so a broken one breaks only itself.
+
+A variant, NAME+VARIANT, is the component NAME under settings of its own.
 """
 
 import dataclasses
@@ -26,6 +28,19 @@ T = TypeVar("T")
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+VARIANT_MARK = "+"
+
+
+def base_name(name: str) -> str:
+    """What NAME+VARIANT is a variant of; any other name as it is.
+
+    Raises:
+        UserError: what follows the + is not made of letters, digits, - and _.
+    """
+    base, mark, variant = name.partition(VARIANT_MARK)
+    if mark and not _NAME.fullmatch(variant):
+        raise UserError(f"{shorten(name)}: a variant is NAME+VARIANT, VARIANT of letters, digits, - and _")
+    return base
 
 
 class Registry(Generic[T]):
@@ -37,12 +52,14 @@ class Registry(Generic[T]):
             are links that lead out of the package, which stand for components of other distributions (see
             `pipeline.grid.components`).
         base: the class that each component derives from.
+        has_variants: `get` takes names of variants, too, as the components have settings.
     """
 
-    def __init__(self, kind: str, package: str, base: type[T]) -> None:
+    def __init__(self, kind: str, package: str, base: type[T], *, has_variants: bool = False) -> None:
         self.kind = kind
         self.package = package
         self.base = base
+        self.has_variants = has_variants
 
     def names(self) -> list[str]:
         """All names, sorted; raises UserError as `external` does."""
@@ -68,11 +85,13 @@ class Registry(Generic[T]):
         return found
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`.
+        """The class called `name`, or that `name` is a variant of.
 
         Raises:
             UserError: there is none (the choices are listed), or the entry point of this name does not lead to one.
         """
+        if self.has_variants:
+            name = base_name(name)
         external = self.external()
         if name in external:
             return self._load(external[name])

@@ -12,7 +12,16 @@ from schoenbat.data.arrays import IGNORED, Dataset, batches, write_dataset
 from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
 from schoenbat.nn.multihead import FormerConfig
-from schoenbat.training import Evaluation, FitResult, TrainingConfig, evaluate, fit, load_model, save_model
+from schoenbat.training import (
+    Evaluation,
+    FitResult,
+    TrainingConfig,
+    evaluate,
+    fit,
+    load_model,
+    predict,
+    save_model,
+)
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(batch_size=8, learning_rate=3e-3, warmup_steps=5, steps=60, eval_every=7)
@@ -165,6 +174,18 @@ def test_evaluation_counts_every_example_once_whatever_the_batch(dataset: Datase
     assert max(score.loss for score in scores) == pytest.approx(min(score.loss for score in scores), abs=1e-5)
 
 
+def test_predictions_add_up_to_the_score_whatever_the_batch(dataset: Dataset) -> None:
+    net = model()
+    score = evaluate(net, dataset, "test", batch_size=7, device=CPU)
+    for size in (1, 7, 64):
+        found = predict(net, dataset, "test", batch_size=size, device=CPU)
+        assert found.predicted is not None
+        assert ((found.predicted == dataset.labels("test")) == found.correct.astype(bool)).all()
+        assert found.score().accuracy == score.accuracy
+        assert found.score().loss == pytest.approx(score.loss, abs=1e-5)
+        assert found.score().examples == score.examples
+
+
 def test_checkpoint_of_another_configuration_is_refused_and_kept(dataset: Dataset, tmp_path: Path) -> None:
     checkpoint = tmp_path / "last.pt"
     train(dataset, checkpoint)
@@ -295,6 +316,11 @@ def test_scores_are_means_over_the_labels_and_not_over_examples(copies: Dataset)
         assert score.loss == pytest.approx(np.mean(losses), abs=1e-5)
         assert score.accuracy == np.mean(hits)
         assert score.examples == 25
+        found = predict(net, copies, "test", batch_size=size, device=CPU)
+        assert found.predicted is None
+        assert (found.targets == (copies.labels("test") != IGNORED).sum(1)).all()
+        assert found.score().accuracy == np.mean(hits)
+        assert found.score().loss == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 20])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
 from pipeline.record.freshness import receipt_file, stage_states
 from pipeline.record.writer import Recorder, mend_lock
+from pipeline.reporting._terminal import show_results
 from pipeline.text import counted
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
@@ -55,9 +57,8 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
     chosen = select(cells, **wishes.filters)
     check_models(params, chosen)
     check_code()
-    session.outlive_readers()
     backend, at_once, kind = _backend(params, wishes, slurm)
-    with session.only_grid(_LOGS, lambda text: print(text, flush=True)):
+    with session.outliving_readers(), session.only_grid(_LOGS, lambda text: print(text, flush=True)):
         settings = read_yaml(PARAMS_FILE)
         graph = read_graph(settings)
         if not wishes.dry_run:
@@ -75,7 +76,9 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
         if not due and not made:
             _drop_checkpoints(params, graph, wanted)
             nothing = f"nothing to do: all {cells_in_words} of profile {params.profile} and the report are up to date"
-            print(json.dumps({"jobs": [], "to_record": []}) if wishes.as_json else nothing)
+            print(json.dumps({"jobs": [], "to_record": []}) if wishes.as_json else nothing, flush=True)
+            if not wishes.dry_run:
+                show_results(params, Path())
             return 0
         jobs = plan.plan_jobs(params, chosen, graph, due, settings, hashes, device=kind)
         if wishes.dry_run:
@@ -210,10 +213,11 @@ class _Run:
 
     def _summarise(self) -> int:
         profile, ended = self._params.profile, self._ended
-        table = Path("reports", profile, "tables", "accuracy.md")
         reports = [job.name for job in self._jobs if any(self._graph.gathers[stage.name] for stage in job.stages)]
-        if reports and not any(name in ended for name in reports) and table.is_file():
-            print(f"\n{table.read_text(encoding='utf-8').rstrip()}\n\nreport: reports/{profile}/index.md")
+        if reports and not any(name in ended for name in reports):
+            print()
+            sys.stdout.flush()
+            show_results(self._params, Path())
         causes = {str(event.cause): event for event in ended.values() if event.state in ("failed", "unavailable")}
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")

@@ -1,10 +1,12 @@
 """Reports of a profile: one file per report, each a function of one tidy DataFrame to tables and figures.
 
 The frame has one row per observation (`_collect.py` describes it), so a new report is one new file here: a subclass of
-`Report` that picks its rows by `quantity`. `build` writes them all to reports/PROFILE. What is written is a pure
-function of the files that DVC tracks and of params.yaml: the same inputs give the same bytes.
+`Report` that picks its rows by `quantity`. `build` writes them all to reports/PROFILE: as Markdown, as one HTML page,
+and as files, beside copies of the results that they are made from. What is written is a pure function of the files that
+DVC tracks and of params.yaml: the same inputs give the same bytes.
 """
 
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,54 +18,101 @@ import pandas as pd
 
 from pipeline.grid.params import Params
 from pipeline.reporting._collect import Setting, collect
-from pipeline.reporting._output import STYLE, Figure, Table, write_figure, write_table
+from pipeline.reporting._output import STYLE, Figure, write_figure, write_table, write_text
+from pipeline.reporting._page import Section, render_page
+from pipeline.reporting._statistics import MARGIN
+from pipeline.reporting._table import Table, Text
+from pipeline.text import counted
+from schoenbat.errors import UserError
 from schoenbat.registry import Registry
+
+_FINISHED = re.compile(r"^(\d+) of \d+ cells are finished\.$", re.MULTILINE)
 
 
 class Report(ABC):
     """One view of the results."""
 
     title: ClassVar[str]
+    order: ClassVar[int] = 90
+    """Its place among the sections: those with a smaller number come first."""
 
     @abstractmethod
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterable[Table | Figure]:
-        """Tables and figures, in order; whatever there is nothing to show for is left out."""
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterable[Text | Table | Figure]:
+        """Texts, tables and figures, in order; whatever there is nothing to show for is left out."""
 
 
 REPORTS: Registry[Report] = Registry("report", "pipeline.reporting", Report)  # type: ignore[type-abstract]
 
 
-def build(profile: str, params: Params, root: Path) -> None:
+def build(
+    profile: str,
+    params: Params,
+    root: Path,
+    *,
+    reference: str = "softmax",
+    margin: float = MARGIN,
+    force: bool = False,
+) -> None:
     """Write reports/PROFILE and reports/index.md from whatever is finished.
 
     Args:
         profile: the name of the profile.
         params: the grid; results of cells outside it are left out.
         root: the project's folder.
+        reference: the mechanism that the others are compared with.
+        margin: points of accuracy within which two mechanisms count as equal.
+        force: replace a report even if it shows more finished cells.
+
+    Raises:
+        UserError: the report that is there shows more finished cells.
     """
-    frame, setting = collect(profile, params, root)
+    frame, setting = collect(profile, params, root, reference, margin)
     folder = root / "reports" / profile
+    before = finished_cells(folder)
+    if before > setting.num_finished and not force:
+        raise UserError(
+            f"{folder.relative_to(root)} shows {counted(before, 'finished cell')}, a new report would show "
+            f"{setting.num_finished}; pass --force to replace it"
+        )
     building, former = folder.with_name(f".{profile}.new"), folder.with_name(f".{profile}.old")
     for leftover in (building, former):
         shutil.rmtree(leftover, ignore_errors=True)
     for name in ("tables", "figures"):
         (building / name).mkdir(parents=True)
-    sections = [f"# Profile {profile}", *setting.status()]
+    lines = [f"# Profile {profile}", *setting.status(), "The same as a page: [index.html](index.html)."]
+    sections = []
     with matplotlib.style.context(["default", STYLE]):
-        for name in REPORTS.names():
-            report = REPORTS.get(name)()
-            parts = [
-                write_table(building, part) if isinstance(part, Table) else write_figure(building, part)
-                for part in report.make(frame, setting)
-            ]
+        for report in sorted((REPORTS.get(name)() for name in REPORTS.names()), key=lambda report: report.order):
+            parts = list(report.make(frame, setting))
             if parts:
-                sections += [f"## {report.title}", *parts]
-    (building / "index.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+                sections.append(Section(report.title, parts))
+                lines += [f"## {report.title}", *(_write(building, part) for part in parts)]
+    (building / "index.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    (building / "index.html").write_text(render_page(setting, sections, building / "figures"), encoding="utf-8")
+    for name, source in setting.raw.items():
+        copy = building / "results" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
     if folder.exists():
         folder.rename(former)
     building.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
     _write_overview(root / "reports")
+
+
+def finished_cells(folder: Path) -> int:
+    """How many finished cells the report in `folder` shows; 0 where there is none."""
+    index = folder / "index.md"
+    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+    found = _FINISHED.search(text)
+    return int(found[1]) if found else 0
+
+
+def _write(folder: Path, part: Text | Table | Figure) -> str:
+    """Write the files of one part; it as Markdown."""
+    if isinstance(part, Text):
+        return write_text(part)
+    return write_table(folder, part) if isinstance(part, Table) else write_figure(folder, part)
 
 
 def _write_overview(folder: Path) -> None:

@@ -3,16 +3,24 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from pipeline.files import read_json
 from pipeline.grid.cells import Cell, expand, settings_fingerprint, summary_file
 from pipeline.grid.params import Params
+from pipeline.reporting._statistics import MARGIN, Scores
 from pipeline.results import CellResults, read_rows
 from schoenbat.kernels import KERNELS
 from schoenbat.tasks import TASKS
+from schoenbat.training import Predictions
+
+if TYPE_CHECKING:
+    from pipeline.reporting._comparison import Comparison
+
+Mechanism = tuple[str, str, str]
+"""attn, dotf ("" for none) and former."""
 
 TEXT_KEYS = ("task", "attn", "dotf", "former", "direction", "quantity")
 NUMBER_KEYS = ("seed", "step", "length", "num_features", "threads")
@@ -24,7 +32,8 @@ Quantities by where they come from:
 - every cell of the grid, NaN until it is finished: `test_accuracy` and `test_loss` (test.json); `dev_accuracy`,
   `dev_loss`, `best_step`, `num_parameters` (metrics.json)
 - every evaluation: `curve_*` for the columns of curves.csv
-- every prepared task: `data_*` for counts and lengths of its summary
+- every prepared task: `data_*` for counts and lengths of its summary; `rule_accuracy`, of each rule that needs no
+  model, whose name is the direction
 - every timing: `bench_*` for the numeric columns of bench.csv
 - every estimate of a kernel: `error_*` for the numeric columns of errors.csv and errors/CELL.csv, with the name of the
   estimator as attn and "POINTS; ARGUMENT" as direction
@@ -50,6 +59,12 @@ class Setting:
     Attributes:
         kernels: those of the project and of the grid, as what else is installed is no input of a report.
         sketch: the section attention.rmfa-sketch.
+        training: the options of model and training, by task.
+        reference: the mechanism that the others are compared with.
+        margin: points of accuracy within which two count as equal.
+        scores: what each mechanism (attn, dotf, former) gets right on each task, by (task, mechanism).
+        raw: the files that the report is made from, by their place in its folder.
+        comparison: see `pipeline.reporting._comparison.compared`.
     """
 
     profile: str
@@ -69,9 +84,25 @@ class Setting:
     data_notes: dict[str, list[str]] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
     revisions: set[str] = field(default_factory=set)
+    torch: set[str] = field(default_factory=set)
     bench: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
     errors_missing: list[str] = field(default_factory=list)
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reference: str = "softmax"
+    margin: float = MARGIN
+    scores: dict[tuple[str, Mechanism], Scores] = field(default_factory=dict)
+    raw: dict[str, Path] = field(default_factory=dict)
+    comparison: "Comparison | None" = None
+
+    @property
+    def num_finished(self) -> int:
+        return self.num_cells - len(self.missing) - len(self.outdated)
+
+    @property
+    def is_check(self) -> bool:
+        """Whether the profile shows that everything works, and no more."""
+        return self.profile.startswith("quick") or len(self.seeds) < 2
 
     def heading(self, task: str) -> str:
         """The task with the first two parts of its data's label, one of which names a subset; captions have all."""
@@ -105,10 +136,9 @@ class Setting:
 
     def status(self) -> list[str]:
         """What the report covers and what is missing, as paragraphs of Markdown."""
-        finished = self.num_cells - len(self.missing) - len(self.outdated)
         paragraphs = [
             self.note or "No note.",
-            f"{finished} of {self.num_cells} cells are finished.",
+            f"{self.num_finished} of {self.num_cells} cells are finished.",
         ]
         if self.unavailable:
             rows = [
@@ -122,8 +152,14 @@ class Setting:
         return paragraphs
 
 
-def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Setting]:
-    """All observations on the cells of the grid, and their setting."""
+def collect(
+    profile: str, params: Params, root: Path, reference: str = "softmax", margin: float = MARGIN
+) -> tuple[pd.DataFrame, Setting]:
+    """All observations on the cells of the grid, and their setting.
+
+    Args:
+        reference, margin: see `Setting`.
+    """
     cells = expand(params)
     models = [params.task[task].model for task in params.grid.tasks]
     setting = Setting(
@@ -137,6 +173,12 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
         head_dims=sorted({model.width // model.num_heads for model in models}),
         kernels=[dotf for dotf in KERNELS.names() if dotf not in KERNELS.external() or dotf in params.grid.kernel.dotf],
         sketch=params.attention.get("rmfa-sketch", {}),
+        training={
+            task: dataclasses.asdict(params.task[task].model) | dataclasses.asdict(params.task[task].training)
+            for task in params.grid.tasks
+        },
+        reference=reference,
+        margin=margin,
     )
     rows: list[dict[str, Any]] = []
     fingerprints: dict[str, str] = {}
@@ -144,15 +186,29 @@ def collect(profile: str, params: Params, root: Path) -> tuple[pd.DataFrame, Set
         path = root / summary_file(profile, task)
         if path.is_file():
             summary = read_json(path)
+            setting.raw[f"data/{task}.json"] = path
             fingerprints[task] = summary["fingerprint"]
             setting.labels[task] = summary["label"]
             setting.data_notes[task] = summary["notes"]
             rows += _data_rows(task, summary)
         else:
             setting.unavailable[task] = TASKS.get(task).how_to_get
+    predictions: dict[tuple[str, Mechanism], dict[int, Predictions]] = {}
     for cell in cells:
         wanted = (settings_fingerprint(cell, params), fingerprints.get(cell.task))
-        rows += _cell_rows(cell, CellResults(profile, cell.id, root), wanted, setting)
+        results = CellResults(profile, cell.id, root)
+        rows += _cell_rows(cell, results, wanted, setting)
+        if cell.id not in (*setting.missing[-1:], *setting.outdated[-1:]):
+            found = results.predictions()
+            assert found is not None
+            mechanism = (cell.attn, cell.dotf or "", cell.former)
+            predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
+            files = ("metrics.json", "test.json", "curves.csv", "predictions.npz")
+            setting.raw |= {f"{cell.id}/{name}": results.folder / name for name in files}
+    setting.scores = {key: Scores.of(by_seed) for key, by_seed in predictions.items()}
+    for name in ("bench.csv", "errors.csv"):
+        if (root / "runs" / profile / name).is_file():
+            setting.raw[name] = root / "runs" / profile / name
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
     rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
@@ -169,8 +225,12 @@ def _data_rows(task: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
         **summary["lengths"],
     }
     names = {"max": "longest"}
-    return [
+    counts = [
         {"task": task, "quantity": f"data_{names.get(name, name)}", "value": value} for name, value in values.items()
+    ]
+    rules = summary.get("baselines", {})
+    return counts + [
+        {"task": task, "direction": rule, "quantity": "rule_accuracy", "value": value} for rule, value in rules.items()
     ]
 
 
@@ -179,9 +239,8 @@ def _cell_rows(
 ) -> list[dict[str, Any]]:
     """Observations on one cell; notes in `setting` where it stands."""
     key = dataclasses.asdict(cell) | {"dotf": cell.dotf or ""}
-    values = dict.fromkeys(
-        ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters"), float("nan")
-    )
+    names = ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters", "state_bytes")
+    values = dict.fromkeys(names, float("nan"))
     rows = []
     metrics, test = results.metrics(), results.test()
     current = metrics is not None and (metrics.fingerprint.settings, metrics.fingerprint.data) == wanted
@@ -191,6 +250,7 @@ def _cell_rows(
             "dev_loss": metrics.best_dev_loss,
             "best_step": metrics.best_step,
             "num_parameters": metrics.num_parameters,
+            "state_bytes": float("nan") if metrics.state_bytes is None else metrics.state_bytes,
         }
         rows += [
             {**key, "step": int(row["step"]), "quantity": f"curve_{name}", "value": value}
@@ -200,7 +260,9 @@ def _cell_rows(
         ]
         setting.devices.add(f"{metrics.device}, {metrics.threads} thread{'s' if metrics.threads > 1 else ''}")
         setting.revisions.add(metrics.git_revision)
-    if metrics is not None and current and test is not None and test.fingerprint == metrics.fingerprint:
+        setting.torch.add(metrics.torch)
+    tested = test is not None and metrics is not None and test.fingerprint == metrics.fingerprint
+    if test is not None and current and tested and results.has_predictions():
         values |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
     elif metrics is not None and not current:
         setting.outdated.append(cell.id)

@@ -5,41 +5,60 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting._output import MISSING
+from pipeline.reporting._collect import Mechanism
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which stays distinct for colour-blind readers, without its yellow."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56A0D3", "#8C564B", "#7A68C8")
+"""After Okabe and Ito's palette, which stays distinct for colour-blind readers; all are seen on white and on black."""
 DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
+"""So many that no pair of a colour and a marker comes back before 104 mechanisms, as 8 and 13 have no common factor."""
 
 
-def mechanisms(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+def mechanisms(frame: pd.DataFrame) -> list[Mechanism]:
     """The distinct (attn, dotf, former) of the cells in `frame`, in the order of the grid."""
     cells = frame[frame.quantity == "test_accuracy"]
     return list(dict.fromkeys(zip(cells.attn, cells.dotf, cells.former, strict=True)))
 
 
 def named(mechanism: Sequence[str]) -> dict[str, str]:
-    """The columns that say in a table which mechanism a row is about."""
-    return dict(zip(("attn", "kernel", "former"), (part or MISSING for part in mechanism), strict=False))
+    """The column that says in a table which mechanism a row is about."""
+    return {"mechanism": label(mechanism)}
+
+
+def keyed(mechanism: Sequence[str]) -> dict[str, str]:
+    """The same for programs: attn, dotf and former as params.yaml has them."""
+    return dict(zip(("attn", "dotf", "former"), mechanism, strict=False))
+
+
+def has_ppsbn(former: str) -> str:
+    """Yes or no, with the name of a variant of the former, if it is one."""
+    name, _, variant = former.partition("+")
+    return ("yes" if name == "maclauformer" else "no") + (f", {variant}" if variant else "")
 
 
 def label(mechanism: Sequence[str]) -> str:
-    """The mechanism in a legend."""
+    """The mechanism in a legend or a sentence."""
     attn, dotf, *former = mechanism
-    return f"{attn}{f' {dotf}' if dotf else ''}{f', {former[0]}' if former else ''}"
+    name, _, variant = former[0].partition("+") if former else ("", "", "")
+    parts = [f"{attn}{f' {dotf}' if dotf else ''}", *(["ppSBN"] if name == "maclauformer" else [])]
+    return " + ".join([*parts, *([variant] if variant else [])])
 
 
 def style(frame: pd.DataFrame, mechanism: Sequence[str]) -> dict[str, Any]:
-    """Colour and marker of an (attn, dotf), which it keeps in all figures of a profile, and the dash of its former."""
-    distinct = dict.fromkeys(zip(frame.attn, frame.dotf, strict=True))
-    position = [pair for pair in distinct if pair[0]].index((mechanism[0], mechanism[1]))
-    formers = list(dict.fromkeys(former for former in frame.former if former))
-    dash = position // len(COLOURS) + (formers.index(mechanism[2]) if len(mechanism) > 2 else 0)
+    """How an (attn, dotf) is drawn in all figures of a profile; with the second of its formers it is dashed and hollow.
+
+    No two share both colour and marker.
+    """
+    pairs = frame[frame.attn != ""].drop_duplicates(["attn", "dotf"])
+    position = list(zip(pairs.attn, pairs.dotf, strict=True)).index((mechanism[0], mechanism[1]))
+    colour, dash = COLOURS[position % len(COLOURS)], 0
+    if len(mechanism) > 2:
+        dash = frame[frame.former != ""].former.drop_duplicates().tolist().index(mechanism[2])
     return {
-        "color": COLOURS[position % len(COLOURS)],
+        "color": colour,
         "linestyle": DASHES[dash % len(DASHES)],
         "marker": MARKERS[position % len(MARKERS)],
+        "markerfacecolor": colour if dash == 0 else "none",
         "markersize": 4,
     }
 

@@ -1,19 +1,22 @@
-"""Tables and figures as files: Markdown, CSV and LaTeX (booktabs); SVG and PNG. The same input gives the same bytes."""
+"""Tables and figures as files: Markdown, CSV and LaTeX; SVG, PDF and PNG. The same input gives the same bytes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from tabulate import tabulate
 
-MISSING = "—"
+from pipeline.reporting._latex import latex
+from pipeline.reporting._table import Table, Text
+
 STYLE: Any = {
     "svg.hashsalt": "schoenbat",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -24,53 +27,22 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 """Drawn over matplotlib's own defaults, whatever the user's matplotlibrc says."""
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "—": "---",
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table.
-
-    Attributes:
-        name: the stem of its files.
-        title: what it shows, without a full stop.
-        values: the numbers as they are, for CSV.
-        shown: the same as text, for Markdown and LaTeX; its column names are the headings.
-        caption: how the numbers came about.
-    """
-
-    name: str
-    title: str
-    values: pd.DataFrame
-    shown: pd.DataFrame
-    caption: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: `canvas` is made by `new_canvas` and drawn on."""
+    """One figure: `canvas` is made by `new_canvas` and drawn on.
+
+    Attributes:
+        caption: how to read it, as sentences.
+        provenance: how what it shows came about, likewise.
+    """
 
     name: str
     title: str
     canvas: Canvas
     caption: str
+    provenance: str = ""
 
 
 def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, list[Axes]]:
@@ -78,6 +50,12 @@ def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, li
     canvas = Canvas(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(canvas)
     return canvas, list(canvas.subplots(1, panels, squeeze=False, sharey=True)[0])
+
+
+def add_legend(axes: Axes) -> None:
+    """Beside the axes, in as many columns as the entries need."""
+    entries = len(axes.get_legend_handles_labels()[1])
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), ncols=1 + (entries - 1) // 24, fontsize="small")
 
 
 def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
@@ -97,51 +75,51 @@ def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
 def write_table(folder: Path, table: Table) -> str:
     """Write tables/NAME.{md,csv,tex} under `folder`; returns the table as Markdown for the index."""
     stem = folder / "tables" / table.name
-    text = f"**{_escape_markdown(table.title)}**\n\n{_markdown(table.shown)}\n\n{_escape_markdown(table.caption)}"
+    text = f"**{_escape_markdown(table.title)}**\n\n{_markdown(table)}\n\n{_escape_markdown(table.note)}"
     stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    table.values.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
-    stem.with_suffix(".tex").write_text(_latex(table), encoding="utf-8")
+    table.values.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
+    stem.with_suffix(".tex").write_text(latex(table), encoding="utf-8")
     return f"{text} Files: [CSV](tables/{table.name}.csv), [LaTeX](tables/{table.name}.tex)."
 
 
 def write_figure(folder: Path, figure: Figure) -> str:
-    """Write figures/NAME.{svg,png} under `folder`; returns a reference to it as Markdown for the index."""
+    """Write figures/NAME.{svg,pdf,png} under `folder`; returns a reference to it as Markdown for the index."""
     stem = folder / "figures" / figure.name
+    figure.canvas.draw_without_rendering()
+    # What constrained layout has found is kept: it takes longer than all else.
+    figure.canvas.set_layout_engine("none")
     figure.canvas.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    figure.canvas.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
     figure.canvas.savefig(stem.with_suffix(".png"), dpi=160)
-    title, caption = _escape_markdown(figure.title), _escape_markdown(figure.caption)
-    return f"![{title}](figures/{figure.name}.svg)\n\n**{title}.** {caption} [PNG](figures/{figure.name}.png)"
+    title, caption = _escape_markdown(figure.title), _escape_markdown(f"{figure.caption} {figure.provenance}".strip())
+    return (
+        f"![{title}](figures/{figure.name}.svg)\n\n**{title}.** {caption} "
+        f"[PDF](figures/{figure.name}.pdf), [PNG](figures/{figure.name}.png)"
+    )
 
 
-def escape_latex(text: str) -> str:
-    """`text` as LaTeX that prints it; several paragraphs or formulas are not meant."""
-    return "".join(LATEX.get(character, character) for character in text)
+def write_text(text: Text) -> str:
+    """The sentences as Markdown for the index."""
+    heading = f"**{_escape_markdown(text.title)}**\n\n" if text.title else ""
+    return heading + "\n".join(f"- {_escape_markdown(line)}" for line in text.lines)
 
 
 def _escape_markdown(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def _markdown(shown: pd.DataFrame) -> str:
-    cells = [[_escape_markdown(cell) for cell in row] for row in shown.to_numpy().tolist()]
-    headings = [_escape_markdown(heading) for heading in shown.columns]
-    return tabulate(cells, headings, tablefmt="pipe", disable_numparse=True, colalign=["left"] * len(headings))
-
-
-def _latex(table: Table) -> str:
-    rows = [" & ".join(map(escape_latex, row)) + r" \\" for row in table.shown.to_numpy().tolist()]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{escape_latex(table.title)}. {escape_latex(table.caption)}}}",
-        rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{{'l' * len(table.shown.columns)}}}",
-        r"\toprule",
-        " & ".join(map(escape_latex, table.shown.columns)) + r" \\",
-        r"\midrule",
-        *rows,
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
+def _markdown(table: Table) -> str:
+    headings = list(table.shown.columns)
+    cells = [
+        [
+            _bold(_escape_markdown(text), (row, heading) in table.strong)
+            for heading, text in zip(headings, texts, strict=True)
+        ]
+        for row, texts in enumerate(table.shown.to_numpy().tolist())
     ]
-    return "\n".join(lines) + "\n"
+    shown = [_escape_markdown(heading) for heading in headings]
+    return tabulate(cells, shown, tablefmt="pipe", disable_numparse=True, colalign=["left"] * len(headings))
+
+
+def _bold(text: str, strong: bool) -> str:
+    return f"**{text}**" if strong else text

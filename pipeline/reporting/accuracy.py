@@ -1,57 +1,112 @@
-"""Test accuracy of every mechanism on every task, over seeds."""
+"""Test accuracy of every mechanism on every task, over seeds, beside what rules score that need no model."""
 
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._mechanisms import mechanisms, named, rows_of
-from pipeline.reporting._output import MISSING, Table
+from pipeline.reporting._comparison import Comparison, compared
+from pipeline.reporting._mechanisms import Mechanism, keyed, named
+from pipeline.reporting._statistics import LEAST_SEEDS
+from pipeline.reporting._table import MISSING, Table
+
+NEVER = "†"
 
 
 class Accuracy(Report):
-    """Mean ± sample standard deviation over seeds; a mean over tasks only where every task is there.
-
-    Nothing is set in bold: with a handful of seeds the largest mean is seldom beyond the spread.
-    """
+    """The main table. In bold: the best of a task, and those that are not told apart from it."""
 
     title = "Test accuracy"
+    order = 10
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
-        found = frame[frame.quantity == "test_accuracy"]
-        values, shown = [], []
-        for mechanism in mechanisms(frame):
-            numbers: dict[str, float] = {}
-            texts = {}
-            means = []
-            for task in setting.tasks:
-                scores = 100 * rows_of(found, mechanism).query("task == @task").value.dropna()
-                numbers |= {f"{task} mean": scores.mean(), f"{task} std": scores.std(ddof=1), f"{task} n": len(scores)}
-                texts[setting.heading(task)] = _show(scores, planned=len(setting.seeds))
-                means.append(scores.mean())
-            overall = sum(means) / len(means) if setting.tasks else float("nan")
-            values.append(named(mechanism) | numbers | {"mean over tasks": overall})
-            shown.append(named(mechanism) | texts | {"mean over tasks": _number(overall)})
-        if not shown:
+        comparison = compared(frame, setting)
+        if not comparison.mechanisms:
             return
+        found = [_row(comparison, mechanism) for mechanism in comparison.mechanisms]
+        rules = dict.fromkeys(rule.name for task in setting.tasks for rule in comparison.rules(task))
+        found += [_rule_row(comparison, name) for name in rules]
+        values, shown = (pd.DataFrame(rows) for rows in zip(*found, strict=True))
+        strong = {
+            (row, setting.heading(task))
+            for task in setting.tasks
+            for row, mechanism in enumerate(comparison.mechanisms)
+            if mechanism in comparison.tasks[task].leaders()
+        }
         spread = "mean ± sample standard deviation over seeds" if len(setting.seeds) > 1 else "one seed, so no spread"
         yield Table(
             name="accuracy",
-            title=f"Test accuracy in percent ({spread}; number of finished seeds in parentheses)",
-            values=pd.DataFrame(values),
-            shown=pd.DataFrame(shown),
-            caption=setting.caption(),
+            title=f"Test accuracy in percent ({spread})",
+            values=values,
+            shown=shown,
+            caption=_legend(setting),
+            provenance=setting.caption(),
+            strong=frozenset(strong),
         )
 
 
-def _show(scores: pd.Series, planned: int) -> str:
-    if scores.empty:
+def _legend(setting: Setting) -> str:
+    parts = [f"Seeds: {len(setting.seeds)}, or as many as stand in parentheses."]
+    if len(setting.seeds) > 1:
+        parts.append(
+            "Letters: of two that share one the difference may be luck, over seeds and test examples together (all "
+            f"pairs of a task; Holm, with fewer than {LEAST_SEEDS} seeds Bonferroni). Bold: the best, and what is not "
+            "told apart from it."
+        )
+    parts.append(f"{NEVER}: no seed passed the best of the rules, which need no model, by two standard errors on dev.")
+    if len(setting.tasks) > 1:
+        parts.append(
+            "IQM: interquartile mean over the runs of all tasks, as the share of the way from the majority class to "
+            "100 %, with its interval."
+        )
+    return " ".join(parts)
+
+
+def _row(comparison: Comparison, mechanism: Mechanism) -> tuple[dict, dict]:
+    setting = comparison.setting
+    numbers: dict[str, float | str] = {}
+    texts: dict[str, str] = {}
+    for task in setting.tasks:
+        scores = setting.scores.get((task, mechanism))
+        accuracies = scores.accuracies if scores else np.array([])
+        mean = float(accuracies.mean()) if len(accuracies) else float("nan")
+        std = float(accuracies.std(ddof=1)) if len(accuracies) > 1 else float("nan")
+        group = comparison.tasks[task].groups.get(mechanism, "")
+        steps = [step for step in comparison.steps_to_pass(task, mechanism) if np.isfinite(step)]
+        numbers |= {f"{task} mean": mean, f"{task} std": std, f"{task} n": len(accuracies), f"{task} group": group}
+        numbers |= {f"{task} passed": len(steps)}
+        mark = NEVER if comparison.never_passed(task, mechanism) else ""
+        texts[setting.heading(task)] = _show(accuracies, group, mark, planned=len(setting.seeds))
+    if len(setting.tasks) > 1:
+        middle, low, high = comparison.middle(mechanism)
+        numbers |= {"iqm": middle, "iqm low": low, "iqm high": high}
+        texts["IQM"] = _number(middle) + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
+    return keyed(mechanism) | numbers, named(mechanism) | texts
+
+
+def _rule_row(comparison: Comparison, name: str) -> tuple[dict, dict]:
+    setting = comparison.setting
+    numbers, texts = {}, {}
+    for task in setting.tasks:
+        accuracy = next((rule.accuracy for rule in comparison.rules(task) if rule.name == name), float("nan"))
+        numbers[f"{task} mean"] = accuracy
+        texts[setting.heading(task)] = _number(accuracy)
+    if len(setting.tasks) > 1:
+        texts["IQM"] = MISSING
+    label = f"rule: {name}"
+    return {"attn": label} | numbers, {"mechanism": label} | texts
+
+
+def _show(accuracies: np.ndarray, group: str, mark: str, planned: int) -> str:
+    if not len(accuracies):
         return MISSING
-    spread = f" ± {scores.std(ddof=1):.2f}" if len(scores) > 1 else ""
-    count = str(len(scores)) if len(scores) == planned else f"{len(scores)} of {planned}"
-    return f"{scores.mean():.2f}{spread} ({count})"
+    spread = f" ± {accuracies.std(ddof=1):.2f}" if len(accuracies) > 1 else ""
+    letters = f" {group}" if group and planned > 1 else ""
+    count = "" if len(accuracies) == planned else f" ({len(accuracies)} of {planned})"
+    return f"{accuracies.mean():.2f}{spread}{letters}{mark}{count}"
 
 
 def _number(value: float) -> str:
-    return MISSING if pd.isna(value) else f"{value:.2f}"
+    return MISSING if np.isnan(value) else f"{value:.2f}"

@@ -15,7 +15,8 @@ from matplotlib.ticker import NullLocator
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
 from pipeline.reporting._mechanisms import COLOURS, DASHES, MARKERS
-from pipeline.reporting._output import MISSING, Figure, Table, new_canvas
+from pipeline.reporting._output import Figure, add_legend, new_canvas
+from pipeline.reporting._table import MISSING, Table
 from schoenbat.attention import ATTENTIONS
 from schoenbat.features.allocation import Allocation
 from schoenbat.features.sketch import Sketch
@@ -37,6 +38,7 @@ class Features(Report):
     """The mechanism is asked for its allocations, so that they are those of its cells."""
 
     title = "Features by degree"
+    order = 60
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
         config: Any = build_config(ATTENTIONS.get(MECHANISM).Config, setting.sketch, f"attention.{MECHANISM}")
@@ -205,7 +207,7 @@ def _errors_figure(head_dim: int, own: dict[tuple[str, int], Allocation], circum
     axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="features", ylabel="expected relative error of the kernel")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    add_legend(axes)
     return Figure(
         name=f"allocation-error-{head_dim}",
         title=f"Expected relative error of the kernel over the number of features at head_dim {head_dim}",

@@ -1,7 +1,8 @@
 """Time, memory and error of the mechanisms alone, from the benchmark that measured them side by side in one process."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import NullLocator
@@ -9,7 +10,8 @@ from matplotlib.ticker import NullLocator
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
 from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style, widened
-from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
+from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
+from pipeline.reporting._table import MISSING, Table
 
 PASSES = ("forward", "forward+backward")
 CAUSAL_PASSES = ("causal forward", "causal forward+backward")
@@ -21,6 +23,7 @@ class Cost(Report):
     """Cells share the machine while they train, so their times are never shown."""
 
     title = "Time and memory"
+    order = 40
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
         found = frame[frame.quantity.str.startswith("bench_")]
@@ -57,7 +60,7 @@ def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Ta
             "direction": row["direction"],
             "ms": _number(row["milliseconds"]),
             "± (iqr)": _number(row["spread"]),
-            "speed-up": "" if pd.isna(row["speedup_vs_sdpa"]) else f"{row['speedup_vs_sdpa']:.2f}×",
+            "speed-up": _speedup(row),
             "peak MB": _number(row["peak_memory_mb"]),
             "error": _number(row["relative_error"], ".1e"),
         }
@@ -69,9 +72,16 @@ def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Ta
         values=timings,
         shown=pd.DataFrame(shown),
         caption="Medians and interquartile ranges; speed-up: against torch's scaled_dot_product_attention, causal "
-        "where the mechanism is, more than 1 is faster; error: relative to the exact result in float64. "
-        f"{setting.bench_caption()}",
+        "where the mechanism is, more than 1 is faster; error: relative to the exact result in float64; unsteady: the "
+        "interquartile range is more than the median, so that a speed-up would mean nothing.",
+        provenance=setting.bench_caption(),
     )
+
+
+def _speedup(row: Mapping[Hashable, Any]) -> str:
+    if row["spread"] > row["milliseconds"]:
+        return "unsteady"
+    return MISSING if pd.isna(row["speedup_vs_sdpa"]) else f"{row['speedup_vs_sdpa']:.2f}×"
 
 
 def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
@@ -134,7 +144,8 @@ def _lead_table(timings: pd.DataFrame, setting: Setting) -> Table:
         shown=pd.DataFrame(shown),
         caption="Against torch's scaled_dot_product_attention (causal: with is_causal), interpolated between measured "
         "lengths on logarithmic axes; in brackets with both times off by half of their interquartile ranges. CSV: 0 is "
-        f"below the shortest measured length, inf never. {setting.bench_caption()}",
+        "below the shortest measured length, inf never.",
+        provenance=setting.bench_caption(),
     )
 
 
@@ -172,12 +183,13 @@ def _figure(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="length", title=direction)
     panels[0].set_ylabel(axis)
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    add_legend(panels[-1])
     return Figure(
         name=f"bench-{name}",
         title=f"{name.replace('-', ' ').capitalize()} of one attention over the length of the sequence",
         canvas=canvas,
-        caption=setting.bench_caption(),
+        caption="Medians.",
+        provenance=setting.bench_caption(),
     )
 
 
@@ -198,12 +210,13 @@ def _features_figure(frame: pd.DataFrame, timings: pd.DataFrame, setting: Settin
         xlabel=f"milliseconds of forward and backward at length {length:,}",
         ylabel="relative error of the gradients",
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    add_legend(axes)
     return Figure(
         name="bench-features",
         title="Error against time as the number of features grows (the number at each point)",
         canvas=canvas,
-        caption=setting.bench_caption(),
+        caption="Medians.",
+        provenance=setting.bench_caption(),
     )
 
 

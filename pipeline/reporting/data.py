@@ -6,7 +6,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._output import Table
+from pipeline.reporting._table import Table
 
 COLUMNS = {
     "train": "train",
@@ -25,6 +25,7 @@ class Data(Report):
     """Counts of examples, and lengths of texts in tokens before they are cut."""
 
     title = "Data"
+    order = 85
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
         found = frame[frame.quantity.str.startswith("data_")]
@@ -49,5 +50,6 @@ class Data(Report):
             title="Numbers of examples, and lengths of texts in tokens before they are cut",
             values=values,
             shown=shown,
-            caption=" ".join([setting.caption(tasks), *notes]),
+            caption=" ".join(notes),
+            provenance=setting.caption(tasks),
         )

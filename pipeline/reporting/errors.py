@@ -9,7 +9,8 @@ from matplotlib.ticker import NullLocator
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
 from pipeline.reporting._mechanisms import COLOURS, MARKERS, widened
-from pipeline.reporting._output import MISSING, Figure, Table, new_canvas, set_log
+from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
+from pipeline.reporting._table import MISSING, Table
 
 FIGURE_KERNEL = "exp"
 FIGURE_PANELS = 3
@@ -45,6 +46,7 @@ class Errors(Report):
     """Relative errors hide what an estimate knows of attention that is close to uniform: the share does not."""
 
     title = "Errors of the estimators"
+    order = 35
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
         found = frame[frame.quantity.str.startswith("error_")]
@@ -68,7 +70,8 @@ def _kernel_table(errors: pd.DataFrame, setting: Setting) -> Table:
         values=errors[[*_KEYS, "kernel_error", "kernel_spread"]],
         shown=_by_size(errors, [f"{error:.1e}" for error in errors.kernel_error]),
         caption="Norm of the difference over the norm of the exact matrix, mean over draws (spreads: CSV). "
-        f"{ESTIMATORS} {setting.errors_caption()}",
+        f"{ESTIMATORS}",
+        provenance=setting.errors_caption(),
     )
 
 
@@ -83,7 +86,8 @@ def _output_table(errors: pd.DataFrame, setting: Setting) -> Table:
         caption="Error: norm of the difference over the norm of the exact output. Share: 1 - u^2, with u the norm of "
         "the difference over the distance of the exact output from that of uniform weights; 1 is exact, 0 knows "
         "nothing of the attention, and less than 0 is further off than uniform weights. Means over draws (spreads: "
-        f"CSV). {ESTIMATORS} {setting.errors_caption()}",
+        f"CSV). {ESTIMATORS}",
+        provenance=setting.errors_caption(),
     )
 
 
@@ -152,11 +156,12 @@ def _figure(curve: _Curve, errors: pd.DataFrame, setting: Setting) -> Figure:
         axes.set_xlabel("features")
         axes.set_title(vectors.replace("; ", "\n"), fontsize=9)
     panels[0].set_ylabel(curve.axis)
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    add_legend(panels[-1])
     below = " Uniform weights are at 0; what lies below the axis is in the table." if curve.name == "share" else ""
     return Figure(
         name=f"errors-{curve.name}",
         title=f"{curve.title} over the number of features, kernel {FIGURE_KERNEL}",
         canvas=canvas,
-        caption=f"Mean and standard deviation over draws.{below} {setting.errors_caption()}",
+        caption=f"Mean and standard deviation over draws.{below}",
+        provenance=setting.errors_caption(),
     )

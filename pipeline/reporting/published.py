@@ -15,7 +15,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._output import MISSING, Table
+from pipeline.reporting._table import MISSING, Table
 
 COLUMNS = ("Text", "ListOps", "Retrieval", "Pathfinder", "Image", "mean", "Text: hours", "Text: GB")
 PUBLISHED: dict[str, tuple[float, ...]] = {
@@ -52,6 +52,7 @@ class Published(Report):
     """Tables of their own; the first also says in which respects this profile differs from its set-up."""
 
     title = "Published accuracies, for orientation"
+    order = 70
 
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
         values = pd.DataFrame.from_dict(PUBLISHED, orient="index", columns=list(COLUMNS))
@@ -90,7 +91,8 @@ def _by_source() -> Table:
         title="Not our results: test accuracy in percent as published elsewhere, by source",
         values=values,
         shown=shown,
-        caption=f"To be compared within a source only. ± is a standard deviation over seeds. {' '.join(notes)}",
+        caption="To be compared within a source only. ± is a standard deviation over seeds.",
+        provenance=" ".join(notes),
     )
 
 

@@ -7,18 +7,18 @@ from pipeline import tracking
 from pipeline.devices import get_device, prepare_host
 from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.grid.code import check_code
-from pipeline.grid.params import Params, task_section
+from pipeline.grid.params import Params, cell_training
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, TestScore
 from pipeline.stages.train import description, flat, model_of
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
-from schoenbat.training import evaluate, load_model
+from schoenbat.training import load_model, predict
 
 
 def run(params: Params, cell: Cell, *, device_name: str) -> None:
-    """Score best.pt of `cell` on the test split, into test.json and the cell's MLflow run.
+    """Score best.pt of `cell` on the test split, into test.json, predictions.npz and the cell's MLflow run.
 
     Raises:
         UserError: the cell has not been trained, or best.pt belongs to other settings or other data than today's.
@@ -51,17 +51,19 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
             if progress.is_due():
                 progress.update(step=done, steps=total)
 
-        score = evaluate(
+        predictions = predict(
             model,
             dataset,
             "test",
-            batch_size=task_section(params, cell.task).training.batch_size,
+            batch_size=cell_training(params, cell).batch_size,
             device=device,
             on_batch=on_batch,
         )
+    score = predictions.score()
     with tracking.attach(cell, str(identity), params.profile) as tracked:
-        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss}, described["best_step"])
-    results.write_test(TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity))
+        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss})
+    tested = TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity)
+    results.write_test(tested, predictions)
     shown.unlink(missing_ok=True)
     print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
 

@@ -1,12 +1,25 @@
-"""Stage `report`: tables and figures from whatever is finished."""
+"""Stage `report`: tables, figures and the page, from whatever is finished."""
 
 from pathlib import Path
 
 from pipeline import reporting
 from pipeline.grid.params import Params
+from schoenbat.attention import ATTENTIONS
+from schoenbat.errors import UserError
 
 
-def run(params: Params) -> None:
-    """Write reports/PROFILE; cells that are missing are shown as such."""
-    reporting.build(params.profile, params, Path())
-    print(f"report: reports/{params.profile}/index.md")
+def run(params: Params, *, reference: str, margin: float, force: bool) -> None:
+    """Write reports/PROFILE; cells that are missing are shown as such.
+
+    Args:
+        reference, margin, force: as in `reporting.build`.
+
+    Raises:
+        UserError: an unknown mechanism, a margin that is not positive, or a report that would show less than the one
+            that is there.
+    """
+    ATTENTIONS.get(reference.partition("+")[0])
+    if not 0 < margin <= 100:
+        raise UserError(f"--margin must lie between 0 and 100 points, not {margin:g}")
+    reporting.build(params.profile, params, Path(), reference=reference, margin=margin, force=force)
+    print(f"report: reports/{params.profile}/index.html")

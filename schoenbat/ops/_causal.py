@@ -229,11 +229,11 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         level = level + (1 - factor) * moments.mean + log_mass(spread, count) - log_mass(factor * spread, count)
         query, moments = query * factor, moments.cooled(factor)
     products = look_up(query, far.sums, projection, features.plan)
-    lacking = (count * least_denominator(features, moments) - products[..., -1:]).clamp_min(0)
-    average = far.total / count
-    products = products + lacking * average
+    found = products[..., -1:]
+    denominator = torch.maximum(found, count * least_denominator(features, moments))
     # Numerators towards those of the mean value, of the same denominator.
-    return torch.lerp(products[..., -1:] * average, products, trust(features, count)), level
+    kept = trust(features, count)
+    return kept * products + (denominator - kept * found) * (far.total / count), level
 
 
 def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:

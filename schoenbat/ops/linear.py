@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from schoenbat.features.plan import FeatureMap
@@ -32,7 +31,7 @@ from schoenbat.ops import _causal
 from schoenbat.ops._bounds import Moments, cooling, even_excess, least_denominator, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
-from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, settle, split
+from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
 
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
 
@@ -189,12 +188,14 @@ def _through_plan(
     if kernel.is_exponential:
         factor = cooling(features, moments)
         query, moments = query * factor, moments.cooled(factor)
-    products = look_up(query, sum_keys(key, extended, projection, plan), projection, plan)
+    # The sums of what values differ from their mean, so that single outputs need no more than a quotient.
+    numerator, denominator = split(sum_keys(key, extended, projection, plan))
+    deviation = trust(features, moments.number) * (numerator - denominator * average)
+    deviation, denominator = split(look_up(query, torch.cat([deviation, denominator], -1), projection, plan))
     if features.centres:
-        excess = mass * even_excess(features, moments.square)
-        products = products - excess * F.pad(average, (0, 1), value=1.0)
-    out = settle(products, mass * least_denominator(features, moments), average)
-    return torch.lerp(average, out, trust(features, moments.number))
+        denominator = denominator - mass * even_excess(features, moments.square)
+    denominator = torch.maximum(denominator, mass * least_denominator(features, moments))
+    return average + deviation / torch.where(denominator > 0, denominator, 1.0)
 
 
 def _moments(query: Tensor, key: Tensor, share: Tensor, scale: float) -> Moments:

@@ -105,4 +105,4 @@ def byte_tokens(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8).astype(np.uint16) + 1
 
 
-TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task)  # type: ignore[type-abstract]
+TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task, has_variants=True)  # type: ignore[type-abstract]

@@ -111,7 +111,7 @@ class Unit:
 
 
 def numbers_and_runs() -> object:
-    names = ("best.pt", "metrics.json", "curves.csv", "test.json")
+    names = ("best.pt", "metrics.json", "curves.csv", "test.json", "predictions.npz")
     return [Path("runs/tiny", MEAN, name).read_bytes() for name in names], tracked_runs(Path())[MEAN], receipts()
 
 

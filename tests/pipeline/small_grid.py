@@ -21,7 +21,7 @@ CELLS = {
     "lra-listops-rmfa-exp-maclauformer-0": (*TASK, "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer"),
 }
 MEAN, RMFA = CELLS
-NUMBERS = ("metrics.json", "curves.csv", "test.json")
+NUMBERS = ("metrics.json", "curves.csv", "test.json", "predictions.npz")
 
 
 def make_small(folder: Path) -> Project:

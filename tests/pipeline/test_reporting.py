@@ -4,17 +4,26 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from latex_document import has_tex, set_tables
 from project_folder import write_results
+from recompute import check_report
 
 from pipeline import reporting
 from pipeline.grid.cells import Cell, expand, settings_fingerprint
 from pipeline.grid.params import Params, load_params
-from pipeline.reporting._output import escape_latex
+from pipeline.reporting._collect import collect
+from pipeline.reporting._latex import escape_latex
+from pipeline.reporting._output import Figure
+from pipeline.reporting._table import Table, Text
+from pipeline.reporting.accuracy import Accuracy
+from pipeline.reporting.allocation import Features
 from pipeline.reporting.cost import leads_from
+from pipeline.reporting.findings import Findings
 from pipeline.reporting.published import TASKS, published_accuracies, published_sources
 from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
@@ -29,11 +38,11 @@ grid:
   kernel: {attn: [kernelized, rmfa], dotf: [exp], former: [maclauformer]}
 task:
   lra-listops:
-    data: {max_length: 256, min_length: 100, train_size: 2000, dev_size: 200, test_size: 200}
+    data: {max_length: 600, min_length: 100, train_size: 2000, dev_size: 200, test_size: 200}
     model: {num_layers: 2, width: 64, ffn_width: 128, num_heads: 2, dropout: 0.1, head_width: 128}
     training: {batch_size: 32, learning_rate: 1.0e-3, warmup_steps: 20, steps: 100, eval_every: 25}
   lra-text:
-    data: {max_length: 512, train_size: 2000, dev_size: 200, test_size: 200}
+    data: {max_length: 700, train_size: 2000, dev_size: 200, test_size: 200}
     model: {num_layers: 2, width: 64, ffn_width: 128, num_heads: 2, dropout: 0.1, head_width: 128}
     training: {batch_size: 16, learning_rate: 1.0e-3, warmup_steps: 20, steps: 100, eval_every: 25}
 attention: {softmax: {}, mean: {}, kernelized: {}, rmfa: {num_features: 128, max_degree: 20}}
@@ -58,17 +67,19 @@ def write_data(root: Path, task: str) -> None:
         "label": "IMDB bytes" if task == "lra-text" else "generated ListOps, seed 0",
         "notes": ["3 duplicates dropped"],
         "splits": {"train": 2000, "dev": 200, "test": 200},
-        "lengths": {"median": 130, "p95": 240, "max": 256},
+        "lengths": {"median": 130, "p95": 240, "max": 800},
         "num_classes": 2,
         "vocab_size": 257,
         "num_texts": 1,
-        "max_length": 256,
+        "max_length": 700,
+        "baselines": {"majority class": 0.5} | ({"byte frequencies": 0.62} if task == "lra-text" else {}),
     }
     (folder / f"{task}.json").write_text(json.dumps(summary))
 
 
 def made_up_accuracy(cell: Cell) -> float:
-    return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) / 2**16 / 10
+    """A multiple of 1 / 200, as there are 200 test examples."""
+    return 0.5 + int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) % 20 / 200
 
 
 def write_cell(root: Path, cell: Cell, params: Params, *, test_code: str = "code") -> None:
@@ -126,18 +137,32 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_complete_report_is_the_same_when_built_again(tmp_path: Path, params: Params) -> None:
-    write_everything(tmp_path, params)
-    reporting.build("cpu", params, tmp_path)
-    first = read_all(tmp_path / "reports")
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with everything finished, and its report; not to be changed."""
+    root = tmp_path_factory.mktemp("complete")
+    (root / "params.yaml").write_text(PARAMS)
+    params = load_params(root / "params.yaml")
+    write_everything(root, params)
+    reporting.build("cpu", params, root)
+    return root
+
+
+def test_a_complete_report_is_the_same_when_built_again(complete: Path, tmp_path: Path, params: Params) -> None:
+    first = read_all(complete / "reports")
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
     (tmp_path / "reports/cpu/stale.txt").write_text("from an earlier report")
     reporting.build("cpu", params, tmp_path)
     assert read_all(tmp_path / "reports") == first
-    assert set(first) == {
+    raw = {path: content for path, content in first.items() if path.startswith("cpu/results/")}
+    runs = {f"cpu/results/{path}": content for path, content in read_all(complete / "runs/cpu").items()}
+    assert raw == runs, "what the tables are made from is there, and nothing else"
+    assert set(first) - set(raw) == {
         "index.md",
         "cpu/index.md",
+        "cpu/index.html",
         *(f"cpu/tables/{name}.{end}" for name in TABLES for end in ENDS),
-        *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "png")),
+        *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
 
 
@@ -150,8 +175,14 @@ TABLES = (
     "cost",
     "cost-lead",
     "data",
+    "pairs",
     "published",
     "published-by-source",
+    "rules",
+    "setup",
+    "tradeoff",
+    "versus-mean",
+    "versus-softmax",
 )
 FIGURES = (
     "allocation-32",
@@ -168,11 +199,9 @@ FIGURES = (
 )
 
 
-def test_the_length_from_which_a_mechanism_is_faster_is_told_with_its_spread(tmp_path: Path, params: Params) -> None:
+def test_the_length_from_which_a_mechanism_is_faster_is_told_with_its_spread(complete: Path) -> None:
     """The times made up here are powers of the length: rmfa's, 1.5 (N / 512), meets torch's, (N / 512)^2, at 768."""
-    write_bench(tmp_path)
-    reporting.build("cpu", params, tmp_path)
-    table = pd.read_csv(tmp_path / "reports/cpu/tables/cost-lead.csv").set_index(["attn", "num_features", "direction"])
+    table = pd.read_csv(complete / "reports/cpu/tables/cost-lead.csv").set_index(["attn", "num_features", "direction"])
     for direction in ("forward", "causal forward+backward"):
         rmfa = table.loc[("rmfa", 128, direction)]
         assert rmfa.from_length == pytest.approx(768)
@@ -180,7 +209,7 @@ def test_the_length_from_which_a_mechanism_is_faster_is_told_with_its_spread(tmp
         assert table.loc[("rmfa", 256, direction)].from_length == math.inf
         assert table.loc[("mean", 0, direction)].from_length == 0
         assert table.loc[("kernelized", 0, direction)].from_length == math.inf
-    shown = (tmp_path / "reports/cpu/tables/cost-lead.md").read_text()
+    shown = (complete / "reports/cpu/tables/cost-lead.md").read_text()
     assert "| 768 (7" in shown
     assert "| below 512 " in shown
     assert "| never up to 1,024 " in shown
@@ -200,11 +229,17 @@ def test_a_mechanism_leads_from_where_it_is_no_longer_overtaken(ratios: list[flo
     assert leads_from([100, 400, 1600], ratios) == pytest.approx(expected)
 
 
+def parts_of(report: reporting.Report, params: Params, root: Path) -> list[Text | Table | Figure]:
+    return list(report.make(*collect("cpu", params, root)))
+
+
 def test_features_by_degree_are_those_of_the_mechanism(tmp_path: Path, params: Params) -> None:
     """At the sizes of the profile's models, the profile's own budget and the options that it sets."""
     params = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"num_features": 100}})
-    reporting.build("cpu", params, tmp_path)
-    table = pd.read_csv(tmp_path / "reports/cpu/tables/allocation.csv")
+    degrees, expected, *_ = parts_of(Features(), params, tmp_path)
+    assert isinstance(degrees, Table)
+    assert isinstance(expected, Table)
+    table = degrees.values
     assert set(table.budget) == {16, 32, 64, 100, 128, 256, 512, 1024}
     assert set(table.kernel) == {"exp", "inverse", "log", "power2", "sqrt", "trigh", "yat"}
     used = table.groupby(["kernel", "budget"]).num_features.sum().to_dict()
@@ -213,36 +248,32 @@ def test_features_by_degree_are_those_of_the_mechanism(tmp_path: Path, params: P
     assert used == {(kernel, budget): exhausted.get((kernel, budget), budget) for kernel, budget in used}
     own = table[(table.kernel == "exp") & (table.budget == 100)]
     assert own[["degree", "num_features", "of"]].to_numpy().tolist() == [[0, 1, 1], [1, 32, 32], [2, 67, 496]]
-    shown = (tmp_path / "reports/cpu/tables/allocation.md").read_text()
-    assert "Features of each degree at 100 features" in shown
-    errors = pd.read_csv(tmp_path / "reports/cpu/tables/allocation-error.csv")
+    assert degrees.title == "Features of each degree at 100 features"
+    errors = expected.values
     assert errors[errors.kernel == "power2"].root_mean_square.iloc[0] == pytest.approx((3 / (32 * 34)) ** 0.5 / 32)
     change = errors.groupby("kernel").expected_error.diff()
     assert ((change < 0) | change.isna()).all(), "more features, less error"
 
     narrow = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"max_degree": 1}})
-    reporting.build("cpu", narrow, tmp_path)
-    assert pd.read_csv(tmp_path / "reports/cpu/tables/allocation.csv").degree.max() == 1
+    (degrees, *_) = parts_of(Features(), narrow, tmp_path)
+    assert isinstance(degrees, Table)
+    assert degrees.values.degree.max() == 1
 
 
-def test_accuracy_is_mean_and_sample_deviation_over_seeds(tmp_path: Path, params: Params) -> None:
-    write_everything(tmp_path, params)
-    reporting.build("cpu", params, tmp_path)
-    table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv").set_index("attn")
+def test_accuracy_is_mean_and_sample_deviation_over_seeds(complete: Path) -> None:
+    table = pd.read_csv(complete / "reports/cpu/tables/accuracy.csv").set_index("attn")
     scores = pd.Series(
         [100 * made_up_accuracy(Cell("lra-text", "rmfa", "exp", "maclauformer", seed)) for seed in (42, 43, 44)]
     )
     assert table.loc["rmfa", "lra-text mean"] == pytest.approx(scores.mean())
     assert table.loc["rmfa", "lra-text std"] == pytest.approx(scores.std(ddof=1))
-    shown = (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
-    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f} (3)" in shown
+    shown = (complete / "reports/cpu/tables/accuracy.md").read_text()
+    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f} " in shown
 
 
 @pytest.mark.parametrize("name", ["accuracy", "cells"])
-def test_every_table_says_how_it_came_about(tmp_path: Path, params: Params, name: str) -> None:
-    write_everything(tmp_path, params)
-    reporting.build("cpu", params, tmp_path)
-    shown = (tmp_path / f"reports/cpu/tables/{name}.md").read_text()
+def test_every_table_says_how_it_came_about(complete: Path, name: str) -> None:
+    shown = (complete / f"reports/cpu/tables/{name}.md").read_text()
     for part in (
         "Profile cpu",
         "awkward",
@@ -260,6 +291,11 @@ def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
     write_everything(tmp_path, params)
     reporting.build("cpu", params, tmp_path)
     assert "±" not in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
+    index = (tmp_path / "reports/cpu/index.md").read_text()
+    assert "There is one seed: no difference can be told from luck." in index
+    assert "which is more than luck" not in index
+    assert "told apart from all" not in index
+    assert "This is a check, not a result." in (tmp_path / "reports/cpu/index.html").read_text()
 
 
 def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Params) -> None:
@@ -268,9 +304,12 @@ def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Pa
     assert "0 of 24 cells are finished" in index
     assert "No prepared data, so no results, for these tasks" in index
     assert "published" in index
+    for text in (index, (tmp_path / "reports/cpu/index.html").read_text()):
+        assert "Nothing yet: no cell is finished." in text
+        assert "There is no benchmark: nothing is said about time and memory." in text
 
 
-def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path, params: Params) -> None:
+def test_what_is_missing_is_named_and_spoils_what_is_over_all_tasks(tmp_path: Path, params: Params) -> None:
     write_data(tmp_path, "lra-listops")
     cells = [cell for cell in expand(params) if cell.task == "lra-listops"]
     for cell in cells[1:]:
@@ -281,7 +320,7 @@ def test_what_is_missing_is_named_and_spoils_the_mean_over_tasks(tmp_path: Path,
     assert f"Not finished: `{cells[0].id}`." in index
     assert "- lra-text: " in index
     table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv")
-    assert table["mean over tasks"].isna().all()
+    assert table["iqm"].isna().all()
     assert "(2 of 3)" in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
 
 
@@ -296,10 +335,9 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
     wider = dataclasses.replace(section, model=dataclasses.replace(section.model, width=32))
     write_cell(tmp_path, first, dataclasses.replace(params, task={**params.task, first.task: wider}))
     write_cell(tmp_path, second, params, test_code="other code")
-    reporting.build("cpu", params, tmp_path)
-    index = (tmp_path / "reports/cpu/index.md").read_text()
-    assert f"Left out because they are out of date: `{first.id}`." in index
-    assert f"Not finished: `{second.id}`." in index
+    _, setting = collect("cpu", params, tmp_path)
+    assert f"Left out because they are out of date: `{first.id}`." in setting.status()
+    assert f"Not finished: `{second.id}`." in setting.status()
 
 
 DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "step,loss\n1,x\n"]}
@@ -324,31 +362,34 @@ def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Para
 def test_cells_outside_the_grid_are_left_out(tmp_path: Path, params: Params) -> None:
     write_everything(tmp_path, params)
     smaller = dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"]))
-    reporting.build("cpu", smaller, tmp_path)
-    assert "listops" not in (tmp_path / "reports/cpu/tables/cells.csv").read_text()
+    frame, setting = collect("cpu", smaller, tmp_path)
+    assert set(frame[frame.quantity == "test_accuracy"].task) == {"lra-text"}
+    assert {task for task, _ in setting.scores} == {"lra-text"}
 
 
 def test_the_overview_lists_every_profile(tmp_path: Path, params: Params) -> None:
+    (tmp_path / "reports/quick").mkdir(parents=True)
+    (tmp_path / "reports/quick/index.md").write_text("# Profile quick\n\nAnother.\n")
+    (tmp_path / "reports/short").mkdir(parents=True)
+    (tmp_path / "reports/short/index.md").write_text("# Profile short\n")
     reporting.build("cpu", params, tmp_path)
-    reporting.build("quick", dataclasses.replace(params, profile="quick", note="Another."), tmp_path)
     lines = (tmp_path / "reports/index.md").read_text().splitlines()
     assert lines[2].startswith("- [cpu](cpu/index.md): A note")
     assert lines[3] == "- [quick](quick/index.md): Another."
+    assert lines[4] == "- [short](short/index.md): not readable"
 
 
-def test_latex_specials_are_escaped(tmp_path: Path, params: Params) -> None:
+def test_latex_specials_are_escaped(complete: Path) -> None:
     assert escape_latex(r"a_b & 5 % {x}\y ± ~^") == (
         r"a\_b \& 5 \% \{x\}\textbackslash{}y $\pm$ \textasciitilde{}\textasciicircum{}"
     )
-    write_everything(tmp_path, params)
-    reporting.build("cpu", params, tmp_path)
-    text = (tmp_path / "reports/cpu/tables/accuracy.tex").read_text()
+    text = (complete / "reports/cpu/tables/accuracy.tex").read_text()
     assert r"100 \% of the \textbar{} awkward\_characters" in text
     assert r"\toprule" in text
     assert "±" not in text
 
 
-def test_published_values_stand_apart_with_the_faults_of_their_source(tmp_path: Path, params: Params) -> None:
+def test_published_values_stand_apart_with_the_faults_of_their_source(complete: Path) -> None:
     values, sources = published_accuracies(), published_sources()
     assert len(values) == 48
     assert not values.duplicated(["source", "mechanism"]).any()
@@ -356,9 +397,37 @@ def test_published_values_stand_apart_with_the_faults_of_their_source(tmp_path: 
     assert sources.notna().all(axis=None)
     accuracies = values[list(TASKS)]
     assert ((accuracies > 10) & (accuracies < 100)).all(axis=None)
-    reporting.build("cpu", params, tmp_path)
-    table = (tmp_path / "reports/cpu/tables/published-by-source.md").read_text()
+    table = (complete / "reports/cpu/tables/published-by-source.md").read_text()
     assert "38.69 ± 0.59" in table
     assert all(f"{task} (published)" in table for task in TASKS)
-    index = (tmp_path / "reports/cpu/index.md").read_text()
+    index = (complete / "reports/cpu/index.md").read_text()
     assert all(fault.rstrip(".") in index for fault in sources.faults)
+
+
+def test_a_report_is_not_replaced_by_one_that_shows_fewer_cells(complete: Path, tmp_path: Path, params: Params) -> None:
+    shutil.copytree(complete / "reports", tmp_path / "reports")
+    before = read_all(tmp_path / "reports")
+    message = r"reports/cpu shows 24 finished cells, a new report would show 0; pass --force to replace it"
+    with pytest.raises(UserError, match=message):
+        reporting.build("cpu", params, tmp_path)
+    assert read_all(tmp_path / "reports") == before
+
+
+def test_a_single_task_is_said_to_be_one(tmp_path: Path, params: Params) -> None:
+    params = dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"]))
+    write_everything(tmp_path, params)
+    texts = parts_of(Findings(), params, tmp_path)
+    assert any("There is one task" in line for text in texts if isinstance(text, Text) for line in text.lines)
+    (table,) = parts_of(Accuracy(), params, tmp_path)
+    assert isinstance(table, Table)
+    assert "IQM" not in table.shown.columns
+
+
+def test_every_number_of_the_main_tables_follows_from_the_raw_files(complete: Path) -> None:
+    assert check_report(complete / "reports/cpu") > 500
+
+
+@pytest.mark.skipif(not has_tex(), reason="no pdflatex")
+def test_tables_fit_the_page_of_the_article_class(complete: Path, tmp_path: Path) -> None:
+    overfull = set_tables(complete / "reports/cpu/tables", tmp_path)
+    assert max(overfull, default=0.0) <= 5

@@ -1,0 +1,281 @@
+"""Which differences between mechanisms are more than luck, over seeds and test examples together.
+
+At one seed all mechanisms start from the same weights and see the same batches, and all are tested on the same
+examples, so differences are taken within seed and example. Of one pair on one task there is a table d [S, n]: what the
+first gets right less what the second gets right, for S seeds and n examples. Both are samples, of trainings and of
+texts, and the mean of the table varies with both. With the mean squares MS of the two-way layout, s for seeds, i for
+examples, e for the rest, its squared standard error is
+
+    (MS_s + MS_i - MS_e) / (S n)
+
+the last two together not below 0 (Clark, 1973, "The language-as-fixed-effect fallacy"). It is estimated by a bootstrap
+that draws seeds and examples with replacement, each apart. Row means are stretched by sqrt(S / (S - 1)), as S of them
+vary less than S fresh ones, and column means shrunk by sqrt(1 - MS_e / MS_i), as the noise in them is in the row means
+already (Davison and Hinkley, 1997, section 3.8). Intervals are of Student's t, with Satterthwaite's degrees of freedom,
+hardly more than S - 1 where seeds matter: quantiles of so few seeds would be too narrow.
+"""
+
+import dataclasses
+import functools
+import string
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from schoenbat.training import Predictions
+
+LEVEL = 0.05
+"""Of tests; intervals hold with 1 - LEVEL."""
+POWER = 0.8
+MARGIN = 1.0
+"""Points of accuracy within which two mechanisms count as equal, unless another margin is asked for."""
+LEAST_SEEDS = 6
+"""Below, no p-value is shown."""
+REPLICATES = 2000
+_CHUNK = 250
+
+Array = NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one mechanism gets right on one task.
+
+    Attributes:
+        seeds: those that are finished.
+        shares: float64 [S, n], per seed and example the right targets over the mean number of targets; the mean over
+            the examples is the accuracy.
+    """
+
+    seeds: tuple[int, ...]
+    shares: Array
+
+    @staticmethod
+    def of(predictions: Mapping[int, Predictions]) -> "Scores":
+        """Those of the predictions by seed, which are of the same examples."""
+        rows = [found.correct / found.targets.mean() for found in predictions.values()]
+        return Scores(tuple(predictions), np.stack(rows))
+
+    @property
+    def accuracies(self) -> Array:
+        """[S], in percent."""
+        return 100 * self.shares.mean(axis=1)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first of a pair less the second, in points of accuracy.
+
+    Attributes:
+        seeds: how many both have; with one there is no error, and all else is NaN.
+        error: standard error over seeds and examples.
+        df: degrees of freedom of the error.
+        low, high: of the interval with 1 - LEVEL.
+        p: of a two-sided t-test of no difference.
+        seed_share, example_share: of the squared error, what more seeds, or more examples, alone would take away; the
+            rest shrinks with either.
+        smallest: the least true difference that this many seeds and examples show with a probability of POWER.
+        margin: the least margin within which the two are equal, by two one-sided t-tests at LEVEL.
+    """
+
+    estimate: float
+    seeds: int
+    error: float = float("nan")
+    df: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    p: float = float("nan")
+    seed_share: float = float("nan")
+    example_share: float = float("nan")
+    smallest: float = float("nan")
+    margin: float = float("nan")
+
+    def reversed(self) -> "Difference":
+        """The second of the pair less the first."""
+        return dataclasses.replace(self, estimate=-self.estimate, low=-self.high, high=-self.low)
+
+    def is_apart(self, adjusted: float, family: int) -> bool:
+        """Whether it is more than luck among `family` comparisons.
+
+        Args:
+            adjusted: p after Holm's correction. With fewer than LEAST_SEEDS seeds it is Bonferroni's that counts: an
+                interval with 1 - LEVEL / family leaves out 0.
+        """
+        return adjusted < LEVEL if self.seeds >= LEAST_SEEDS else self.p * family < LEVEL
+
+
+def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) -> dict[K, Difference]:
+    """Those of all pairs, of one task.
+
+    Args:
+        pairs: over the seeds that both have; a pair that has none in common is left out.
+        seed: of the bootstrap. All pairs are resampled alike.
+    """
+    tables: dict[K, Array] = {}
+    for key, (one, other) in pairs.items():
+        common = [number for number in one.seeds if number in other.seeds]
+        if common:
+            mine, theirs = ([scores.seeds.index(number) for number in common] for scores in (one, other))
+            tables[key] = 100 * (one.shares[mine] - other.shares[theirs])
+    replicated = [key for key, table in tables.items() if len(table) > 1]
+    parts = {key: _Layout.of(tables[key]) for key in replicated}
+    errors = dict(zip(replicated, _bootstrap(list(parts.values()), seed), strict=True))
+    return {
+        key: _difference(parts[key], errors[key]) if key in parts else Difference(float(table.mean()), len(table))
+        for key, table in tables.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Means and mean squares of a table of seeds and examples."""
+
+    rows: Array
+    columns: Array
+    seeds_ms: float
+    examples_ms: float
+    rest_ms: float
+
+    @staticmethod
+    def of(table: Array) -> "_Layout":
+        num_seeds, num_examples = table.shape
+        rows, columns, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
+        of_rows = num_examples * float(((rows - mean) ** 2).sum())
+        of_columns = num_seeds * float(((columns - mean) ** 2).sum())
+        rest = max(0.0, float(((table - mean) ** 2).sum()) - of_rows - of_columns)
+        seeds, examples = num_seeds - 1, max(1, num_examples - 1)
+        return _Layout(rows, columns, of_rows / seeds, of_columns / examples, rest / (seeds * examples))
+
+    @property
+    def stretch(self) -> float:
+        return float(np.sqrt(len(self.rows) / (len(self.rows) - 1)))
+
+    @property
+    def shrink(self) -> float:
+        return float(np.sqrt(max(0.0, 1 - self.rest_ms / self.examples_ms))) if self.examples_ms else 0.0
+
+    def degrees(self) -> float:
+        """Satterthwaite's, of the squared standard error."""
+        seeds, examples = len(self.rows) - 1, max(1, len(self.columns) - 1)
+        total = self.seeds_ms + max(0.0, self.examples_ms - self.rest_ms)
+        spread = self.seeds_ms**2 / seeds
+        if self.examples_ms > self.rest_ms:
+            spread += self.examples_ms**2 / examples + self.rest_ms**2 / (seeds * examples)
+        return total**2 / spread if spread else float(seeds)
+
+
+def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
+    """The standard errors of the means of the tables; those of one shape share their draws."""
+    errors = [0.0] * len(layouts)
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for position, layout in enumerate(layouts):
+        shapes.setdefault((len(layout.rows), len(layout.columns)), []).append(position)
+    for (num_seeds, num_examples), positions in shapes.items():
+        rows = np.stack([layouts[i].stretch * (layouts[i].rows - layouts[i].rows.mean()) for i in positions], axis=1)
+        columns = np.stack(
+            [layouts[i].shrink * (layouts[i].columns - layouts[i].columns.mean()) for i in positions], axis=1
+        )
+        generator = np.random.default_rng([seed, num_seeds, num_examples])
+        means = []
+        for _ in range(0, REPLICATES, _CHUNK):
+            means.append(_drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns)
+        for i, error in zip(positions, np.concatenate(means).std(axis=0, ddof=1), strict=True):
+            errors[i] = float(error)
+    return errors
+
+
+def _drawn(generator: np.random.Generator, size: int) -> Array:
+    """[_CHUNK, size]: in each row, how often each of `size` is drawn in as many draws, as shares."""
+    drawn = generator.integers(0, size, (_CHUNK, size)) + size * np.arange(_CHUNK)[:, None]
+    return np.bincount(drawn.ravel(), minlength=_CHUNK * size).reshape(_CHUNK, size) / size
+
+
+def _difference(layout: _Layout, error: float) -> Difference:
+    estimate, df, seeds = float(layout.rows.mean()), layout.degrees(), len(layout.rows)
+    reach = float(stats.t.ppf(1 - LEVEL / 2, df)) * error
+    one_sided = float(stats.t.ppf(1 - LEVEL, df)) * error
+    whole = layout.seeds_ms + max(0.0, layout.examples_ms - layout.rest_ms)
+    return Difference(
+        estimate=estimate,
+        seeds=seeds,
+        error=error,
+        df=df,
+        low=estimate - reach,
+        high=estimate + reach,
+        p=float(2 * stats.t.sf(abs(estimate) / error, df)) if error else float(estimate == 0),
+        seed_share=max(0.0, layout.seeds_ms - layout.rest_ms) / whole if whole else 0.0,
+        example_share=max(0.0, layout.examples_ms - layout.rest_ms) / whole if whole else 0.0,
+        smallest=_noncentrality(round(df, 2)) * error,
+        margin=abs(estimate) + one_sided,
+    )
+
+
+@functools.cache
+def _noncentrality(df: float) -> float:
+    """A true difference in standard errors that a t-test at LEVEL shows with a probability of POWER."""
+    effect = TTestPower().solve_power(effect_size=None, nobs=df + 1, alpha=LEVEL, power=POWER)
+    return float(np.squeeze(effect)) * (df + 1) ** 0.5
+
+
+def holm(differences: Mapping[K, Difference]) -> dict[K, float]:
+    """The p-values of a family after Holm's correction; NaN stays NaN and counts for nothing."""
+    known = {key: found.p for key, found in differences.items() if not np.isnan(found.p)}
+    adjusted = multipletests(list(known.values()), method="holm")[1].tolist() if known else []
+    return dict.fromkeys(differences, float("nan")) | dict(zip(known, adjusted, strict=True))
+
+
+def letters(means: Mapping[K, float], apart: Mapping[tuple[K, K], bool]) -> dict[K, str]:
+    """Groups that cannot be told apart: two share a letter where they, and all that share it, are not told apart.
+
+    Args:
+        means: what "a", the group with the highest, is chosen by.
+        apart: of all pairs, in either order; a pair that is missing is not told apart.
+    """
+    graph: nx.Graph = nx.Graph()
+    graph.add_nodes_from(means)
+    ordered = sorted(means, key=lambda key: -means[key])
+    graph.add_edges_from(
+        (one, other)
+        for position, one in enumerate(ordered)
+        for other in ordered[position + 1 :]
+        if not apart.get((one, other), apart.get((other, one), False))
+    )
+    ranks = {key: rank for rank, key in enumerate(ordered)}
+    groups = sorted(sorted(ranks[key] for key in group) for group in nx.find_cliques(graph))
+    found = dict.fromkeys(means, "")
+    for number, group in enumerate(groups):
+        for rank in group:
+            found[ordered[rank]] += _letter(number)
+    return found
+
+
+def _letter(number: int) -> str:
+    alphabet = string.ascii_lowercase
+    return alphabet[number] if number < len(alphabet) else f"{alphabet[number % 26]}{number // 26}"
+
+
+def interquartile_mean(runs: Sequence[Array], seed: int = 0) -> tuple[float, float, float]:
+    """The mean of the middle half of all runs of all tasks, and an interval with 1 - LEVEL.
+
+    By percentiles of a bootstrap that draws runs anew within each task (Agarwal et al., 2021, "Deep reinforcement
+    learning at the edge of the statistical precipice"); NaN where a task has a single run.
+
+    Args:
+        runs: of each task, one number per seed.
+    """
+    middle = float(stats.trim_mean(np.concatenate(runs), 0.25))
+    if min(map(len, runs)) < 2:
+        return middle, float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    drawn = [of_task[generator.integers(0, len(of_task), (REPLICATES, len(of_task)))] for of_task in runs]
+    means = stats.trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    return middle, float(low), float(high)

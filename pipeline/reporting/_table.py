@@ -1,0 +1,43 @@
+"""What a report is made of, before it is written in any form: texts, and tables."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+MISSING = "—"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sentences, each of which stands by itself; a heading without a full stop, or none."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        name: the stem of its files.
+        title: what it shows, without a full stop.
+        values: the numbers as they are, for CSV.
+        shown: the same as text, for Markdown and LaTeX; its column names are the headings.
+        caption: how to read it, as sentences.
+        provenance: how the numbers came about, likewise.
+        strong: the cells of `shown` that stand out, by row and heading.
+    """
+
+    name: str
+    title: str
+    values: pd.DataFrame
+    shown: pd.DataFrame
+    caption: str
+    provenance: str = ""
+    strong: frozenset[tuple[int, str]] = frozenset()
+
+    @property
+    def note(self) -> str:
+        """What stands below it."""
+        return f"{self.caption} {self.provenance}".strip()

@@ -1,0 +1,131 @@
+"""The results of a profile on a terminal of 80 columns: accuracies, groups that are not told apart, what to do next."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.grid.params import Params
+from pipeline.reporting._collect import Setting, collect
+from pipeline.reporting._comparison import Comparison, compared
+from pipeline.reporting._mechanisms import Mechanism, keyed, label
+from pipeline.text import counted
+
+WIDTH = 80
+_NAME, _COLUMN = 30, 16
+"""Columns of the terminal for the name of a mechanism, and for each task."""
+_NOT_LEARNED = "†"
+
+
+def show_results(params: Params, root: Path, console: Console | None = None) -> None:
+    """Print the results of the profile, from the files of its cells."""
+    console = console or _console()
+    frame, setting = collect(params.profile, params, root)
+    comparison = compared(frame, setting)
+    console.print(
+        Text(f"profile {setting.profile}: {setting.num_finished} of {counted(setting.num_cells, 'cell')} done")
+    )
+    if setting.scores:
+        for table in _tables(comparison):
+            console.print(table)
+        console.print(Text(_legend(comparison), style="dim"))
+    for line in _next(setting, root):
+        console.print(Text(line))
+
+
+def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
+    """The same as plain values: accuracies in percent, by task."""
+    frame, setting = collect(params.profile, params, root)
+    comparison = compared(frame, setting)
+    return {
+        "profile": setting.profile,
+        "finished": setting.num_finished,
+        "cells": setting.num_cells,
+        "report": str(_report(setting)) if (root / _report(setting)).is_file() else None,
+        "tasks": {
+            task: {
+                "rules": {rule.name: rule.accuracy for rule in comparison.rules(task)},
+                "mechanisms": [
+                    {**keyed(mechanism), "mean": mean, "seeds": _by_seed(comparison, task, mechanism)}
+                    | {"group": on_task.groups[mechanism], "passed_rule": not comparison.never_passed(task, mechanism)}
+                    for mechanism, mean in on_task.means.items()
+                ],
+            }
+            for task, on_task in comparison.tasks.items()
+        },
+    }
+
+
+def _console() -> Console:
+    """As wide as the terminal; elsewhere as wide as most are."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def _by_seed(comparison: Comparison, task: str, mechanism: Mechanism) -> dict[str, float]:
+    scores = comparison.setting.scores[task, mechanism]
+    return {str(seed): float(value) for seed, value in zip(scores.seeds, scores.accuracies, strict=True)}
+
+
+def _tables(comparison: Comparison) -> Iterator[Table]:
+    """As many as it takes: three tasks stand side by side."""
+    tasks, at_once = comparison.setting.tasks, (WIDTH - _NAME) // _COLUMN
+    for start in range(0, len(tasks), at_once):
+        drawn = Table(box=None, pad_edge=False, header_style="bold")
+        drawn.add_column("test accuracy in %", max_width=_NAME, overflow="fold")
+        chosen = tasks[start : start + at_once]
+        for task in chosen:
+            drawn.add_column(task, justify="right", max_width=_COLUMN, overflow="fold")
+        for mechanism in comparison.mechanisms:
+            drawn.add_row(label(mechanism), *(_cell(comparison, task, mechanism) for task in chosen))
+        best = {task: comparison.best_rule(task) for task in chosen}
+        if any(best.values()):
+            texts = [Text(f"{rule.accuracy:.1f}" if rule else "", style="dim") for rule in best.values()]
+            drawn.add_row(Text("best rule without a model", style="dim"), *texts)
+        yield drawn
+
+
+def _cell(comparison: Comparison, task: str, mechanism: Mechanism) -> Text:
+    scores = comparison.setting.scores.get((task, mechanism))
+    if scores is None:
+        return Text("—", style="dim")
+    accuracies = scores.accuracies
+    spread = f" ±{accuracies.std(ddof=1):.1f}" if len(accuracies) > 1 else ""
+    group = f" {comparison.tasks[task].groups[mechanism]}" if len(comparison.setting.seeds) > 1 else ""
+    mark = _NOT_LEARNED if comparison.never_passed(task, mechanism) else ""
+    leads = len(accuracies) > 1 and mechanism in comparison.tasks[task].leaders()
+    return Text(f"{np.mean(accuracies):.1f}{spread}{group}{mark}", style="bold green" if leads else "")
+
+
+def _legend(comparison: Comparison) -> str:
+    seeds = len(comparison.setting.seeds)
+    parts = [
+        f"± over {seeds} seeds; two that share a letter are not told apart." if seeds > 1 else "One seed: no spread."
+    ]
+    if any(comparison.never_passed(*key) for key in comparison.setting.scores):
+        parts.append(f"{_NOT_LEARNED} no better than the best rule that needs no model.")
+    return " ".join(parts)
+
+
+def _report(setting: Setting) -> Path:
+    return Path("reports", setting.profile, "index.html")
+
+
+def _next(setting: Setting, root: Path) -> Iterator[str]:
+    report = root / _report(setting)
+    if setting.is_check:
+        yield "This is a check, not a result."
+    if report.is_file():
+        yield f"report: {_report(setting)}"
+    if setting.num_finished < setting.num_cells:
+        yield "next: schoenbat-exp run --grid goes on; schoenbat-exp status says why cells are missing"
+    elif not report.is_file():
+        yield "next: schoenbat-exp report"
+    elif setting.is_check:
+        yield "next: schoenbat-exp list profiles, then schoenbat-exp use NAME for a comparison with seeds"
+    else:
+        yield "next: open the report; tables for a paper lie in its folder tables"

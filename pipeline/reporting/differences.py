@@ -1,0 +1,131 @@
+"""Differences in test accuracy: each mechanism against a named one, against uniform attention, and with ppSBN against
+without."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from pipeline.reporting import Report
+from pipeline.reporting._collect import Setting
+from pipeline.reporting._comparison import CONTROL, Comparison, Versus, compared
+from pipeline.reporting._mechanisms import has_ppsbn, label
+from pipeline.reporting._statistics import LEAST_SEEDS, POWER, Difference
+from pipeline.reporting._table import MISSING, Table
+
+
+class Differences(Report):
+    """Paired by seed and example, so that what all mechanisms share drops out."""
+
+    title = "Differences, and what they are worth"
+    order = 20
+
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
+        comparison = compared(frame, setting)
+        for name in dict.fromkeys((setting.reference, CONTROL)):
+            rows = comparison.versus(name)
+            if rows:
+                yield _table(f"versus-{name}", f"Difference in test accuracy from {name}, in points", rows, setting)
+        rows = comparison.ppsbn()
+        if rows:
+            yield _table("ppsbn", "Difference in test accuracy with ppSBN from without, in points", rows, setting)
+        pairs = list(_pairs(comparison))
+        if pairs:
+            yield Table(
+                name="pairs",
+                title="All pairs of mechanisms: the first less the second, in points of test accuracy",
+                values=pd.DataFrame([values for values, _ in pairs]),
+                shown=pd.DataFrame([shown for _, shown in pairs]),
+                caption=f"{_LEGEND} Verdicts are of the family of all pairs of a task. {_margin(setting)}",
+                provenance=setting.caption(),
+            )
+
+
+_LEGEND = (
+    "Interval: 95 %, for this pair alone, by a bootstrap over seeds and test examples together. p: t-test with the "
+    f"same error, not shown for fewer than {LEAST_SEEDS} seeds. From seeds, from examples: their shares of the squared "
+    "error; the rest shrinks with more of either. Visible: the least true difference that so many seeds and examples "
+    f"show in {100 * POWER:.0f} % of all cases, at a level of 5 %, before any correction."
+)
+
+
+def _margin(setting: Setting) -> str:
+    return (
+        f"Equal within {setting.margin:g}: two one-sided tests at 5 %; open: neither told apart nor equal within that, "
+        "but within what stands there."
+    )
+
+
+def _table(name: str, title: str, rows: Sequence[Versus], setting: Setting) -> Table:
+    return Table(
+        name=name,
+        title=title,
+        values=pd.DataFrame([_values(row) for row in rows]),
+        shown=pd.DataFrame([_shown(row, setting) for row in rows]),
+        caption=f"{_LEGEND} p (Holm): corrected over this table, as are verdicts. {_margin(setting)}",
+        provenance=setting.caption(),
+    )
+
+
+def _values(row: Versus) -> dict:
+    names = zip(
+        ("attn", "dotf", "former", "other", "other_dotf", "other_former"), row.mechanism + row.other, strict=True
+    )
+    return {"task": row.task, **dict(names), **vars(row.difference), "p_holm": row.adjusted, "apart": row.apart}
+
+
+def _shown(row: Versus, setting: Setting) -> dict[str, str]:
+    found = row.difference
+    texts = {"task": row.task, "mechanism": label(row.mechanism), "less": label(row.other)}
+    texts |= {"difference": f"{found.estimate:+.2f}", "interval": _interval(found), "seeds": str(found.seeds)}
+    enough = found.seeds >= LEAST_SEEDS
+    texts |= {"p": _p(found.p) if enough else MISSING, "p (Holm)": _p(row.adjusted) if enough else MISSING}
+    texts |= {"from seeds": _share(found.seed_share), "from examples": _share(found.example_share)}
+    texts |= {"visible": _number(found.smallest), "verdict": verdict(found, row.apart, setting.margin)}
+    if has_ppsbn(row.mechanism[2]) != has_ppsbn(row.other[2]) and row.mechanism[0] != row.other[0]:
+        texts["verdict"] += "; ppSBN differs too"
+    return texts
+
+
+def _pairs(comparison: Comparison) -> Iterator[tuple[dict, dict]]:
+    setting = comparison.setting
+    for task, on_task in comparison.tasks.items():
+        for (one, other), found in on_task.differences.items():
+            apart = on_task.apart[one, other]
+            row = Versus(task, one, other, found, float("nan"), apart)
+            values = _values(row)
+            del values["p_holm"]
+            shown = {
+                "task": task,
+                "mechanism": label(one),
+                "less": label(other),
+                "difference": f"{found.estimate:+.2f}",
+            }
+            shown |= {"interval": _interval(found), "verdict": verdict(found, apart, setting.margin)}
+            yield values, shown
+
+
+def verdict(found: Difference, apart: bool, margin: float) -> str:
+    """What a difference in points says."""
+    if found.seeds < 2:
+        return "one seed"
+    equal = found.margin < margin
+    if apart:
+        return ("higher" if found.estimate > 0 else "lower") + (f", but within {margin:g}" if equal else "")
+    return f"equal within {margin:g}" if equal else f"open, within {found.margin:.1f}"
+
+
+def _interval(found: Difference) -> str:
+    return MISSING if np.isnan(found.low) else f"{found.low:+.2f} to {found.high:+.2f}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return MISSING if np.isnan(value) else f"{value:.0%}"
+
+
+def _number(value: float) -> str:
+    return MISSING if np.isnan(value) else f"{value:.2f}"
