@@ -368,6 +368,7 @@ def predict(
         on_batch: called with (examples done, examples in all).
     """
     model.to(device).eval()
+    dataset = dataset.on(device)
     total = dataset.num_examples(split)
     parts: list[tuple[Tensor, ...]] = []
     done = 0
@@ -446,9 +447,9 @@ def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor
 
 def _predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     """Per example: right targets, targets, mean log-probability of the truth, and the class at the first position."""
-    tokens, key_mask, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels))
+    labels = batch.labels
     with autocast(device):
-        logits = model(tokens, key_mask)
+        logits = model(batch.tokens, batch.key_mask)
     rows = len(labels)
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
     guesses = logits.argmax(-1).view(rows, -1)
