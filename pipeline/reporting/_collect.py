@@ -140,16 +140,21 @@ class Setting:
             self.note or "No note.",
             f"{self.num_finished} of {self.num_cells} cells are finished.",
         ]
-        if self.unavailable:
-            rows = [
-                f"- {task}: {how or 'made by `schoenbat-exp run --grid`.'}" for task, how in self.unavailable.items()
-            ]
-            paragraphs.append("No prepared data, so no results, for these tasks:\n\n" + "\n".join(rows))
+        return [*paragraphs, *self.gaps()]
+
+    def gaps(self) -> list[str]:
+        """What is missing and why, as sentences; none if nothing is."""
+        sentences = [
+            f"No prepared data, so no results, for {task}: {how or 'made by schoenbat-exp run --grid.'}"
+            for task, how in self.unavailable.items()
+        ]
         for title, cells in (("Not finished", self.missing), ("Left out because they are out of date", self.outdated)):
             cells = [cell for cell in cells if not any(cell.startswith(f"{task}-") for task in self.unavailable)]
             if cells:
-                paragraphs.append(f"{title}: {', '.join(f'`{cell}`' for cell in cells)}.")
-        return paragraphs
+                sentences.append(f"{title}: {', '.join(cells)}.")
+        if self.num_finished and not self.bench:
+            sentences.append("No benchmark.")
+        return sentences
 
 
 def collect(
