@@ -8,11 +8,11 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml pipeline/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; name another one: make PYTHON=python3.12 setup" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[dev,hf]"
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[hf]" -e "pipeline[dev]"
 	@touch $(STAMP)
 
 # Exit code 3 says that the data of some task could not be had; the report shows which, and the rest is done.

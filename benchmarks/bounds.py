@@ -1,6 +1,6 @@
 """Whether the estimate of a kernel is ever worse than uniform weights, or gets worse with more features.
 
-    python benchmarks/bounds.py [--kernels 200] [--points 3] [--draws 3] [--vectors FILE] [--out bounds.csv]
+    python benchmarks/bounds.py [--kernels 200] [--points 3] [--draws 3] [--jobs 1] [--vectors FILE] [--out bounds.csv]
 
 For each random kernel with non-negative coefficients and weights (tests/random_kernels.py), at `--points` random pairs
 of head_dim and length, over numbers of features from 1 to 1,024: the norm of the output's error over the norm of the
@@ -12,16 +12,20 @@ than 5 % and three standard deviations of its draws from one number of features 
 
 import argparse
 import csv
+import functools
 import math
+import multiprocessing
 import sys
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from schoenbat import Estimate, Kernel
+from schoenbat import Estimate, Kernel, PoorEstimateWarning
 from schoenbat.ops.reference import kernel_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -92,24 +96,38 @@ def points(seed: int, count: int) -> Iterator[tuple[str, int, int]]:
         yield choose(("unit", "gathered")), choose(HEAD_DIMS), choose(LENGTHS)
 
 
+def rows_of(index: int, points_each: int, draws: int, vectors: Path | None) -> list[Row]:
+    """All rows of one of the kernels."""
+    name, kernel = list(unsigned_kernels(0).items())[index]
+    rows: list[Row] = []
+    if vectors is not None:
+        query, key, value = torch.load(vectors)
+        size = math.sqrt(float(query.norm(dim=-1).amax() * key.norm(dim=-1).amax()))
+        return list(measure(name, kernel, vectors.stem, (query / size, key / size, value), draws))
+    for point, (kind, head_dim, length) in enumerate(points(index, points_each)):
+        rows += measure(name, kernel, kind, made_up(kind, head_dim, length, 1000 * index + point), draws)
+    return rows
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", PoorEstimateWarning)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", type=int, default=200)
     parser.add_argument("--points", type=int, default=3)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--vectors", type=Path)
     parser.add_argument("--out", type=Path, default=Path("bounds.csv"))
     options = parser.parse_args()
-    rows: list[Row] = []
-    for index, (name, kernel) in enumerate(list(unsigned_kernels(0).items())[: options.kernels]):
-        if options.vectors is not None:
-            query, key, value = torch.load(options.vectors)
-            size = math.sqrt(float(query.norm(dim=-1).amax() * key.norm(dim=-1).amax()))
-            rows += measure(name, kernel, options.vectors.stem, (query / size, key / size, value), options.draws)
-        else:
-            for point, (kind, head_dim, length) in enumerate(points(index, options.points)):
-                tensors = made_up(kind, head_dim, length, 1000 * index + point)
-                rows += measure(name, kernel, kind, tensors, options.draws)
+    measure_kernel = functools.partial(
+        rows_of, points_each=options.points, draws=options.draws, vectors=options.vectors
+    )
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _prepare) as pool:
+        rows = [row for found in pool.map(measure_kernel, range(options.kernels)) for row in found]
     with options.out.open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     bad = [row for row in rows if row.is_bad]

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schoenbat import MultiheadKernelAttention
+from schoenbat import MultiheadKernelAttention, diagnose
+from schoenbat.estimate import WATCHERS
 
-WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 2, 3, 512, 8
+WIDTH, HEADS, LAYERS, LENGTH = 128, 2, 3, 512
+BATCH, TEST_BATCHES = 8, 32
 
 
 class Uniform(nn.Module):
@@ -67,6 +69,7 @@ class LanguageModel(nn.Module):
                 other.attentions[i] = MultiheadKernelAttention(WIDTH, HEADS, batch_first=True, **settings)  # type: ignore[arg-type]
         # Weights alone: the draw of the features is that of the settings.
         other.load_state_dict(self.state_dict(), strict=False)
+        other.to(device_of(self))
         if settings == {"uniform": True}:
             other.attentions = nn.ModuleList(Uniform(attention) for attention in other.attentions)  # type: ignore[arg-type]
         return other
@@ -90,26 +93,45 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
 
-def train(model: nn.Module, data: np.ndarray, steps: int, rate: float, seed: int) -> None:
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def train(model: nn.Module, data: np.ndarray, steps: int, rate: float, seed: int, batch_size: int) -> None:
     generator = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     began = time.perf_counter()
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, batch(data, generator, BATCH))
+        loss = loss_of(model, batch(data, generator, batch_size).to(device_of(model)))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 99:
+        if step % 500 == 499:
             print(f"step {step + 1}: {float(loss):.3f}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: np.ndarray) -> float:
     generator = np.random.default_rng(1)
-    return float(torch.stack([loss_of(model, batch(data, generator, BATCH)) for _ in range(8)]).mean())
+    batches = (batch(data, generator, BATCH).to(device_of(model)) for _ in range(TEST_BATCHES))
+    return float(torch.stack([loss_of(model, x) for x in batches]).mean())
+
+
+@torch.no_grad()
+def vectors_of(model: LanguageModel, x: Tensor) -> list[Tensor]:
+    """Query, key and value [B, H, N, d] of the second layer, in float64."""
+    seen: list[list[Tensor]] = []
+
+    def watch(estimate: object, query: Tensor, key: Tensor, value: Tensor, *_: object) -> None:
+        seen.append([tensor.double().cpu() for tensor in (query, key, value)])
+
+    WATCHERS.append(watch)
+    model(x)
+    WATCHERS.remove(watch)
+    return seen[1]
 
 
 def main() -> None:
@@ -121,24 +143,31 @@ def main() -> None:
     parser.add_argument("--further", type=int, default=0, help="steps of further training through each estimate")
     parser.add_argument("--features", type=int, nargs="*", default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=BATCH)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--vectors", type=Path, help="write a layer's query, key and value for benchmarks/bounds.py")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     training, test = read(arguments.text)
-    model = LanguageModel()
+    model = LanguageModel().to(arguments.device)
     if arguments.what == "train":
-        train(model, training, arguments.steps, 2e-3, arguments.seed)
+        train(model, training, arguments.steps, 2e-3, arguments.seed, arguments.batch_size)
         torch.save(model.state_dict(), arguments.model)
         print(f"softmax: {evaluate(model, test):.3f}")
         return
-    model.load_state_dict(torch.load(arguments.model))
+    model.load_state_dict(torch.load(arguments.model, map_location=arguments.device))
     print(f"softmax: {evaluate(model, test):.3f}", flush=True)
     print(f"uniform: {evaluate(model.switch(uniform=True), test):.3f}", flush=True)
+    sample = batch(test, np.random.default_rng(2), BATCH).to(arguments.device)[:, :-1]
+    print(*diagnose(model.switch(num_features=256), sample), sep="\n", flush=True)
+    if arguments.vectors:
+        torch.save(vectors_of(model, sample[:1]), arguments.vectors)
     for estimator in ("sketch", "maclaurin"):
         for num_features in arguments.features:
             other = model.switch(num_features=num_features, estimator=estimator)
             line = f"{estimator} {num_features}: {evaluate(other, test):.3f}"
             if arguments.further and estimator == "sketch":
-                train(other, training, arguments.further, 5e-4, arguments.seed + 1)
+                train(other, training, arguments.further, 5e-4, arguments.seed + 1, arguments.batch_size)
                 line += f", after {arguments.further} further steps {evaluate(other, test):.3f}"
             print(line, flush=True)
 

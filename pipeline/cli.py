@@ -2,28 +2,28 @@
 
 import contextlib
 import dataclasses
-import enum
-import importlib.metadata
 import json
+import os
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import commands
+import schoenbat
+from pipeline import commands, completion, model_commands
 from pipeline.grid.settings import enter_project
 from pipeline.lease import watch
 from pipeline.names import Kind, described, names
-from schoenbat.errors import UserError, unknown_name
+from schoenbat.errors import UserError, list_choices, unknown_name
 
 app = typer.Typer(
     help="Train, evaluate and compare attention mechanisms on Long Range Arena tasks; params.yaml says which.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -33,15 +33,21 @@ _LOOK_SECONDS = 1.0
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"schoenbat-exp {importlib.metadata.version('schoenbat')}")
+        print(f"{commands.PROGRAM} {schoenbat.__version__}")
         raise typer.Exit
 
 
-class Where(enum.StrEnum):
-    """Where `run` starts cells."""
+_GRID_COMMANDS, _SETUP_COMMANDS = "The grid", "Names and settings"
+_FILTERS, _HOW = "Which cells", "Where and how"
+_BACKENDS = ("local", "slurm")
 
-    LOCAL = "local"
-    SLURM = "slurm"
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line for what nobody has foreseen."""
+    *_, (frame, line) = traceback.walk_tb(trace)
+    what = next(iter(str(error).splitlines()), "")
+    where = f"{frame.f_code.co_filename}:{line}"
+    print(f"error: {kind.__name__}: {what} ({where}); {commands.PROGRAM} --debug ... shows all of it", file=sys.stderr)
 
 
 @app.callback()
@@ -49,30 +55,81 @@ def _begin(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=commands.DEBUG_VARIABLE, help="Show errors with their tracebacks.")
+    ] = False,
 ) -> None:
     """What comes before each command."""
+    if debug:
+        os.environ[commands.DEBUG_VARIABLE] = "1"
+    else:
+        sys.excepthook = _show_error
     enter_project()
 
 
-@app.command()
+@app.command(
+    rich_help_panel=_GRID_COMMANDS,
+    epilog=commands.examples(
+        "run --grid",
+        "run --grid --dry-run",
+        "run --task lra-text --attn rmfa --attn softmax",
+        "run --grid --jobs 2 --devices cuda:0,cuda:1",
+    ),
+)
 def run(
-    grid: Annotated[bool, typer.Option("--grid", help="All cells of params.yaml.")] = False,
+    grid: Annotated[bool, typer.Option("--grid", rich_help_panel=_FILTERS, help="All cells of params.yaml.")] = False,
     task: Annotated[
-        list[str] | None, typer.Option(help="Only cells of this task; repeat for more, as all below.")
+        list[str] | None,
+        typer.Option(
+            autocompletion=completion.grid_task,
+            rich_help_panel=_FILTERS,
+            help="Only cells of this task; repeat for more, as all below.",
+        ),
     ] = None,
-    attn: Annotated[list[str] | None, typer.Option(help="Only cells with this mechanism.")] = None,
-    dotf: Annotated[list[str] | None, typer.Option(help="Only cells with this kernel.")] = None,
-    former: Annotated[list[str] | None, typer.Option(help="Only cells with this former.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only cells with this seed.")] = None,
-    cell: Annotated[list[str] | None, typer.Option(help="Only the cell of this id.")] = None,
+    attn: Annotated[
+        list[str] | None,
+        typer.Option(
+            autocompletion=completion.grid_attn, rich_help_panel=_FILTERS, help="Only cells with this mechanism."
+        ),
+    ] = None,
+    dotf: Annotated[
+        list[str] | None,
+        typer.Option(
+            autocompletion=completion.grid_dotf, rich_help_panel=_FILTERS, help="Only cells with this kernel."
+        ),
+    ] = None,
+    former: Annotated[
+        list[str] | None,
+        typer.Option(
+            autocompletion=completion.grid_former, rich_help_panel=_FILTERS, help="Only cells with this former."
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(autocompletion=completion.grid_seed, rich_help_panel=_FILTERS, help="Only cells with this seed."),
+    ] = None,
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(autocompletion=completion.cell, rich_help_panel=_FILTERS, help="Only the cell of this id."),
+    ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Cells at once. Default and limit: cores divided by run.threads.")
+        int | None,
+        typer.Option(
+            "--jobs", rich_help_panel=_HOW, help="Cells at once. Default and limit: cores divided by run.threads."
+        ),
     ] = None,
-    where: Annotated[
-        Where, typer.Option("--backend", help="This machine, or a cluster as run.slurm describes it.")
-    ] = Where.LOCAL,
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            autocompletion=lambda: list(_BACKENDS),
+            rich_help_panel=_HOW,
+            help="local, this machine; or slurm, a cluster as run.slurm describes it.",
+        ),
+    ] = "local",
     devices: Annotated[
-        str | None, typer.Option("--devices", help="Such as cpu or cuda:0,cuda:1. Default: run.device.")
+        str | None,
+        typer.Option("--devices", rich_help_panel=_HOW, help="Such as cpu or cuda:0,cuda:1. Default: run.device."),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard checkpoints of interrupted runs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run the chosen cells even if they are up to date.")] = False,
@@ -89,6 +146,8 @@ def run(
     from pipeline.grid.cells import expand
     from pipeline.launch import grid_run
 
+    if backend not in _BACKENDS:
+        raise unknown_name("backend", backend, _BACKENDS)
     params = commands.load()
     filters: dict[str, Any] = dict(task=task, attn=attn, dotf=dotf, former=former, seed=seed, id=cell)
     if not grid and not any(filters.values()):
@@ -96,13 +155,14 @@ def run(
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
     wishes = grid_run.Wishes(filters, jobs, devices, restart, force, fail_fast, dry_run, as_json)
-    raise typer.Exit(grid_run.run_grid(params, expand(params), wishes, slurm=where is Where.SLURM))
+    raise typer.Exit(grid_run.run_grid(params, expand(params), wishes, slurm=backend == "slurm"))
 
 
+app.add_typer(model_commands.app)
 app.add_typer(commands.app)
 
 
-@app.command()
+@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("status", "status --watch", "status --json"))
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -120,7 +180,7 @@ def status(
     print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot)))
 
 
-@app.command()
+@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("results", "results --json"))
 def results(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Show what the finished cells have reached, also while a grid runs."""
     from pipeline.reporting._terminal import results_for_programs, show_results
@@ -132,9 +192,14 @@ def results(as_json: Annotated[bool, typer.Option("--json", help="For programs."
         show_results(params, Path())
 
 
-@app.command()
+@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("logs lra-text-rmfa-exp-maclauformer-42 -f"))
 def logs(
-    cell: Annotated[str, typer.Argument(help="The id of a cell, or the name of another job, as `status` shows it.")],
+    cell: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=completion.log, help="The id of a cell, or the name of another job, as `status` shows it."
+        ),
+    ],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is added, until Ctrl-C.")] = False,
 ) -> None:
     """Show the output of a cell's last run."""
@@ -143,7 +208,7 @@ def logs(
     folder = Path("logs", read_grid()[0])
     path = folder / f"{cell}.log"
     if not path.is_file():
-        known = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none"
+        known = list_choices(cell, sorted(log.stem for log in folder.glob("*.log")))
         raise UserError(f"no log of {cell!r} in {folder}; there are: {known}")
     with path.open(encoding="utf-8", errors="replace") as file, contextlib.suppress(KeyboardInterrupt):
         shutil.copyfileobj(file, sys.stdout)
@@ -153,16 +218,23 @@ def logs(
             shutil.copyfileobj(file, sys.stdout)
 
 
-@app.command("list")
+@app.command(
+    "list", rich_help_panel=_SETUP_COMMANDS, epilog=commands.examples("list", "list attn", "list profiles --json")
+)
 def list_names(
-    kind: Annotated[Kind | None, typer.Argument(help="Default: all kinds.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(autocompletion=lambda: list(Kind), help=f"One of {', '.join(Kind)}. Default: all kinds."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List the names that can be used, what they stand for, and what comes from other distributions."""
     from pipeline.grid.checked import ensure_checked
     from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE
 
-    found = {each: names(each) for each in ([kind] if kind else Kind)}
+    if kind is not None and kind not in list(Kind):
+        raise unknown_name("kind", kind, Kind)
+    found = {each: names(each) for each in Kind if kind in (None, each)}
     if as_json:
         print(json.dumps({each: [dataclasses.asdict(name) for name in listed] for each, listed in found.items()}))
     else:
@@ -172,9 +244,9 @@ def list_names(
         ensure_checked()
 
 
-@app.command()
+@app.command(rich_help_panel=_SETUP_COMMANDS, epilog=commands.examples("use cpu"))
 def use(
-    profile: Annotated[str, typer.Argument(help="Name of a file in profiles/.")],
+    profile: Annotated[str, typer.Argument(autocompletion=completion.profile, help="Name of a file in profiles/.")],
     force: Annotated[bool, typer.Option("--force", help="Even if params.yaml is not a copy of any profile.")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml."""
@@ -199,10 +271,32 @@ def use(
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
 
 
+@app.command()
+def doctor(
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
+    from pipeline.doctor import Finding, checks, gpu_tests
+
+    found: list[Finding] = []
+    for finding in gpu_tests.examine() if gpu else checks.examine():
+        found.append(finding)
+        if not as_json:
+            print(finding.line(width=8), flush=True)
+    wrong = any(finding.state == "wrong" for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
+    raise typer.Exit(int(wrong))
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point."""
     watch()
-    sys.exit(commands.exit_code(app, arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(commands.exit_code(app, given or ["--help"]))
 
 
 if __name__ == "__main__":

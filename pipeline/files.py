@@ -1,12 +1,15 @@
-"""JSON and CSV files, and facts about where a run happened."""
+"""JSON and CSV files, locks, and facts about where a run happened."""
 
 import csv
 import io
 import json
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from schoenbat.files import write_bytes
 
@@ -32,6 +35,27 @@ def remove_unfinished(folder: Path) -> None:
     """Delete what writers of files leave in `folder` when they are killed in the middle."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Wait until no other process is inside such a block, and keep others waiting; raises OSError without locks.
+
+    The system releases the lock when its process ends, however that happens.
+
+    Args:
+        on_wait: called if there is somebody to wait for.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def git_revision() -> str:

@@ -3,7 +3,9 @@
 import ast
 import enum
 import importlib.util
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,20 @@ _FORMERS = {
     "maclauformer": "pre-SBN and post-SBN around the mechanism, as SchoenbAt has it.",
     "transformer": "The mechanism alone.",
 }
+
+
+PROMISES = {
+    "weights_sum_to_one": "weights sum to one",
+    "sees_every_key": "sees every key",
+    "ignores_key_order": "order of keys irrelevant",
+    "has_causal_form": "causal form",
+    "has_cross_form": "cross-attention",
+    "needs_kernel": "takes a kernel",
+    "is_random": "random",
+    "needs_max_length": "needs a maximal length",
+}
+"""What each class variable of `schoenbat.attention.Attention` that is true or false says, in words."""
+_COLUMNS = 80
 
 
 class Kind(enum.StrEnum):
@@ -34,9 +50,32 @@ class Name:
     about: str
     origin: str = ""
 
+    def lines(self) -> list[str]:
+        """All that is said of it, as paragraphs."""
+        return [f"{self.about}{f' ({self.origin})' if self.origin else ''}"]
+
+
+@dataclass(frozen=True)
+class Mechanism(Name):
+    """A name of an attention mechanism, with what its class declares.
+
+    Attributes:
+        promises: by the keys of PROMISES.
+        cost: how time and memory grow with the length.
+        paper: what it implements.
+    """
+
+    promises: Mapping[str, bool] = field(default_factory=dict)
+    cost: str = ""
+    paper: str = ""
+
+    def lines(self) -> list[str]:
+        kept = ", ".join(words for promise, words in PROMISES.items() if self.promises[promise])
+        return [*super().lines(), f"{self.cost} cost; {kept}", *([f"paper: {self.paper}"] if self.paper else [])]
+
 
 def names(kind: Kind) -> list[Name]:
-    """All names of a kind, sorted, without importing what they stand for."""
+    """All names of a kind, sorted; only mechanisms are imported. One that cannot be says so in place of its text."""
     if kind is Kind.PROFILES:
         return [Name(path.stem, _note(path)) for path in sorted(Path("profiles").glob("*.yaml"))]
     if kind is Kind.FORMER:
@@ -51,20 +90,40 @@ def names(kind: Kind) -> list[Name]:
     registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
     registry = registries[kind]
     external = registry.external()
-    return [
+    found = [
         Name(name, _first_line(external[name].module), describe_entry(external[name]))
         if name in external
         else Name(name, _first_line(f"{registry.package}.{name}"))
         for name in registry.names()
     ]
+    return [_mechanism(each) for each in found] if kind is Kind.ATTN else found
 
 
 def described(listed: list[Name]) -> list[str]:
-    """A line for each."""
+    """What is said of each beside its name, in lines of at most 80 columns as far as words allow."""
     width = max((len(each.name) for each in listed), default=0)
-    return [
-        f"  {each.name:{width}}  {each.about}{f' ({each.origin})' if each.origin else ''}".rstrip() for each in listed
-    ]
+    lines = []
+    for each in listed:
+        indent = " " * (width + 4)
+        wrapped = [
+            line
+            for paragraph in each.lines()
+            for line in textwrap.wrap(paragraph, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False)
+            or [""]
+        ]
+        lines += [f"  {each.name:{width}}  {wrapped[0]}".rstrip(), *(f"{indent}{line}" for line in wrapped[1:])]
+    return lines
+
+
+def _mechanism(name: Name) -> Name:
+    from schoenbat.attention import ATTENTIONS
+
+    try:
+        found = ATTENTIONS.get(name.name)
+    except (UserError, ImportError, SyntaxError) as error:
+        return Name(name.name, f"cannot be loaded: {' '.join(str(error).split())}", name.origin)
+    promises = {promise: bool(getattr(found, promise)) for promise in PROMISES}
+    return Mechanism(name.name, name.about, name.origin, promises, found.cost, found.paper)
 
 
 def _note(profile: Path) -> str:

@@ -58,6 +58,8 @@ class Metrics:
         data: the label of the data.
         attention: the section of the mechanism.
         device: such as "cpu (AMD EPYC 9R14)".
+        state_bytes: what causal attention keeps of the tokens before, in all layers, at the task's length; None where
+            attention is not causal.
     """
 
     cell: str
@@ -82,6 +84,7 @@ class Metrics:
     torch: str
     git_revision: str
     fingerprint: Fingerprint
+    state_bytes: int | None = None
 
 
 @dataclass(frozen=True)

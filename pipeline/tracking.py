@@ -6,10 +6,8 @@ once, hands its result to the environment of the children, and calls `end_grid`;
 same for itself. All first use happens under a file lock, because MLflow's migrations fail when several processes meet a
 new database.
 
-A run that was interrupted is continued when its cell is started again with the same fingerprint (code, data and
-params), and an evaluation that it already holds is not logged a second time. A run that ended but was never tested
-counts as interrupted: DVC has no record of it, or its test would have followed. MLflow is for browsing: reports never
-read it.
+A cell has one run for each fingerprint (code, data and params), however often it is interrupted, fails or is trained
+again, and what the run already holds is not logged a second time. MLflow is for browsing: reports never read it.
 
 A server may be away for a while. During training an evaluation that cannot be logged is kept and sent with a later one;
 at the start and at the end of a cell, where there is nothing better to do, it is waited for. A grid does not begin with
@@ -56,7 +54,7 @@ TRACKING_URI = "MLFLOW_TRACKING_URI"
 PATIENCE_SECONDS = 300.0
 """How long a server is waited for at the start and at the end of a cell."""
 _PAUSE_SECONDS = 3.0
-_TESTED = "test_accuracy"
+_SHOWN_RUNS = 1000
 
 Scalar = str | int | float | bool | None
 T = TypeVar("T")
@@ -89,16 +87,37 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
             mlflow.set_tracking_uri(uri)
             client = mlflow.MlflowClient()
             experiment = _experiment_id(client, artifacts)
-            run = _newest_run(client, experiment, tags)
-            if run is None:
-                run = client.create_run(experiment, tags=tags, run_name=f"grid {profile}")
-            elif run.info.status != "RUNNING":
+            run = _only_run(client, experiment, tags, f"grid {profile}")
+            if run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
         except ImportError as error:
             raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
         except _errors() as error:
             raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
     return {TRACKING_URI: uri, EXPERIMENT_ID: experiment, PARENT_RUN_ID: run.info.run_id}
+
+
+def describe_store(root: Path) -> str | None:
+    """Where the runs of the project in `root` are recorded, and how many there are; None for a database yet to be made.
+
+    Raises:
+        UserError: the tracking server or database cannot be used.
+    """
+    uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
+    mlflow = import_mlflow()
+    try:
+        _check_database(uri)
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        runs = client.search_runs([experiment.experiment_id], max_results=_SHOWN_RUNS) if experiment else []
+    except FileNotFoundError:
+        return None
+    except ImportError as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
+    except _errors() as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
+    number = f"{len(runs)} or more runs" if len(runs) == _SHOWN_RUNS else counted(len(runs), "run")
+    return f"{number} in {_without_password(uri)}"
 
 
 def end_grid(grid: Mapping[str, str], status: str) -> None:
@@ -117,51 +136,40 @@ def end_grid(grid: Mapping[str, str], status: str) -> None:
 
 @contextmanager
 def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Scalar]) -> Iterator["CellRun"]:
-    """The run in which a cell is trained: the interrupted one of the same fingerprint if there is one, else a new one.
+    """The run of a cell, in which it is trained.
 
     The run ends as FINISHED, as KILLED when it is stopped, and as FAILED on any other exception, which goes on.
 
     Args:
         cell: what is trained.
-        fingerprint: identifies code, data and params of the cell; only a run that has the same is continued.
+        fingerprint: identifies code, data and params of the cell; with other ones it has another run.
         profile: the name of the profile.
         params: further parameters, flat.
     """
     axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
     tags = {"git_sha": git_revision(), "dvc_stage": os.environ.get("DVC_STAGE", "")}
 
-    def find(client: "MlflowClient", experiment: str, parent: str) -> str:
-        identity = _identity(cell, fingerprint, parent)
-        run = _newest_run(client, experiment, identity)
-        if run is None or (run.info.status == "FINISHED" and _TESTED in run.data.metrics):
-            run = client.create_run(experiment, tags=identity, run_name=cell.id)
+    def describe(client: "MlflowClient", run: "Run") -> None:
         if not client.list_artifacts(run.info.run_id):
             client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
         _describe(client, run, {**axes, **params}, tags)
-        return run.info.run_id
 
-    with _opened(profile, find) as opened:
+    with _opened(cell, fingerprint, profile, describe) as opened:
         yield opened
 
 
 @contextmanager
 def attach(cell: Cell, fingerprint: str, profile: str) -> Iterator["CellRun"]:
-    """The newest run of a trained cell, to add what was found out after the training; it is made if there is none."""
-
-    def find(client: "MlflowClient", experiment: str, parent: str) -> str:
-        identity = _identity(cell, fingerprint, parent)
-        run = _newest_run(client, experiment, identity) or client.create_run(
-            experiment, tags=identity, run_name=cell.id
-        )
-        return run.info.run_id
-
-    with _opened(profile, find) as opened:
+    """The run of a trained cell, to add what was found out after the training."""
+    with _opened(cell, fingerprint, profile, lambda client, run: None) as opened:
         yield opened
 
 
 @contextmanager
-def _opened(profile: str, find: Callable[["MlflowClient", str, str], str]) -> Iterator["CellRun"]:
-    """The run that `find` finds or makes, which gets the status that fits how the block ends."""
+def _opened(
+    cell: Cell, fingerprint: str, profile: str, describe: Callable[["MlflowClient", "Run"], None]
+) -> Iterator["CellRun"]:
+    """The run of a cell, described, which gets the status that fits how the block ends."""
     mlflow = import_mlflow()
     alone = not all(name in os.environ for name in (TRACKING_URI, EXPERIMENT_ID, PARENT_RUN_ID))
     grid: Mapping[str, str] = start_grid(profile) if alone else os.environ
@@ -171,7 +179,10 @@ def _opened(profile: str, find: Callable[["MlflowClient", str, str], str]) -> It
         _check_database(grid[TRACKING_URI])
         mlflow.set_tracking_uri(grid[TRACKING_URI])
         client = mlflow.MlflowClient()
-        opened.open(client, find(client, grid[EXPERIMENT_ID], grid[PARENT_RUN_ID]))
+        tags = {"mlflow.parentRunId": grid[PARENT_RUN_ID], "cell": cell.id, "fingerprint": fingerprint}
+        run = _only_run(client, grid[EXPERIMENT_ID], tags, cell.id)
+        describe(client, run)
+        opened.open(client, run.info.run_id)
 
     opened.do(open_run)
     status = "FAILED"
@@ -205,7 +216,7 @@ class CellRun:
         """Make a run of MLflow the one that is logged to, and mark it as running."""
         self._client, self._run_id = client, run_id
         client.update_run(run_id, status="RUNNING")
-        self._logged_steps = self._held_steps()
+        self._held = self._evaluations_held()
         self.run_id = run_id
 
     def close(self, status: str) -> None:
@@ -228,7 +239,7 @@ class CellRun:
     def log_evaluation(self, evaluation: "Evaluation") -> None:
         """Log one row of the learning curve, and what could not be logged before; keep it if MLflow cannot be reached.
 
-        A step that the run already holds is left alone.
+        What the run already holds is left alone.
         """
         if self._given_up:
             return
@@ -247,19 +258,21 @@ class CellRun:
     def _send(self) -> None:
         if self._unsure:
             # A call that failed may have arrived all the same.
-            self._logged_steps = self._held_steps()
+            self._held = self._evaluations_held()
         self._unsure = True
         for step, evaluation in sorted(self._kept.items()):
-            if step not in self._logged_steps:
+            # On a GPU a training that is repeated can end up with slightly other numbers, which are logged as well.
+            if (step, evaluation.dev_accuracy) not in self._held:
                 values = dataclasses.asdict(evaluation)
                 del values["step"]
                 self._client.log_batch(self._run_id, metrics=_metrics(values, step))
-                self._logged_steps.add(step)
+                self._held.add((step, evaluation.dev_accuracy))
         self._kept.clear()
         self._unsure = False
 
-    def _held_steps(self) -> set[int]:
-        return {metric.step for metric in self._client.get_metric_history(self._run_id, "dev_accuracy")}
+    def _evaluations_held(self) -> set[tuple[int, float]]:
+        history = self._client.get_metric_history(self._run_id, "dev_accuracy")
+        return {(metric.step, metric.value) for metric in history}
 
     def log_best(self, *, step: int, dev_accuracy: float, dev_loss: float, num_parameters: int) -> None:
         """Log what belongs to the best weights: metrics `best_*` at their step, and the number of parameters."""
@@ -395,14 +408,14 @@ def _experiment_id(client: "MlflowClient", artifacts: str | None) -> str:
     return experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
 
 
-def _newest_run(client: "MlflowClient", experiment: str, tags: Mapping[str, str]) -> "Run | None":
-    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-    runs = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
-    return runs[0] if runs else None
-
-
-def _identity(cell: Cell, fingerprint: str, parent: str) -> dict[str, str]:
-    return {"mlflow.parentRunId": parent, "cell": cell.id, "fingerprint": fingerprint}
+def _only_run(client: "MlflowClient", experiment: str, tags: dict[str, str], name: str) -> "Run":
+    """The one run with these tags, which is made if there is none."""
+    query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+    runs = client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])
+    for empty in runs[1:]:
+        # Its making was said to have failed, so another one was made.
+        client.delete_run(empty.info.run_id)
+    return runs[0] if runs else client.create_run(experiment, tags=tags, run_name=name)
 
 
 def _describe(client: "MlflowClient", run: "Run", params: Mapping[str, Scalar], tags: Mapping[str, str]) -> None:

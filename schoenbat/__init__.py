@@ -13,14 +13,21 @@ if TYPE_CHECKING:
     from schoenbat.functional import dot_product_kernel_attention
     from schoenbat.kernels import KERNELS, Kernel
     from schoenbat.nn.mha import MultiheadKernelAttention
+    from schoenbat.pretrained import PretrainedClassifier
+    from schoenbat.tasks import TASKS
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ATTENTIONS",
     "KERNELS",
+    "TASKS",
     "Estimate",
     "Kernel",
     "MultiheadKernelAttention",
     "PoorEstimateWarning",
+    "PretrainedClassifier",
+    "__version__",
     "diagnose",
     "diagnose_tensors",
     "dot_product_kernel_attention",
@@ -28,10 +35,12 @@ __all__ = [
 _HOMES = {
     "ATTENTIONS": "attention",
     "KERNELS": "kernels",
+    "TASKS": "tasks",
     "Estimate": "estimate",
     "Kernel": "kernels",
     "MultiheadKernelAttention": "nn.mha",
     "PoorEstimateWarning": "diagnosis",
+    "PretrainedClassifier": "pretrained",
     "diagnose": "diagnosis",
     "diagnose_tensors": "diagnosis",
     "dot_product_kernel_attention": "functional",

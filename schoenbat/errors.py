@@ -55,8 +55,17 @@ def unknown_name(kind: str, name: object, choices: Iterable[object]) -> UserErro
 def list_choices(name: object, choices: Iterable[object]) -> str:
     """`choices` in one line: those that `name` may be a misspelling of first, the others in their order."""
     known = [str(choice) for choice in choices]
-    likely = difflib.get_close_matches(str(name)[:200], known)
+    folded: dict[str, list[str]] = {}
+    for choice in known:
+        folded.setdefault(_fold(choice), []).append(choice)
+    close = difflib.get_close_matches(_fold(str(name)[:200]), folded)
+    likely = [choice for match in close for choice in folded[match]]
     ordered = [*likely, *(choice for choice in known if choice not in likely)]
     shown = ordered if len(ordered) <= MOST_CHOICES else ordered[: max(len(likely), 3)]
     more = [] if shown is ordered else [f"... ({len(ordered)} in all)"]
     return ", ".join([*shown, *more]) or "none"
+
+
+def _fold(name: str) -> str:
+    """Upper case and _ in the place of - are no different names to who types them."""
+    return name.casefold().replace("_", "-")

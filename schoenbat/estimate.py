@@ -89,6 +89,12 @@ class Estimate:
         assert self.num_features is not None
         scale = head_dim**-0.5 if scale is None else abs(scale)
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
+        # On the CPU whatever torch's default device is, so that all devices get the same draw.
+        with torch.device("cpu"):
+            return self._make(head_dim, scale, generator)
+
+    def _make(self, head_dim: int, scale: float, generator: torch.Generator) -> FeatureMap:
+        assert self.num_features is not None
         kernel = self.function
         sizes = {"head_dim": head_dim, "num_features": self.num_features, "max_degree": self.max_degree}
         if self.estimator == "maclaurin":
@@ -224,6 +230,6 @@ def _kernel_named(name: str) -> Kernel:
 
 @functools.lru_cache(maxsize=64)
 def _draw(estimate: Estimate, head_dim: int, scale: float, device: torch.device) -> FeatureMap:
-    # A tensor made in inference mode could never take part in training. Drawn on the CPU, so that devices agree.
-    with torch.inference_mode(False), torch.device("cpu"):
+    # A tensor made in inference mode could never take part in training.
+    with torch.inference_mode(False):
         return estimate.make(head_dim, scale).to(device)

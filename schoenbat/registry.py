@@ -4,10 +4,13 @@ A component of this project is one file: the file's stem is its name, and the fi
 from the registry's base. A component of another distribution is an entry point, NAME = "module:Class", in the group
 that is called like the package of the registry, such as "schoenbat.kernels". Names are listed without importing any
 component, so a broken one breaks only itself.
+
+A variant, NAME+VARIANT, is the component NAME under settings of its own.
 """
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -25,6 +28,19 @@ T = TypeVar("T")
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+VARIANT_MARK = "+"
+
+
+def base_name(name: str) -> str:
+    """What NAME+VARIANT is a variant of; any other name as it is.
+
+    Raises:
+        UserError: what follows the + is not made of letters, digits, - and _.
+    """
+    base, mark, variant = name.partition(VARIANT_MARK)
+    if mark and not _NAME.fullmatch(variant):
+        raise UserError(f"{shorten(name)}: a variant is NAME+VARIANT, VARIANT of letters, digits, - and _")
+    return base
 
 
 class Registry(Generic[T]):
@@ -36,12 +52,14 @@ class Registry(Generic[T]):
             are links that lead out of the package, which stand for components of other distributions (see
             `pipeline.grid.components`).
         base: the class that each component derives from.
+        has_variants: `get` takes names of variants, too, as the components have settings.
     """
 
-    def __init__(self, kind: str, package: str, base: type[T]) -> None:
+    def __init__(self, kind: str, package: str, base: type[T], *, has_variants: bool = False) -> None:
         self.kind = kind
         self.package = package
         self.base = base
+        self.has_variants = has_variants
 
     def names(self) -> list[str]:
         """All names, sorted; raises UserError as `external` does."""
@@ -67,11 +85,13 @@ class Registry(Generic[T]):
         return found
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`.
+        """The class called `name`, or that `name` is a variant of.
 
         Raises:
             UserError: there is none (the choices are listed), or the entry point of this name does not lead to one.
         """
+        if self.has_variants:
+            name = base_name(name)
         external = self.external()
         if name in external:
             return self._load(external[name])
@@ -87,7 +107,11 @@ class Registry(Generic[T]):
         return found[0]
 
     def _files(self) -> dict[str, Path]:
-        folder = Path(importlib.import_module(self.package).__path__[0])
+        # Looked up and not imported: the package may import torch, which takes seconds, and names do not need it.
+        spec = importlib.util.find_spec(self.package)
+        assert spec is not None
+        assert spec.submodule_search_locations
+        folder = Path(spec.submodule_search_locations[0])
         # An installation may consist of links: they lead to where the package's own __init__.py leads, under its names.
         home = (folder / "__init__.py").resolve().parent
         return {

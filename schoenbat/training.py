@@ -187,6 +187,7 @@ def fit(
         UserError: `checkpoint` is unreadable or of another configuration.
     """
     model.to(device)
+    dataset = dataset.on(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, eps=1e-6, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -232,7 +233,7 @@ def fit(
         model.train()
         learning_rate = float(schedule.get_last_lr()[0])
         parts = [dataset.batch("train", part) for part in _cut(indices, config.micro_batch)]
-        num_labels = sum(_num_labels(part) for part in parts)
+        num_labels = sum(part.num_labels for part in parts)
         # Dropout is the only user of torch's global generator here.
         torch.manual_seed((seed * 1_000_003 + state.step) % 2**63)
         optimizer.zero_grad(set_to_none=True)
@@ -333,6 +334,7 @@ def evaluate(
         on_batch: called with (examples done, examples in all).
     """
     model.to(device).eval()
+    dataset = dataset.on(device)
     total = dataset.num_examples(split)
     # Summed on the device, so that it is waited for once and not per batch.
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -343,7 +345,7 @@ def evaluate(
         batch_loss, batch_correct = _score(model, batch, device)
         loss_sum += batch_loss
         correct += batch_correct
-        num_labels += _num_labels(batch)
+        num_labels += batch.num_labels
         done += len(indices)
         if on_batch is not None:
             on_batch(done, total)
@@ -432,15 +434,11 @@ def _cut(indices: np.ndarray, size: int | None) -> list[np.ndarray]:
     return [indices] if size is None else [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _num_labels(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
-
-
 def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Summed loss over the labels of a batch, and how many the model gets right, both left on the device."""
-    tokens, key_mask, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels))
-    with _autocast(device):
-        logits = model(tokens, key_mask)
+    labels = batch.labels
+    with autocast(device):
+        logits = model(batch.tokens, batch.key_mask)
     loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     # No logit is the largest at IGNORED, so a position without a label is never right.
     return loss, (logits.argmax(-1) == labels).sum()
@@ -449,7 +447,7 @@ def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor
 def _predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     """Per example: right targets, targets, mean log-probability of the truth, and the class at the first position."""
     tokens, key_mask, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels))
-    with _autocast(device):
+    with autocast(device):
         logits = model(tokens, key_mask)
     rows = len(labels)
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
@@ -463,7 +461,8 @@ def _row_at(state: _Progress, step: int) -> Evaluation:
     return next(row for row in state.evaluations if row.step == step)
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """What a model is run under: bfloat16 autocast on CUDA, nothing elsewhere."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 

@@ -8,6 +8,10 @@ def test_the_name_that_may_have_been_meant_comes_first() -> None:
     assert str(error) == "unknown attn 'sofmax'; choose one of: softmax, mean, rmfa"
 
 
+def test_upper_case_and_underscores_are_spellings_of_a_name() -> None:
+    assert list_choices("RMFA_Sketch", ["mean", "rmfa-sketch"]) == "rmfa-sketch, mean"
+
+
 def test_without_a_likely_one_the_choices_keep_their_order() -> None:
     assert list_choices("zzz", ["b", "a", 3]) == "b, a, 3"
     assert list_choices("zzz", []) == "none"

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.files import read_json
 from pipeline.grid.axes import Cell, check_id, expand_grid
 from pipeline.grid.graph import cell_sources
-from pipeline.grid.params import MAX_SEED, Params, attention_section, former_section, task_section
+from pipeline.grid.params import MAX_SEED, Params, attention_section, cell_training, former_section, task_section
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.hashes import hash_of
 from pipeline.results import Fingerprint
@@ -91,8 +91,11 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
     """Build one head of each combination in `cells`, so that options which do not go together are found at once.
 
     Raises:
-        UserError: as `build_model` says it, such as a kernel that the former cannot keep inside its radius.
+        UserError: as `build_model` says it, such as a kernel that the former cannot keep inside its radius, or as
+            `cell_training` does.
     """
+    for cell in cells:
+        cell_training(params, cell)
     for task, attn, dotf, former in dict.fromkeys((cell.task, cell.attn, cell.dotf, cell.former) for cell in cells):
         model = task_section(params, task).model
         head_dim = model.width // model.num_heads
@@ -119,10 +122,9 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
 
 def settings(cell: Cell, params: Params) -> dict[str, Any]:
     """The parts of params.yaml that decide the cell's numbers, as plain values."""
-    task = task_section(params, cell.task)
     return {
-        "model": dataclasses.asdict(task.model),
-        "training": dataclasses.asdict(task.training),
+        "model": dataclasses.asdict(task_section(params, cell.task).model),
+        "training": dataclasses.asdict(cell_training(params, cell)),
         "attention": attention_section(params, cell.attn),
         "former": dataclasses.asdict(former_section(params, cell.former)),
     }
@@ -141,9 +143,14 @@ def data_meta(cell: Cell, params: Params) -> dict[str, Any]:
 
 def fingerprint(cell: Cell, params: Params) -> Fingerprint:
     """What a result of the cell would be made from now, which an interrupted run must share with its checkpoint."""
-    sources = cell_sources(cell, "train", params.profile)
-    code = {dep: hash_of(dep) for dep in sources if not dep.startswith(_MADE)}
-    return Fingerprint(_digest(code), settings_fingerprint(cell, params), data_meta(cell, params)["fingerprint"])
+    code = code_fingerprint(cell, params.profile)
+    return Fingerprint(code, settings_fingerprint(cell, params), data_meta(cell, params)["fingerprint"])
+
+
+def code_fingerprint(cell: Cell, profile: str) -> str:
+    """Of the files and folders of code that dvc.yaml lists for the cell's training, as they are now."""
+    sources = cell_sources(cell, "train", profile)
+    return _digest({dep: hash_of(dep) for dep in sources if not dep.startswith(_MADE)})
 
 
 def settings_fingerprint(cell: Cell, params: Params) -> str:

@@ -1,13 +1,14 @@
-"""Components of other distributions, made visible to DVC.
+"""Components of other distributions, and variants, made visible to DVC.
 
 dvc.yaml names the file of a component as `schoenbat/kernels/NAME.py`, and likewise for attention and tasks. A component
-from an entry point has its file elsewhere, so a link of that name leads to it: DVC then sees each change of the file,
-while the name on record is the same on every machine. The links list themselves in a .gitignore beside them, which is
-also the record of which links were made here.
+from an entry point has its file elsewhere, and a variant that of the component it is one of, so a link of that name
+leads to it: DVC then sees each change of the file, while the name on record is the same on every machine. The links
+list themselves in a .gitignore beside them, which is also the record of which links were made here.
 """
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,25 +16,30 @@ from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.kernels import KERNELS
-from schoenbat.registry import Registry
+from schoenbat.registry import VARIANT_MARK, Registry, base_name
 from schoenbat.tasks import TASKS
 
-_HEADER = "# Links to components of other distributions, made by schoenbat-exp.\n/.gitignore\n"
+_HEADER = "# Links made by schoenbat-exp.\n/.gitignore\n"
 
 
-def link_components() -> None:
-    """Make the links of all installed components in this checkout, and remove those of components that are gone.
+def link_components(attns: Iterable[str] = (), tasks: Iterable[str] = (), *, keep_others: bool = False) -> None:
+    """Make the links of all installed components, and of variants, in this checkout, and remove those of others.
 
     A component whose module cannot be found gets none: it is reported where it is used.
+
+    Args:
+        attns, tasks: names of mechanisms and tasks, variants among them.
+        keep_others: leave links of other variants where they are.
 
     Raises:
         UserError: a file that is no link is in the way.
     """
-    for registry in (ATTENTIONS, KERNELS, TASKS):
-        _link(registry)
+    registries: list[tuple[Registry, Iterable[str]]] = [(ATTENTIONS, attns), (KERNELS, ()), (TASKS, tasks)]
+    for registry, named in registries:
+        _link(registry, [name for name in named if VARIANT_MARK in name], keep_others)
 
 
-def _link(registry: Registry) -> None:
+def _link(registry: Registry, variants: Iterable[str], keep_others: bool) -> None:
     folder = Path(*registry.package.split("."))
     if not folder.is_dir():
         return
@@ -41,6 +47,10 @@ def _link(registry: Registry) -> None:
     listed = record.read_text(encoding="utf-8") if record.is_file() else ""
     found = {f"{name}.py": _file_of(entry) for name, entry in registry.external().items()}
     targets = {name: file for name, file in found.items() if file is not None}
+    targets |= {f"{name}.py": Path(f"{base_name(name)}.py") for name in variants}
+    if keep_others:
+        others = (folder / line.removeprefix("/") for line in listed.splitlines() if VARIANT_MARK in line)
+        targets |= {link.name: link.readlink() for link in others if link.is_symlink()}
     for line in listed.removeprefix(_HEADER).splitlines():
         link = folder / line.removeprefix("/")
         if link.name not in targets and link.is_symlink():

@@ -4,6 +4,7 @@ Every name is looked up in its registry, every section is built strictly, and wh
 line that names the key and the choices.
 """
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -12,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.grid.axes import GridParams
+from pipeline.grid.axes import Cell, GridParams
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS, MAX_FEATURES
 from schoenbat.errors import UserError, list_choices, shorten
 from schoenbat.kernels import KERNELS
 from schoenbat.nn.encoder import ModelConfig
 from schoenbat.nn.multihead import FORMERS, FormerConfig
-from schoenbat.registry import build_config, check_bounds
+from schoenbat.registry import VARIANT_MARK, base_name, build_config, check_bounds
 from schoenbat.tasks import MAX_LENGTH, TASKS
 from schoenbat.training import TrainingConfig
 
@@ -190,7 +191,10 @@ class Params:
     Attributes:
         profile: the name that the folders of runs and reports carry.
         note: one sentence that the report shows.
-        attention: the section of each mechanism as it was written (its Config has been built once as a check).
+        attention: the section of each mechanism as it was written (its Config has been built once as a check), less
+            `training`.
+        own_training: what `training` of the sections of mechanisms and formers replaces of that of the task, by
+            ("attention" or "former", name).
     """
 
     profile: str
@@ -199,6 +203,7 @@ class Params:
     task: dict[str, TaskParams]
     attention: dict[str, dict[str, Any]]
     former: dict[str, FormerConfig]
+    own_training: dict[tuple[str, str], dict[str, Any]]
     data: DataParams
     run: RunParams
     bench: BenchParams
@@ -221,7 +226,7 @@ class _RawParams:
     grid: GridParams
     task: dict[str, _RawTask]
     attention: dict[str, dict[str, Any] | None]
-    former: dict[str, FormerConfig]
+    former: dict[str, dict[str, Any] | None]
     bench: BenchParams
     errors: ErrorsParams
     data: DataParams = field(default_factory=DataParams)
@@ -240,13 +245,17 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise UserError(
             f"{path}: profile must be 1 to 64 lower-case letters, digits, - and _, not {shorten(raw.profile)}"
         )
+    grid, tasks = _checked_grid(raw, path), _built_tasks(raw.task, path)
+    attention, former = _without_training(raw.attention, path), _without_training(raw.former, path)
+    _check_attention(attention, path)
     return Params(
         profile=raw.profile,
         note=raw.note,
-        grid=_checked_grid(raw, path),
-        task=_built_tasks(raw.task, path),
-        attention=_checked_attention(raw.attention, path),
-        former=_checked_former(raw.former, path),
+        grid=grid,
+        task=tasks,
+        attention=attention,
+        former=_built_formers(former, path),
+        own_training=_own_training(raw, tasks, path),
         data=raw.data,
         run=raw.run,
         bench=raw.bench,
@@ -272,10 +281,28 @@ def task_section(params: Params, task: str) -> TaskParams:
 
 def former_section(params: Params, former: str) -> FormerConfig:
     """The options of one former; raises UserError when it is unknown or has no section."""
-    _check_names([former], "unknown former", FORMERS)
+    _check_names([former], "unknown former", FORMERS, variants=True)
     if former not in params.former:
         raise UserError(f"{PARAMS_FILE}: missing section former.{former} (`{former}: {{}}` takes the defaults)")
     return params.former[former]
+
+
+def cell_training(params: Params, cell: Cell) -> TrainingConfig:
+    """How a cell is trained: as its task says, but for what the sections of its mechanism and its former replace.
+
+    Raises:
+        UserError: both replace the same, or what comes out is no training.
+    """
+    task = task_section(params, cell.task)
+    attention = params.own_training.get(("attention", cell.attn), {})
+    former = params.own_training.get(("former", cell.former), {})
+    if twice := attention.keys() & former.keys():
+        raise UserError(
+            f"{PARAMS_FILE}: training.{min(twice)} is set by both attention.{cell.attn} and former.{cell.former}"
+        )
+    own = attention | former
+    where = f"{PARAMS_FILE}: training of {cell.id}"
+    return build_config(TrainingConfig, dataclasses.asdict(task.training) | own, where) if own else task.training
 
 
 def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
@@ -292,13 +319,21 @@ def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
     for axis, values, kind, choices, sections in axes:
         where = f"{path}: grid.{axis}"
         if choices is not None:
-            _check_names(values, f"{where}: unknown {kind}", choices)
+            _check_names(values, f"{where}: unknown {kind}", choices, variants=sections is not None)
         counts = Counter(values)
         for value in values:
             if counts[value] > 1:
                 raise UserError(f"{where} lists {value!r} more than once")
             if sections is not None and value not in sections:
                 raise UserError(f"{where}: {value!r} has no section {kind if kind != 'attn' else 'attention'}.{value}")
+    for section, names, used in (
+        ("task", raw.task, grid.tasks),
+        ("attention", raw.attention, grid.plain.attn + grid.kernel.attn),
+        ("former", raw.former, grid.plain.former + grid.kernel.former),
+    ):
+        for name in names:
+            if VARIANT_MARK in name and name not in used:
+                raise UserError(f"{path}: {section}.{name} is a variant that no axis of grid lists")
     for seed in grid.seeds:
         if seed < 0:
             raise UserError(f"{path}: grid.seeds must not be negative, not {seed}")
@@ -311,7 +346,7 @@ def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
 
 
 def _built_tasks(sections: dict[str, _RawTask], path: Path) -> dict[str, TaskParams]:
-    _check_names(sections, f"{path}: task: unknown task", TASKS.names())
+    _check_names(sections, f"{path}: task: unknown task", TASKS.names(), variants=True)
     built = {}
     for name, section in sections.items():
         where = f"{path}: task.{name}.data"
@@ -327,21 +362,48 @@ def _check_counts(config: Any, highest: int, where: str) -> None:
             raise UserError(f"{where}: {name} must be at most {highest}, not {value}")
 
 
-def _checked_attention(sections: dict[str, dict[str, Any] | None], path: Path) -> dict[str, dict[str, Any]]:
-    _check_names(sections, f"{path}: attention: unknown attn", ATTENTIONS.names())
+def _check_attention(sections: dict[str, dict[str, Any]], path: Path) -> None:
+    _check_names(sections, f"{path}: attention: unknown attn", ATTENTIONS.names(), variants=True)
     for name, section in sections.items():
         where = f"{path}: attention.{name}"
         _check_counts(build_config(ATTENTIONS.get(name).Config, section, where), _MAX_OPTION, where)
-    return {name: section or {} for name, section in sections.items()}
 
 
-def _checked_former(sections: dict[str, FormerConfig], path: Path) -> dict[str, FormerConfig]:
-    _check_names(sections, f"{path}: former: unknown former", FORMERS)
-    return sections
+def _built_formers(sections: dict[str, dict[str, Any]], path: Path) -> dict[str, FormerConfig]:
+    _check_names(sections, f"{path}: former: unknown former", FORMERS, variants=True)
+    return {name: build_config(FormerConfig, section, f"{path}: former.{name}") for name, section in sections.items()}
 
 
-def _check_names(values: Iterable[str], what: str, choices: Iterable[str]) -> None:
+def _without_training(sections: Mapping[str, dict[str, Any] | None], path: Path) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: value for key, value in (section or {}).items() if key != "training"}
+        for name, section in sections.items()
+    }
+
+
+def _own_training(
+    raw: _RawParams, tasks: Mapping[str, TaskParams], path: Path
+) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for kind, sections in (("attention", raw.attention), ("former", raw.former)):
+        for name, section in sections.items():
+            if section is None or "training" not in section:
+                continue
+            own, where = section["training"], f"{path}: {kind}.{name}.training"
+            if not isinstance(own, dict):
+                raise UserError(f"{where} must be a mapping, not {shorten(own)}")
+            for task in tasks.values():
+                build_config(TrainingConfig, dataclasses.asdict(task.training) | own, where)
+            found[kind, name] = own
+    return found
+
+
+def _check_names(values: Iterable[str], what: str, choices: Iterable[str], *, variants: bool = False) -> None:
     choices = list(choices)
     for value in values:
-        if value not in choices:
-            raise UserError(f"{what} {shorten(value)}; choose one of: {list_choices(value, choices)}")
+        try:
+            base = base_name(value) if variants else value
+        except UserError as error:
+            raise UserError(f"{what} {error}") from None
+        if base not in choices:
+            raise UserError(f"{what} {shorten(value)}; choose one of: {list_choices(base, choices)}")

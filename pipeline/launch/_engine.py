@@ -115,9 +115,10 @@ class _Engine:
             yield Event(name, "queued")
         while self._running or (self._unfinished and not self._stopping):
             self._lease.renew()
-            if stops():
+            requests = stops()
+            if requests:
                 self._stop()
-            if stops() > 1 or time.monotonic() > self._kill_at:
+            if requests > 1 or time.monotonic() > self._kill_at:
                 for task in self._running.values():
                     self._kill(task)
             if not self._stopping:

@@ -56,9 +56,8 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
     chosen = select(cells, **wishes.filters)
     check_models(params, chosen)
     check_code()
-    session.outlive_readers()
     backend, at_once, kind = _backend(params, wishes, slurm)
-    with session.only_grid(_LOGS, lambda text: print(text, flush=True)):
+    with session.outliving_readers(), session.only_grid(_LOGS, lambda text: print(text, flush=True)):
         settings = read_yaml(PARAMS_FILE)
         graph = read_graph(settings)
         if not wishes.dry_run:

@@ -164,7 +164,7 @@ def _kill_servers() -> None:
         with contextlib.suppress(psutil.Error):
             if any(_SERVER in word for word in child.cmdline()):
                 child.kill()
-                # Not waited for: multiprocessing does that, when it begins another one.
+                # Not reaped: multiprocessing does that when it begins another one, and not before all of it has ended.
                 while _is_running(child.pid):
                     time.sleep(0.01)
 
@@ -187,13 +187,15 @@ def _kill_group(leader: int) -> None:
 def _members(group: int) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == group and _is_running(process.pid):
                 yield process
 
 
 def _is_running(pid: int) -> bool:
+    """Whether any thread of a process is there: the main one can be a zombie before the others have ended."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
     except psutil.NoSuchProcess:
         return False
 

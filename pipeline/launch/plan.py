@@ -12,7 +12,7 @@ import psutil
 from pipeline.devices import get_device
 from pipeline.grid.cells import Cell
 from pipeline.grid.graph import Graph, Stage, lookup
-from pipeline.grid.params import Params
+from pipeline.grid.params import Params, cell_training
 from pipeline.hashes import Hashes
 from pipeline.launch._job import Device, Job, Work
 from pipeline.launch._placement import number_of_jobs
@@ -102,11 +102,11 @@ def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[l
         raise UserError(f"--jobs must be at least 1, not {jobs}")
     chosen = list(dict.fromkeys(name.strip() for name in (names or params.run.device).split(",")))
     found = list(dict.fromkeys(str(get_device(name)) for name in chosen))
-    most = number_of_jobs(_num_cores(), params.run.threads, jobs)
+    most = number_of_jobs(number_of_cores(), params.run.threads, jobs)
     return [_device(name, most) for name in found], most
 
 
-def _num_cores() -> int:
+def number_of_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -143,7 +143,7 @@ class _Measured:
 
     def expected(self, cell: Cell) -> tuple[float, float | None]:
         """Seconds, and MB or None: from the cell's own last run, else from its like with another seed, else a guess."""
-        training = self._params.task[cell.task].training
+        training = cell_training(self._params, cell)
         alike = [self._of_cell[cell]] if cell in self._of_cell else self._of_kind.get(_kind(cell), [])
         if not alike:
             return self._guess(cell), None
@@ -152,9 +152,9 @@ class _Measured:
         return seconds, max(memory, default=None)
 
     def _guess(self, cell: Cell) -> float:
-        task = self._params.task[cell.task]
+        task, training = self._params.task[cell.task], cell_training(self._params, cell)
         length = task.data.max_length
-        tokens = task.training.steps * task.training.batch_size * length
+        tokens = training.steps * training.batch_size * length
         pairs = tokens * length if ATTENTIONS.get(cell.attn).cost == "quadratic" else 0
         return task.model.num_layers * (tokens / _TOKENS_PER_SECOND + pairs / _PAIRS_PER_SECOND)
 

@@ -6,13 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TextIO, TypeVar
 
-from filelock import FileLock, Timeout
-
+from pipeline.files import locked
 from schoenbat.errors import UserError
 
 T = TypeVar("T")
@@ -25,30 +24,26 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def only_grid(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until no other grid runs in this checkout, and keep others waiting inside the block.
 
-    The system releases the lock when its process ends, however that happens.
-
     Raises:
         UserError: the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / "grid.lock"), folder / "grid.pid"
-    try:
+    owner = folder / "grid.pid"
+
+    def say_whose() -> None:
+        number = owner.read_text(encoding="utf-8") if owner.exists() else "?"
+        say(f"another grid runs in this checkout (process {number}); waiting for its end")
+
+    with ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            number = owner.read_text(encoding="utf-8") if owner.exists() else "?"
-            say(f"another grid runs in this checkout (process {number}); waiting for its end")
-            lock.acquire()
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
+            stack.enter_context(locked(folder / "grid.lock", say_whose))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
             raise UserError(
                 f"the file system of {folder.absolute()} has no file locks ({error.strerror}), so grids and DVC "
                 "could damage each other's files; put the checkout on one that has"
             ) from error
-        raise
-    with lock:
-        # Released once for each time that it was acquired.
-        lock.release()
         owner.write_text(str(os.getpid()), encoding="utf-8")
         yield
 
@@ -76,9 +71,16 @@ class StopSignals:
         self.count += 1
 
 
-def outlive_readers() -> None:
-    """Go on without output when whoever reads it goes away, as `head` does."""
-    sys.stdout = _Patient(sys.stdout)
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Inside the block, go on without output when whoever reads it goes away, as `head` does."""
+    before = sys.stdout
+    sys.stdout = patient = _Patient(before)
+    try:
+        yield
+    finally:
+        patient.flush()
+        sys.stdout = before
 
 
 class _Patient(io.TextIOBase):

@@ -227,7 +227,7 @@ def _check_tools() -> None:
             "or use --backend local"
         )
     if importlib.util.find_spec("parsl") is None:
-        raise UserError("--backend slurm needs Parsl: pip install 'schoenbat[cluster]'")
+        raise UserError("--backend slurm needs Parsl: pip install -e 'pipeline[cluster]'")
 
 
 def _jobs(logs: Path) -> dict[str, tuple[str, Path]]:

@@ -84,7 +84,7 @@ def _state(
     ):
         return "due"
     found = {out: hashes.of(out) for out in stage.outs}
-    if any(found[out] != md5 and (found[out] or out in stage.cached) for out, md5 in entry.outs.items()):
+    if any(found[out] != md5 and (found[out] or out not in stage.persistent) for out, md5 in entry.outs.items()):
         return "due"
     if not all(found.values()):
         return "absent"

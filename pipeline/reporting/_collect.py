@@ -244,9 +244,8 @@ def _cell_rows(
 ) -> list[dict[str, Any]]:
     """Observations on one cell; notes in `setting` where it stands."""
     key = dataclasses.asdict(cell) | {"dotf": cell.dotf or ""}
-    values = dict.fromkeys(
-        ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters"), float("nan")
-    )
+    names = ("test_accuracy", "test_loss", "dev_accuracy", "dev_loss", "best_step", "num_parameters", "state_bytes")
+    values = dict.fromkeys(names, float("nan"))
     rows = []
     metrics, test = results.metrics(), results.test()
     current = metrics is not None and (metrics.fingerprint.settings, metrics.fingerprint.data) == wanted
@@ -256,6 +255,7 @@ def _cell_rows(
             "dev_loss": metrics.best_dev_loss,
             "best_step": metrics.best_step,
             "num_parameters": metrics.num_parameters,
+            "state_bytes": float("nan") if metrics.state_bytes is None else metrics.state_bytes,
         }
         rows += [
             {**key, "step": int(row["step"]), "quantity": f"curve_{name}", "value": value}

@@ -12,7 +12,7 @@ from pipeline.reporting._mechanisms import named
 from pipeline.reporting._table import MISSING, Table, Text
 
 CELL = ["task", "attn", "dotf", "former", "seed"]
-QUANTITIES = ["num_parameters", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"]
+QUANTITIES = ["num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"]
 
 
 class Cells(Report):

@@ -1,9 +1,11 @@
 """Stage `bench`: every mechanism timed side by side, in one process, against torch's exact softmax attention.
 
-One attention is batch 1, 2 heads of 32, on queries and keys of unit length (what pre-SBN gives) and Gaussian values,
-with the kernel exp where one is needed. It is timed forward, and forward and backward; and the causal form as well, if
-there is one, against torch's with is_causal. In each round every mechanism is timed once, in turn, so that what
-disturbs the machine disturbs all alike; a row holds the median over rounds and the interquartile range, per call.
+One attention is batch 1, 2 heads of 32, in float32, or of another `Shape`, on queries and keys of unit length (what
+pre-SBN gives) and Gaussian values, with the kernel exp where one is needed. It is timed forward, and forward and
+backward; and the causal form as well, if there is one, against torch's with is_causal. In each round every mechanism is
+timed once, in turn, so that what disturbs the machine disturbs all alike; a row holds the median over rounds and the
+interquartile range, per call. On CUDA the time is what the GPU takes from the first kernel to the last, by its own
+events.
 
 Mechanisms with the option `num_features` are timed at each of `bench.num_features`, all of them at each of
 `bench.threads`.
@@ -12,9 +14,9 @@ Nothing is timed before its result has been compared, at the same length, with e
 queries spread over the sequence: outputs, and the gradients of query, key and value that those outputs cause.
 `relative_error` is the norm of the difference over the norm of the truth, for the outputs ("forward", "causal forward")
 or for the three gradients together ("forward+backward", "causal forward+backward"). Mechanisms that are exact must be
-within 1e-4. Those that estimate a kernel are given exp, which is softmax: they must be within 1, the error of an output
-of zeros, as must other libraries' estimates of softmax. The others are attentions of their own and must be finite;
-their error says how far from softmax they are.
+within 1e-4, in bfloat16 within 3e-2. Those that estimate a kernel are given exp, which is softmax: they must be within
+1, the error of an output of zeros, as must other libraries' estimates of softmax, which are timed in float32 only. The
+others are attentions of their own and must be finite; their error says how far from softmax they are.
 
 Peak memory is what torch's allocator held at most, beyond the inputs, during one call of its own: on the CPU from the
 allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
@@ -49,6 +51,7 @@ from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
 from schoenbat.nn.multihead import FormerConfig
 from schoenbat.norm import pre_sbn
 from schoenbat.registry import build_config
+from schoenbat.training import autocast
 
 COLUMNS = (
     "attn",
@@ -64,17 +67,18 @@ COLUMNS = (
     "batch",
     "heads",
     "head_dim",
+    "dtype",
     "num_features",
     "repeats",
     "device",
     "torch",
     "git_revision",
 )
+CHECKS = ("attn", "dotf", "length", "direction", "num_features", "threads", "relative_error")
 DOTF = "exp"
-BATCH, HEADS, HEAD_DIM = 1, 2, 32
 SDPA = ("sdpa", None)
 EXACT = ("sdpa", "softmax", "kernelized")
-EXACT_TOLERANCE = 1e-4
+EXACT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 ESTIMATE_TOLERANCE = 1.0
 CHECKED_QUERIES = 128
 SAMPLE_SECONDS = 0.02
@@ -85,6 +89,16 @@ PASSES = ("forward", "forward+backward")
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the queries, keys and values: [batch, heads, length, head_dim]."""
+
+    batch: int = 1
+    heads: int = 2
+    head_dim: int = 32
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -120,8 +134,10 @@ class Contender:
         return {"": self.attend} if self.causal is None else {"": self.attend, "causal ": self.causal}
 
 
-def run(params: Params, out: Path) -> None:
+def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
     """Time all mechanisms and write `out`, or nothing if a result is wrong.
+
+    Beside it bench-checks.csv has how far each is from the exact result, which is the same each time.
 
     Raises:
         UserError: the device of `run.device` is not there.
@@ -131,28 +147,32 @@ def run(params: Params, out: Path) -> None:
     # The profiler's library would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     rows: list[dict[str, Any]] = []
-    contenders = list(_contenders(params, device))
+    contenders = list(_contenders(params, shape, device))
     for threads in params.bench.threads:
         prepare_host(threads)
         for length in params.bench.lengths:
             able = [c for c in contenders if c.can_bear(length, params.bench.max_quadratic_length)]
-            rows += _bench_length(able, length, params.bench.repeats, device)
+            rows += _bench_length(able, shape, length, params.bench.repeats, device)
         if params.bench.step:
             rows += _bench_step(params, device)
     setting = {
-        "heads": HEADS,
+        "heads": shape.heads,
         "repeats": params.bench.repeats,
-        "head_dim": HEAD_DIM,
+        "head_dim": shape.head_dim,
+        "dtype": str(shape.dtype).removeprefix("torch."),
         "device": describe_device(device),
         "torch": torch.__version__,
         "git_revision": git_revision(),
     }
     complete = [setting | row for row in rows]
     write_csv(out, COLUMNS, [["" if row[name] is None else row[name] for name in COLUMNS] for row in complete])
+    errors = [(row, row["relative_error"]) for row in rows if row["relative_error"] is not None]
+    checks = [row | {"relative_error": f"{error:.1e}"} for row, error in errors]
+    write_csv(out.with_name("bench-checks.csv"), CHECKS, [[row[name] for name in CHECKS] for row in checks])
     print(f"{len(rows)} rows: {out}")
 
 
-def _contenders(params: Params, device: torch.device) -> Iterator[Contender]:
+def _contenders(params: Params, shape: Shape, device: torch.device) -> Iterator[Contender]:
     """torch's own attention, every registered one with its section of params.yaml (or its defaults), and rivals."""
     exact = F.scaled_dot_product_attention
     yield Contender("sdpa", None, None, exact, quadratic=True, causal=functools.partial(exact, is_causal=True))
@@ -166,29 +186,31 @@ def _contenders(params: Params, device: torch.device) -> Iterator[Contender]:
             config = dataclasses.replace(written, num_features=num_features) if counted else written
             kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
             generator = torch.Generator().manual_seed(0)
-            module = found(config, head_dim=HEAD_DIM, kernel=kernel, generator=generator).to(device)
+            module = found(config, head_dim=shape.head_dim, kernel=kernel, generator=generator).to(device)
             if isinstance(module, KernelAttention):
                 module.gets_units = True
             causal = functools.partial(module, is_causal=True) if found.has_causal_form else None
             yield Contender(name, DOTF if kernel else None, num_features, module, found.cost == "quadratic", causal)
-    for num_features in params.bench.num_features:
-        for rival in installed_rivals(heads=HEADS, head_dim=HEAD_DIM, num_features=num_features, device=device):
+    for num_features in params.bench.num_features if shape.dtype == torch.float32 else []:
+        for rival in installed_rivals(
+            heads=shape.heads, head_dim=shape.head_dim, num_features=num_features, device=device
+        ):
             yield Contender(rival.name, None, num_features, rival.attend, False, multiple_of=rival.multiple_of)
 
 
-def _inputs(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(shape: Shape, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(length)
-    shape = (BATCH, HEADS, length, HEAD_DIM)
-    query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
-    query, key, value = (x.to(device).requires_grad_() for x in (pre_sbn(query), pre_sbn(key), value))
+    sizes = (shape.batch, shape.heads, length, shape.head_dim)
+    query, key, value = (torch.randn(sizes, generator=generator) for _ in range(3))
+    query, key, value = (x.to(device, shape.dtype).requires_grad_() for x in (pre_sbn(query), pre_sbn(key), value))
     return query, key, value
 
 
 def _bench_length(
-    contenders: Sequence[Contender], length: int, repeats: int, device: torch.device
+    contenders: Sequence[Contender], shape: Shape, length: int, repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    inputs = _inputs(length, device)
-    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(length + 1)).to(device)
+    inputs = _inputs(shape, length, device)
+    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(length + 1)).to(device, shape.dtype)
 
     def calls(attend: Attend) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def forward() -> None:
@@ -215,7 +237,7 @@ def _bench_length(
             "dotf": contender.dotf,
             "length": length,
             "direction": direction,
-            "batch": BATCH,
+            "batch": shape.batch,
             "num_features": contender.num_features,
             "relative_error": errors[contender, direction],
             "threads": torch.get_num_threads(),
@@ -240,12 +262,12 @@ def _errors(contender: Contender, form: str, inputs: tuple[Tensor, ...], weight:
     gradients = torch.autograd.grad(output, inputs, weight, allow_unused=True)
     query, key, value = (x.detach().double().requires_grad_() for x in inputs)
     allowed = torch.arange(length, device=weight.device) <= picked[:, None] if form else None
-    scores = query[..., picked, :] @ key.mT * HEAD_DIM**-0.5
+    scores = query[..., picked, :] @ key.mT * query.shape[-1] ** -0.5
     truth = KERNELS.get(DOTF)().normalise(scores, allowed) @ value
     true_gradients = torch.autograd.grad(truth, (query, key, value), weight.double())
     found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
     errors = _relative_error([output.detach()], [truth.detach()]), _relative_error(found, true_gradients)
-    tolerance = EXACT_TOLERANCE if contender.attn in EXACT else ESTIMATE_TOLERANCE
+    tolerance = EXACT_TOLERANCE[inputs[0].dtype] if contender.attn in EXACT else ESTIMATE_TOLERANCE
     if contender.attn in ATTENTIONS.names() and contender.dotf is None and contender.attn not in EXACT:
         tolerance = math.inf
     if not all(math.isfinite(error) and error <= tolerance for error in errors):
@@ -276,17 +298,20 @@ def _interleaved(tasks: Mapping[K, Callable[[], Any]], repeats: int, device: tor
 
 
 def _seconds(call: Callable[[], Any], loops: int, device: torch.device) -> float:
-    _synchronise(device)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        first.record(stream)
+        for _ in range(loops):
+            call()
+        last.record(stream)
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
     start = time.perf_counter()
     for _ in range(loops):
         call()
-    _synchronise(device)
     return time.perf_counter() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _summary(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
@@ -328,7 +353,9 @@ def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
 
         def call() -> None:
             optimiser.zero_grad()
-            F.cross_entropy(model(tokens, key_mask), labels).backward()
+            with autocast(device):
+                logits = model(tokens, key_mask)
+            F.cross_entropy(logits.float(), labels).backward()
             optimiser.step()
 
         return call

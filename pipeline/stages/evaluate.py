@@ -7,7 +7,7 @@ from pipeline import tracking
 from pipeline.devices import get_device, prepare_host
 from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.grid.code import check_code
-from pipeline.grid.params import Params, task_section
+from pipeline.grid.params import Params, cell_training
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, TestScore
@@ -55,7 +55,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
             model,
             dataset,
             "test",
-            batch_size=task_section(params, cell.task).training.batch_size,
+            batch_size=cell_training(params, cell).batch_size,
             device=device,
             on_batch=on_batch,
         )

@@ -11,11 +11,10 @@ from threading import Event
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from pipeline import tracking
 from pipeline.devices import describe_device, get_device, prepare_host
-from pipeline.files import git_revision, remove_unfinished
+from pipeline.files import git_revision, locked, remove_unfinished
 from pipeline.grid.cells import (
     Cell,
     data_folder,
@@ -25,10 +24,10 @@ from pipeline.grid.cells import (
     settings_fingerprint,
 )
 from pipeline.grid.code import check_code
-from pipeline.grid.params import Params, load_params, task_section
+from pipeline.grid.params import Params, cell_training, load_params, task_section
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
-from pipeline.results import CellResults, Fingerprint, Metrics, Resources
+from pipeline.results import CellResults, Metrics, Resources
 from pipeline.stopping import Stopped, stop_request
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
@@ -56,72 +55,13 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     """
     device = get_device(device_name)
     prepare_host(params.run.threads)
-    meta = data_meta(cell, params)
-    dataset = Dataset(data_folder(params.profile, cell.task))
-    model = model_of(cell, params, meta)
-    print(f"{cell.id}: {meta['label']}, {device}, {_num_parameters(model)} parameters", flush=True)
-    if not save:
-        result = _fit(cell, params, model, dataset, device)
-        _print_result(cell, result)
-        return
-    checkpoint = cell.checkpoint_folder(params.profile) / "last.pt"
-    if restart:
-        checkpoint.unlink(missing_ok=True)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (checkpoint.parent, cell.run_folder(params.profile)):
-        remove_unfinished(folder)
-    described = description(cell, params, meta)
-    check_code()
-    identity = fingerprint(cell, params)
-    stop = Event()
-    with (
-        stop_request(stop.set),
-        _alone(checkpoint.with_name("train.lock"), cell),
-        tracking.cell_run(cell, str(identity), params.profile, flat(described)) as tracked,
-    ):
-        result = _fit(cell, params, model, dataset, device, checkpoint, tracked, stop.is_set)
-        tracked.log_evaluations(result.evaluations)
-        results = CellResults(params.profile, cell.id)
-        save_model(results.best, model, described | {"best_step": result.best_step})
-        resources = _resources(result, device, tracked.run_id or "")
-        metrics = _metrics(cell, params, meta, model, result, identity, device)
-        results.write_training(result.evaluations, resources, metrics)
-        tracked.log_best(
-            step=result.best_step,
-            dev_accuracy=result.best_dev_accuracy,
-            dev_loss=result.best_dev_loss,
-            num_parameters=_num_parameters(model),
-        )
-        tracked.log_model(
-            model, results.best, name=cell.id, num_texts=meta["num_texts"], num_classes=meta["num_classes"]
-        )
-        tracked.log_resources(dataclasses.asdict(resources))
-    if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
-        checkpoint.unlink(missing_ok=True)
-    elif LEASE_VARIABLE not in os.environ:
-        _check_unchanged(cell, params, identity)
-    _print_result(cell, result)
-
-
-@contextlib.contextmanager
-def _alone(path: Path, cell: Cell) -> Iterator[None]:
-    """Wait until no other process trains the cell, and keep others waiting inside the block."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{cell.id}: another process trains it; waiting for its end", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_unchanged(cell: Cell, params: Params, identity: Fingerprint) -> None:
-    """DVC would put on record what is there now as what the results were made from."""
-    if fingerprint(cell, params) != identity or settings_fingerprint(cell, load_params()) != identity.settings:
-        raise UserError(f"code, settings or data of {cell.id} have changed while it was trained; run again")
+    training = _Training(params, cell, device)
+    print(f"{cell.id}: {training.meta['label']}, {device}, {training.num_parameters} parameters", flush=True)
+    result = training.keep(restart=restart) if save else training.fit()
+    print(
+        f"{cell.id}: dev accuracy {result.best_dev_accuracy:.4f} (step {result.best_step} of {result.steps_run}), "
+        f"{result.seconds:.1f} s of training"
+    )
 
 
 def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
@@ -158,64 +98,173 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _fit(
-    cell: Cell,
-    params: Params,
-    model: Classifier,
-    dataset: Dataset,
-    device: torch.device,
-    checkpoint: Path | None = None,
-    tracked: tracking.CellRun | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> FitResult:
-    progress = None if checkpoint is None else ProgressFile(checkpoint.with_name("progress.json"), stage="train")
-    with Meter(cell.id) as meter:
+class _Training:
+    """One cell on a device: its model, its data, and what comes of training it."""
 
-        def on_step(report: StepReport) -> None:
-            if progress is not None and progress.is_due():
-                progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(device), **_gpu_use(device))
-            meter.update(
-                report.step,
-                report.steps,
-                f"loss {report.loss:.4f} accuracy {report.accuracy:.3f} {report.steps_per_second:.1f} steps/s",
-            )
+    def __init__(self, params: Params, cell: Cell, device: torch.device) -> None:
+        self.params, self.cell, self.device = params, cell, device
+        self.meta = data_meta(cell, params)
+        self.dataset = Dataset(data_folder(params.profile, cell.task))
+        self.model = model_of(cell, params, self.meta)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.identity = fingerprint(cell, params)
+        self.results = CellResults(params.profile, cell.id)
+        self.checkpoint = cell.checkpoint_folder(params.profile) / "last.pt"
 
-        def on_evaluation(evaluation: Evaluation) -> None:
-            meter.line(
-                f"{cell.id}: step {evaluation.step} train loss {evaluation.train_loss:.4f} "
-                f"dev loss {evaluation.dev_loss:.4f} dev accuracy {evaluation.dev_accuracy:.4f}"
-            )
-            if progress is not None:
-                progress.update(dev_accuracy=evaluation.dev_accuracy)
-            if tracked is not None:
-                tracked.log_evaluation(evaluation)
+    def keep(self, *, restart: bool) -> FitResult:
+        """Train with a checkpoint, and write and log what comes of it, while no other process trains the cell."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        waiting = f"{self.cell.id}: another process trains it; waiting for its end"
+        with locked(self.checkpoint.with_name("train.lock"), lambda: print(waiting, flush=True)):
+            if restart:
+                self.checkpoint.unlink(missing_ok=True)
+            for folder in (self.checkpoint.parent, self.results.folder):
+                remove_unfinished(folder)
+            check_code()
+            result = self._fit_and_write()
+            if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
+                self.checkpoint.unlink(missing_ok=True)
+        if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
+            self._check_unchanged()
+        return result
 
-        try:
-            return fit(
-                model,
-                dataset,
-                task_section(params, cell.task).training,
-                seed=cell.seed,
-                device=device,
-                checkpoint=checkpoint,
-                fingerprint=str(fingerprint(cell, params)),
-                on_step=on_step,
-                on_evaluation=on_evaluation,
-                stop=stop,
-            )
-        except TrainingStopped as error:
-            raise Stopped(f"{cell.id}: stopped, and saved at step {error.step}") from None
-        except MemoryError as error:
-            raise OutOfMemory(f"{device} has too little memory") from error
-        except RuntimeError as error:
-            # On the CPU torch raises a RuntimeError that only its text tells from others.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise OutOfMemory(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
-        except UserError as error:
-            if checkpoint is None or not checkpoint.exists():
-                raise
-            raise UserError(f"{error}, or pass --restart, which does so") from None
+    def _fit_and_write(self) -> FitResult:
+        described = description(self.cell, self.params, self.meta)
+        stop = Event()
+        with (
+            stop_request(stop.set),
+            tracking.cell_run(self.cell, str(self.identity), self.params.profile, flat(described)) as tracked,
+        ):
+            result = self.fit(self.checkpoint, tracked, stop.is_set)
+            tracked.log_evaluations(result.evaluations)
+            save_model(self.results.best, self.model, described | {"best_step": result.best_step})
+            resources = self._resources(result, tracked.run_id or "")
+            self.results.write_training(result.evaluations, resources, self._metrics(result))
+            self._log(tracked, result, resources)
+        return result
+
+    def fit(
+        self,
+        checkpoint: Path | None = None,
+        tracked: tracking.CellRun | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> FitResult:
+        """Train, and show how it goes; without a checkpoint nothing of it is written."""
+        progress = None if checkpoint is None else ProgressFile(checkpoint.with_name("progress.json"), stage="train")
+        with Meter(self.cell.id) as meter, _memory_watched(self.device):
+            shown = _Shown(self.cell.id, self.device, meter, progress, tracked)
+            try:
+                return fit(
+                    self.model,
+                    self.dataset,
+                    cell_training(self.params, self.cell),
+                    seed=self.cell.seed,
+                    device=self.device,
+                    checkpoint=checkpoint,
+                    fingerprint=str(self.identity),
+                    on_step=shown.step,
+                    on_evaluation=shown.evaluation,
+                    stop=stop,
+                )
+            except TrainingStopped as error:
+                raise Stopped(f"{self.cell.id}: stopped, and saved at step {error.step}") from None
+            except UserError as error:
+                if checkpoint is None or not checkpoint.exists():
+                    raise
+                raise UserError(f"{error}, or pass --restart, which does so") from None
+
+    def _log(self, tracked: tracking.CellRun, result: FitResult, resources: Resources) -> None:
+        tracked.log_best(
+            step=result.best_step,
+            dev_accuracy=result.best_dev_accuracy,
+            dev_loss=result.best_dev_loss,
+            num_parameters=self.num_parameters,
+        )
+        counts = {name: self.meta[name] for name in ("num_texts", "num_classes")}
+        tracked.log_model(self.model, self.results.best, name=self.cell.id, **counts)
+        tracked.log_resources(dataclasses.asdict(resources))
+
+    def _check_unchanged(self) -> None:
+        """DVC would put on record what is there now as what the results were made from."""
+        now = fingerprint(self.cell, self.params), settings_fingerprint(self.cell, load_params())
+        if now != (self.identity, self.identity.settings):
+            raise UserError(f"code, settings or data of {self.cell.id} have changed while it was trained; run again")
+
+    def _metrics(self, result: FitResult) -> Metrics:
+        return Metrics(
+            cell=self.cell.id,
+            profile=self.params.profile,
+            **dataclasses.asdict(self.cell),
+            steps=result.steps_run,
+            best_step=result.best_step,
+            best_dev_accuracy=result.best_dev_accuracy,
+            best_dev_loss=result.best_dev_loss,
+            final_train_loss=result.final_train_loss,
+            num_parameters=self.num_parameters,
+            train_examples=self.meta["splits"]["train"],
+            dev_examples=self.meta["splits"]["dev"],
+            data=self.meta["label"],
+            attention=self.params.attention[self.cell.attn],
+            device=describe_device(self.device),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            git_revision=git_revision(),
+            fingerprint=self.identity,
+            state_bytes=self.model.state_bytes(self.meta["max_length"]) if self.meta["causal"] else None,
+        )
+
+    def _resources(self, result: FitResult, run_id: str) -> Resources:
+        return Resources(
+            device=describe_device(self.device),
+            seconds=result.seconds,
+            steps_per_second=result.steps_run / result.seconds,
+            tokens_per_second=result.tokens / result.seconds,
+            peak_memory_mb=result.peak_memory_mb,
+            resumed=result.resumed,
+            run_id=run_id,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """How a training goes, on the terminal and, if it is kept, in progress.json and MLflow."""
+
+    cell: str
+    device: torch.device
+    meter: Meter
+    progress: ProgressFile | None
+    tracked: tracking.CellRun | None
+
+    def step(self, report: StepReport) -> None:
+        if self.progress is not None and self.progress.is_due():
+            used = {"memory_mb": _memory_mb(self.device), **_gpu_use(self.device)}
+            self.progress.update(**dataclasses.asdict(report), **used)
+        figures = f"loss {report.loss:.4f} accuracy {report.accuracy:.3f} {report.steps_per_second:.1f} steps/s"
+        self.meter.update(report.step, report.steps, figures)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.meter.line(
+            f"{self.cell}: step {evaluation.step} train loss {evaluation.train_loss:.4f} "
+            f"dev loss {evaluation.dev_loss:.4f} dev accuracy {evaluation.dev_accuracy:.4f}"
+        )
+        if self.progress is not None:
+            self.progress.update(dev_accuracy=evaluation.dev_accuracy)
+        if self.tracked is not None:
+            self.tracked.log_evaluation(evaluation)
+
+
+@contextlib.contextmanager
+def _memory_watched(device: torch.device) -> Iterator[None]:
+    """Every form in which memory runs out becomes OutOfMemory."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(f"{device} has too little memory") from error
+    except RuntimeError as error:
+        # On the CPU torch raises a RuntimeError that only its text tells from others.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
 
 
 def _memory_mb(device: torch.device) -> float:
@@ -236,57 +285,3 @@ def _gpu_use(device: torch.device) -> dict[str, int]:
         return {"gpu_percent": torch.cuda.utilization(device)}
     except pynvml.NVMLError:
         return {}
-
-
-def _metrics(
-    cell: Cell,
-    params: Params,
-    meta: dict[str, Any],
-    model: Classifier,
-    result: FitResult,
-    identity: Fingerprint,
-    device: torch.device,
-) -> Metrics:
-    return Metrics(
-        cell=cell.id,
-        profile=params.profile,
-        **dataclasses.asdict(cell),
-        steps=result.steps_run,
-        best_step=result.best_step,
-        best_dev_accuracy=result.best_dev_accuracy,
-        best_dev_loss=result.best_dev_loss,
-        final_train_loss=result.final_train_loss,
-        num_parameters=_num_parameters(model),
-        train_examples=meta["splits"]["train"],
-        dev_examples=meta["splits"]["dev"],
-        data=meta["label"],
-        attention=params.attention[cell.attn],
-        device=describe_device(device),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        git_revision=git_revision(),
-        fingerprint=identity,
-    )
-
-
-def _resources(result: FitResult, device: torch.device, run_id: str) -> Resources:
-    return Resources(
-        device=describe_device(device),
-        seconds=result.seconds,
-        steps_per_second=result.steps_run / result.seconds,
-        tokens_per_second=result.tokens / result.seconds,
-        peak_memory_mb=result.peak_memory_mb,
-        resumed=result.resumed,
-        run_id=run_id,
-    )
-
-
-def _num_parameters(model: Classifier) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _print_result(cell: Cell, result: FitResult) -> None:
-    print(
-        f"{cell.id}: dev accuracy {result.best_dev_accuracy:.4f} (step {result.best_step} of {result.steps_run}), "
-        f"{result.seconds:.1f} s of training"
-    )

@@ -17,6 +17,7 @@ from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.registry import Registry
 
 Cost = Literal["linear", "quadratic"]
+FLOAT_BYTES = 4
 MAX_FEATURES, MAX_DEGREE = 2**16, 100
 """Of what an experiment may ask for; a random feature of a degree above 100 is drawn once in 2^100."""
 
@@ -78,6 +79,13 @@ class Attention(nn.Module, ABC):
         This default is that of weights of every pair. It orders work by size; it is no prediction of time.
         """
         return 4.0 * length**2 * head_dim
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        """What causal attention keeps of the tokens before, at most, over `length` tokens: of one head, in float32.
+
+        This default is that of the keys and values of all tokens.
+        """
+        return kept_bytes(length, head_dim)
 
     def forward(
         self,
@@ -149,7 +157,7 @@ class KernelAttention(Attention):
         self.kernel = kernel
 
 
-ATTENTIONS: Registry[Attention] = Registry("attn", "schoenbat.attention", Attention)
+ATTENTIONS: Registry[Attention] = Registry("attn", "schoenbat.attention", Attention, has_variants=True)
 
 
 def check_kernel(attn: str, dotf: str | None) -> None:
@@ -176,6 +184,16 @@ def check_positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
+
+
+def kept_bytes(tokens: int, head_dim: int) -> int:
+    """Of the keys and values of so many tokens, for `Attention.state_bytes`."""
+    return FLOAT_BYTES * tokens * 2 * head_dim
+
+
+def sums_bytes(num_features: int, head_dim: int) -> int:
+    """Of the sums of phi(k) [v, 1]^T and [v, 1] over all tokens, for `Attention.state_bytes`."""
+    return FLOAT_BYTES * (num_features + 1) * (head_dim + 1)
 
 
 def scale_and_widen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schoenbat.attention import Attention, check_positive
+from schoenbat.attention import Attention, check_positive, sums_bytes
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
@@ -36,6 +36,9 @@ class Cosformer(Attention):
     @classmethod
     def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
         return 8.0 * length * head_dim**2
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(2 * head_dim, head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = causal_linear_attention if is_causal else linear_attention

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import Attention
+from schoenbat.attention import Attention, sums_bytes
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
@@ -32,6 +32,9 @@ class Hedgehog(Attention):
     @classmethod
     def flops(cls, config: object, *, length: int, head_dim: int) -> float:
         return 12.0 * length * head_dim**2
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(2 * head_dim, head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = causal_linear_attention if is_causal else linear_attention

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from schoenbat.attention import Attention
+from schoenbat.attention import Attention, sums_bytes
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
@@ -22,6 +22,9 @@ class Linear(Attention):
     @classmethod
     def flops(cls, config: object, *, length: int, head_dim: int) -> float:
         return 4.0 * length * head_dim**2
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(head_dim, head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = causal_linear_attention if is_causal else linear_attention

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from schoenbat.attention import Attention
+from schoenbat.attention import Attention, sums_bytes
 from schoenbat.ops.reference import fill_masked
 
 
@@ -16,6 +16,9 @@ class Mean(Attention):
     @classmethod
     def flops(cls, config: object, *, length: int, head_dim: int) -> float:
         return 2.0 * length * head_dim
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(0, head_dim)
 
     def forward(
         self,

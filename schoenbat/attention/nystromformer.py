@@ -80,9 +80,10 @@ class Nystromformer(Attention):
 
     def _convolved(self, v: Tensor) -> Tensor:
         assert self.filter is not None
-        columns = v.mT.flatten(0, 2)[:, None]
-        weight = self.filter.to(v.dtype)[None, None]
-        return F.conv1d(columns, weight, padding=len(self.filter) // 2).view_as(v.mT).mT
+        columns = v.mT.flatten(1, 2)
+        weight = self.filter.to(v.dtype).expand(columns.shape[1], 1, -1)
+        # A group for each column: one convolution of all would be in TF32 on a GPU.
+        return F.conv1d(columns, weight, padding=len(self.filter) // 2, groups=len(weight)).view_as(v.mT).mT
 
 
 def _segments(real: Tensor, number: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from schoenbat.attention import Attention, check_positive
+from schoenbat.attention import Attention, check_positive, sums_bytes
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
@@ -64,6 +64,10 @@ class Polysketch(Attention):
         width = head_dim if config.degree == 2 else columns
         sketched = 0.0 if config.degree == 2 else 2.0 * config.degree * columns * head_dim
         return length * (4.0 * width**2 * head_dim + sketched)
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        width = head_dim if self.config.degree == 2 else math.isqrt(self.config.num_features)
+        return sums_bytes(width**2 + 1, head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         q_features, k_features = (_squared(self.sketch(_normalised(x))) for x in (q, k))

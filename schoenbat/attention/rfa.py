@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from schoenbat.attention import Attention, check_positive
+from schoenbat.attention import Attention, check_positive, sums_bytes
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
@@ -51,6 +51,9 @@ class Rfa(Attention):
     @classmethod
     def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
         return 6.0 * length * config.num_features * head_dim
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(self.config.num_features, head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = causal_linear_attention if is_causal else linear_attention

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention
+from schoenbat.attention import FLOAT_BYTES, MAX_DEGREE, MAX_FEATURES, KernelAttention, kept_bytes, sums_bytes
 from schoenbat.estimate import Estimate
 from schoenbat.kernels import Kernel
+from schoenbat.ops._causal import chunk_length
 from schoenbat.ops.linear import attend
 from schoenbat.registry import check_bounds
 
@@ -39,6 +40,20 @@ class RmfaSketch(KernelAttention):
         estimate = Estimate(self.kernel, config.num_features, normalize=True, max_degree=config.max_degree)
         self.features = estimate.make(head_dim, generator=generator)
         self.bounded_for_units = self.features.is_bounded
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        chunk = chunk_length(self.features)
+        far = sums_bytes(self.features.plan.num_features, head_dim)
+        if self.kernel.is_exponential:
+            far += FLOAT_BYTES * head_dim
+        if self.bounded_for_units or not self.gets_units:
+            far += FLOAT_BYTES * (head_dim + 1) * head_dim
+        # Complete chunks are summed up; the tokens since are kept, with the 1 beside each value.
+        complete = length // chunk
+        most = max(length % chunk, chunk - 1 if complete > 1 else 0)
+        open_chunk = kept_bytes(most, head_dim) + FLOAT_BYTES * most
+        alone = chunk - 1 if complete else length
+        return max(far * (complete > 0) + open_chunk, kept_bytes(alone, head_dim) + FLOAT_BYTES * alone)
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention
+from schoenbat.attention import MAX_DEGREE, MAX_FEATURES, KernelAttention, sums_bytes
 from schoenbat.estimate import Estimate
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import attend
@@ -36,6 +36,9 @@ class Rmfa(KernelAttention):
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, "maclaurin", max_degree=config.max_degree)
         self.features = estimate.make(head_dim, generator=generator)
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(self.features.plan.num_features, head_dim)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from schoenbat.attention import KernelAttention
+from schoenbat.attention import KernelAttention, sums_bytes
 from schoenbat.errors import UserError
 from schoenbat.kernels import Kernel
 from schoenbat.ops.linear import attend
@@ -28,6 +28,9 @@ class Taylor1(KernelAttention):
         self.slope = math.sqrt(self.kernel.coefficient(1))
         if self.constant == self.slope == 0:
             raise UserError("the kernel has neither a constant nor a linear term, and taylor1 keeps no other")
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(head_dim + 1, head_dim)
 
     def forward(
         self,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from schoenbat.attention import Attention
+from schoenbat.attention import Attention, sums_bytes
 from schoenbat.ops.linear import causal_linear_attention, linear_attention
 
 
@@ -25,6 +25,9 @@ class Taylor2(Attention):
     @classmethod
     def flops(cls, config: object, *, length: int, head_dim: int) -> float:
         return 4.0 * length * (1 + head_dim + head_dim * (head_dim + 1) / 2) * head_dim
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return sums_bytes(1 + head_dim + head_dim * (head_dim + 1) // 2, head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = causal_linear_attention if is_causal else linear_attention

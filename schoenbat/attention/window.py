@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from schoenbat.attention import Attention
+from schoenbat.attention import Attention, kept_bytes
 from schoenbat.ops.places import masked_softmax
 
 
@@ -38,6 +38,9 @@ class Window(Attention):
     def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
         # Blocks see more than the window, which is masked.
         return 6.0 * length * config.window * head_dim
+
+    def state_bytes(self, *, length: int, head_dim: int) -> int:
+        return kept_bytes(min(length, self.config.window + 1), head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         length, width = q.shape[-2:]

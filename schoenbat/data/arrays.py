@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
@@ -45,6 +46,8 @@ class Batch:
     """bool [B, num_texts, N]; True where there is a token."""
     labels: torch.Tensor
     """int64 [B], or [B, N] where labels are per position; IGNORED where a position has none."""
+    num_labels: int
+    """How many labels there are that are not IGNORED."""
 
 
 def write_dataset(
@@ -177,21 +180,66 @@ class Dataset:
         N is the length of the longest text among them, rounded up to a multiple of `pad_to_multiple` (by default what
         the data's description says).
         """
-        if pad_to_multiple is None:
-            pad_to_multiple = self.meta["pad_to_multiple"]
-        docs = self._examples[split][indices]
-        starts, ends = self._offsets[docs], self._offsets[docs + 1]
-        longest = int((ends - starts).max())
-        length = -(-longest // pad_to_multiple) * pad_to_multiple
-        tokens = np.zeros((*docs.shape, length), dtype=np.int64)
-        for row in np.ndindex(docs.shape):
+        starts, ends, length = self._bounds(split, indices, pad_to_multiple)
+        tokens = np.zeros((*starts.shape, length), dtype=np.int64)
+        for row in np.ndindex(starts.shape):
             tokens[row][: ends[row] - starts[row]] = self._tokens[starts[row] : ends[row]]
         padded = torch.from_numpy(tokens)
         labels = self._labels[split][indices].astype(np.int64)
         if labels.ndim == 2:
             beyond = max(0, length - labels.shape[1])
             labels = np.pad(labels[:, :length], ((0, 0), (0, beyond)), constant_values=IGNORED)
-        return Batch(padded, padded != 0, torch.from_numpy(labels))
+        return Batch(padded, padded != 0, torch.from_numpy(labels), self._num_labels(split, indices))
+
+    def on(self, device: torch.device) -> "Dataset":
+        """The same data, whose batches are made where a model on `device` reads them.
+
+        For a device other than the CPU all of it is copied there, so that a batch needs no more than its indices.
+        """
+        return self if device.type == "cpu" else DatasetOnDevice(self, device)
+
+    def _bounds(
+        self, split: str, indices: np.ndarray, pad_to_multiple: int | None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Where the texts of the examples begin and end among all tokens, [B, num_texts] each, and N."""
+        if pad_to_multiple is None:
+            pad_to_multiple = self.meta["pad_to_multiple"]
+        docs = self._examples[split][indices]
+        starts, ends = self._offsets[docs], self._offsets[docs + 1]
+        longest = int((ends - starts).max())
+        return starts, ends, -(-longest // pad_to_multiple) * pad_to_multiple
+
+    def _num_labels(self, split: str, indices: np.ndarray) -> int:
+        return int((self._labels[split][indices] != IGNORED).sum())
+
+
+class DatasetOnDevice(Dataset):
+    """The data of `source`, kept on a device, where its batches are made; they are the same bit for bit."""
+
+    def __init__(self, source: Dataset, device: torch.device) -> None:
+        vars(self).update(vars(source))
+        self._device = device
+        # torch has no arithmetic of its unsigned 16-bit numbers.
+        tokens = source._tokens if source._tokens.dtype == np.uint8 else source._tokens.astype(np.int32)
+        self._all_tokens = torch.from_numpy(np.array(tokens)).to(device)
+        self._all_labels = {split: torch.from_numpy(labels).to(device) for split, labels in source._labels.items()}
+
+    def batch(self, split: str, indices: np.ndarray, pad_to_multiple: int | None = None) -> Batch:
+        starts, ends, length = self._bounds(split, indices, pad_to_multiple)
+        rows, first, end = (self._copied(array) for array in (indices, starts[..., None], ends[..., None]))
+        place = first + torch.arange(length, device=self._device)
+        key_mask = place < end
+        tokens = self._all_tokens[place.clamp_max(len(self._all_tokens) - 1)].long().masked_fill(~key_mask, 0)
+        labels = self._all_labels[split][rows].long()
+        if labels.ndim == 2:
+            labels = F.pad(labels[:, :length], (0, max(0, length - labels.shape[1])), value=IGNORED)
+        return Batch(tokens, key_mask, labels, self._num_labels(split, indices))
+
+    def on(self, device: torch.device) -> Dataset:
+        return self if device == self._device else super().on(device)
+
+    def _copied(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
 
 def batches(dataset: Dataset, split: str, batch_size: int, *, seed: int | None, epoch: int = 0) -> Iterator[np.ndarray]:

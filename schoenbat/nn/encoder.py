@@ -16,13 +16,13 @@ from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.multihead import FORMERS, FormerConfig, SelfAttention
-from schoenbat.registry import build_config, check_bounds
+from schoenbat.registry import base_name, build_config, check_bounds
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
 EMBEDDING_STD = 0.02
 
-MAX_LAYERS, MAX_WIDTH = 1000, 2**16
+MAX_LAYERS, MAX_WIDTH, MAX_CONVOLUTION = 1000, 2**16, 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class ModelConfig:
         norm: LayerNorm before attention and MLP, and once at the end (pre); or after each sum (post), as in the first
             Transformer.
         positions: learned vectors; sines and cosines; or none.
+        convolution: so many tokens, a token itself and those before it, are mixed channel by channel and added to the
+            token before the first block (as in H3, Zoology, Based and Mamba); 0 for none. A token then knows its
+            predecessor without attention.
     """
 
     num_layers: int = 2
@@ -47,10 +50,12 @@ class ModelConfig:
     pooling: Literal["mean", "cls"] = "mean"
     norm: Literal["pre", "post"] = "pre"
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
+    convolution: int = 0
 
     def __post_init__(self) -> None:
         wide = (1, MAX_WIDTH)
         check_bounds(self, num_layers=(1, MAX_LAYERS), width=wide, ffn_width=wide, num_heads=wide, head_width=wide)
+        check_bounds(self, convolution=(0, MAX_CONVOLUTION))
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} cannot be split over {self.num_heads} heads")
         if not 0 <= self.dropout < 1:
@@ -82,6 +87,24 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
+class ShortConvolution(nn.Module):
+    """x[t] + sum_i w_i * x[t - i] over i < size, w_i a learned weight per channel: [B, N, width] to the same.
+
+    Masked tokens count as 0.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width).uniform_(-1, 1) * size**-0.5)
+
+    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        there = x.masked_fill(~key_mask[..., None], 0.0)
+        mixed = x
+        for i, weight in enumerate(self.weight.to(x.dtype)):
+            mixed = mixed + weight * nn.functional.pad(there, (0, 0, i, 0))[..., : x.shape[-2], :]
+        return mixed
+
+
 class Encoder(nn.Module):
     """Tokens [B, N] and key_mask [B, N] to one vector per text, [B, width], or per position, [B, N, width]."""
 
@@ -100,6 +123,7 @@ class Encoder(nn.Module):
         else:
             fixed = sinusoidal_positions(length, config.width) if config.positions == "sinusoidal" else None
             self.register_buffer("positions", fixed, persistent=False)
+        self.convolution = ShortConvolution(config.convolution, config.width) if config.convolution else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
@@ -109,6 +133,8 @@ class Encoder(nn.Module):
         x = self.tokens(tokens)
         if self.positions is not None:
             x = x + self.positions[: tokens.shape[-1]]
+        if self.convolution is not None:
+            x = self.convolution(x, key_mask)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=-2)
             key_mask = nn.functional.pad(key_mask, (1, 0), value=True)
@@ -166,6 +192,15 @@ class Classifier(nn.Module):
         a, b = encoded[:, 0], encoded[:, 1]
         return self.head(torch.cat([a, b, a * b, a - b], dim=-1))
 
+    def state_bytes(self, length: int) -> int:
+        """What causal attention keeps of the tokens before, over `length` tokens: of all heads of all layers."""
+        layers = [module for module in self.modules() if isinstance(module, SelfAttention)]
+        return sum(
+            layer.num_heads
+            * layer.attention.state_bytes(length=length, head_dim=layer.project_out.in_features // layer.num_heads)
+            for layer in layers
+        )
+
 
 def build_model(
     *,
@@ -186,9 +221,9 @@ def build_model(
     """A model whose weights and random features are a pure function of the arguments.
 
     Args:
-        attn: name of the attention mechanism; `attention` is its section of options, built strictly.
+        attn: name of the attention mechanism or of a variant; `attention` is its section of options, built strictly.
         dotf: name of the kernel, for the mechanisms that need one.
-        former: "maclauformer" or "transformer".
+        former: "maclauformer" or "transformer", or a variant.
         per_position, causal: what the task says, see `schoenbat.tasks.Task`.
 
     Raises:
@@ -203,9 +238,10 @@ def build_model(
     if causal and not attention_class.has_causal_form:
         raise UserError(f"attn {attn!r} has no causal form, which this task needs: a token would learn of later ones")
     config: Any = build_config(attention_class.Config, attention, f"attention.{attn}")
-    kernel = _kernel_for(attn, dotf, former)
+    former_base = base_name(former)
+    kernel = _kernel_for(attn, dotf, former_base)
     for option in fields(FormerConfig):
-        if getattr(former_config, option.name) != option.default and former != "maclauformer":
+        if getattr(former_config, option.name) != option.default and former_base != "maclauformer":
             raise UserError(f"former {former!r} has no SBN, so it takes no option {option.name!r}")
     check_length(attn, attention_class, config, max_length + (model.pooling == "cls"))
     head_dim = model.width // model.num_heads
@@ -223,7 +259,7 @@ def build_model(
                     mechanism,
                     width=model.width,
                     num_heads=model.num_heads,
-                    former=former,
+                    former=former_base,
                     config=former_config,
                     causal=causal,
                 )

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_of, trust
+from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, sum_keys
-from schoenbat.ops.reference import divide, two_point_mean
+from schoenbat.ops.reference import divide, split, two_point_mean
 
 MANY_CHUNKS = 128
 """Beyond so many chunks a scan over them is faster than a product with a triangle."""
@@ -188,11 +189,18 @@ def _attend(
         scores = query @ key.mT
         products = scores.masked_fill(~lower, 0.0) @ extended
         products = products if far is None else products + query @ far.sums
-        return divide(products[..., :-1], products[..., -1:])
+        return divide(*split(products))
     kernel = features.kernel
-    scores = (query * scale) @ key.mT
-    allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
-    if not kernel.is_exponential:
+    if kernel.is_exponential:
+        products, top = near_of_exp(query * scale, key, extended, lower)
+        if far is not None:
+            found, level = _far(features, far, query, scale)
+            level = torch.where(far.total[..., -1:] > 0, level, LOWEST)
+            highest = torch.maximum(top, level.detach())
+            products = torch.exp(top - highest) * products + torch.exp(level - highest) * found
+    else:
+        scores = (query * scale) @ key.mT
+        allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
         weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
         products = weights @ extended
         if kernel.is_signed:
@@ -200,21 +208,8 @@ def _attend(
         if far is not None:
             found, _ = _far(features, far, query, scale)
             products = products + found
-        total = products[..., -1:]
-        return products[..., :-1] / torch.where(total > 0, total, 1.0)
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~allowed, lowest)
-    # What is not allowed comes out as exp(lowest - top) = 0, also where nothing is.
-    top = scores.detach().amax(-1, keepdim=True).clamp_min(lowest / 2)
-    if far is None:
-        products = torch.exp(scores - top) @ extended
-    else:
-        found, level = _far(features, far, query, scale)
-        level = torch.where(far.total[..., -1:] > 0, level, lowest)
-        top = torch.maximum(top, level.detach())
-        products = torch.exp(scores - top) @ extended + torch.exp(level - top) * found
-    total = products[..., -1:]
-    return products[..., :-1] / torch.where(total > 0, total, 1.0)
+    numerator, total = split(products)
+    return numerator / torch.where(total > 0, total, 1.0)
 
 
 def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -234,11 +229,11 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         level = level + (1 - factor) * moments.mean + log_mass(spread, count) - log_mass(factor * spread, count)
         query, moments = query * factor, moments.cooled(factor)
     products = look_up(query, far.sums, projection, features.plan)
-    lacking = (count * least_denominator(features, moments) - products[..., -1:]).clamp_min(0)
-    average = far.total / count
-    products = products + lacking * average
+    found = products[..., -1:]
+    denominator = torch.maximum(found, count * least_denominator(features, moments))
     # Numerators towards those of the mean value, of the same denominator.
-    return torch.lerp(products[..., -1:] * average, products, trust(features, count)), level
+    kept = trust(features, count)
+    return kept * products + (denominator - kept * found) * (far.total / count), level
 
 
 def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:

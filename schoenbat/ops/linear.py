@@ -31,7 +31,7 @@ from schoenbat.ops import _causal
 from schoenbat.ops._bounds import Moments, cooling, even_excess, least_denominator, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
-from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, settle
+from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
 
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
 
@@ -125,7 +125,7 @@ def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor
     """
     q, k, v = _prepare(query_features, key_features, value, key_mask)
     products = q @ (k.mT @ _extended(v, key_mask))
-    return divide(products[..., :-1], products[..., -1:]).to(value.dtype)
+    return divide(*split(products)).to(value.dtype)
 
 
 def causal_linear_attention(
@@ -179,7 +179,7 @@ def _through_plan(
         if fits_at_once(query, key):
             return attend_at_once(query, key, value, weight, projection, plan, smallest)
         products = look_up(query, sum_keys(key, extend_value(value, weight), projection, plan), projection, plan)
-        return divide(products[..., :-1], products[..., -1:], smallest)
+        return divide(*split(products), smallest)
     extended = extend_value(value, weight)
     total = extended.sum(-2, keepdim=True)
     mass = total[..., -1:]
@@ -188,12 +188,14 @@ def _through_plan(
     if kernel.is_exponential:
         factor = cooling(features, moments)
         query, moments = query * factor, moments.cooled(factor)
-    products = look_up(query, sum_keys(key, extended, projection, plan), projection, plan)
+    # The sums of what values differ from their mean, so that single outputs need no more than a quotient.
+    numerator, denominator = split(sum_keys(key, extended, projection, plan))
+    deviation = trust(features, moments.number) * (numerator - denominator * average)
+    deviation, denominator = split(look_up(query, torch.cat([deviation, denominator], -1), projection, plan))
     if features.centres:
-        excess = mass * even_excess(features, moments.square)
-        products = torch.cat([products[..., :-1] - excess * average, products[..., -1:] - excess], -1)
-    out = settle(products, mass * least_denominator(features, moments), average)
-    return torch.lerp(average, out, trust(features, moments.number))
+        denominator = denominator - mass * even_excess(features, moments.square)
+    denominator = torch.maximum(denominator, mass * least_denominator(features, moments))
+    return average + deviation / torch.where(denominator > 0, denominator, 1.0)
 
 
 def _moments(query: Tensor, key: Tensor, share: Tensor, scale: float) -> Moments:

@@ -20,6 +20,12 @@ SIGNED_FLOOR = 0.1
 """For a kernel of both signs, the least denominator as a part of what arguments of one sign would give."""
 
 
+def split(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators [..., v] and denominators [..., 1] of [..., v + 1]; the gradient is put together in one pass."""
+    numerator, denominator = products.split((products.shape[-1] - 1, 1), -1)
+    return numerator, denominator
+
+
 def divide(numerator: Tensor, denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
     """numerator / denominator, where a denominator closer to 0 than `smallest` is moved there with its sign.
 
@@ -60,7 +66,7 @@ def settle(products: Tensor, least: Tensor, mean: Tensor) -> Tensor:
 
     What a denominator lacks is the weight of keys whose share is not known: it goes to the `mean` value.
     """
-    numerator, denominator = products[..., :-1], products[..., -1:]
+    numerator, denominator = split(products)
     lacking = (least - denominator).clamp_min(0)
     total = denominator + lacking
     return (numerator + lacking * mean) / torch.where(total > 0, total, 1.0)

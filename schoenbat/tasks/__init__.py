@@ -5,12 +5,13 @@ problem, and what can be scored without a model. Token 0 is padding everywhere.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from schoenbat.errors import UserError
 from schoenbat.registry import Registry
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class Task(ABC):
     include `max_length`, at which texts are cut.
 
     Attributes:
-        num_classes, vocab_size: of labels and tokens; where they depend on the options, set by `__init__`.
-        num_texts: 1 or 2 texts make an example.
+        num_classes, vocab_size: of labels and tokens; where they depend on the options, set by `__init__`, and where
+            they depend on the data, by `prepare`.
+        num_texts: 1 or 2 texts make an example; may be set by `__init__`.
+        class_names: of the labels by their numbers; empty where they are the numbers, or where the data has them.
         per_position: labels belong to positions of a text and not to the whole.
         causal: a position may attend to itself and earlier ones only.
         pad_to_multiple: batches are padded to a multiple of this length.
@@ -42,7 +45,8 @@ class Task(ABC):
     Config: ClassVar[type]
     num_classes: int
     vocab_size: int
-    num_texts: ClassVar[int] = 1
+    num_texts: int = 1
+    class_names: ClassVar[tuple[str, ...]] = ()
     per_position: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     pad_to_multiple: ClassVar[int] = 64
@@ -66,6 +70,19 @@ class Task(ABC):
     def prepare(self, raw: Path, out: Path) -> dict[str, Any]:
         """Encode the raw files into arrays in `out` and return their description (`meta.json`)."""
 
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+        """The tokens of a text that is in no split, whole, as `prepare` makes them.
+
+        Args:
+            text: what a user types.
+            meta: what `prepare` returned.
+
+        Raises:
+            UserError: the text is none of this task's, or its examples are no texts.
+        """
+        raise UserError("examples of this task are no texts")
+
     def baselines(self, dataset: "Dataset") -> dict[str, float]:
         """Test accuracy of rules that need no model, by the name of the rule.
 
@@ -74,7 +91,7 @@ class Task(ABC):
         """
         # Labels are not negative, except where a position has none.
         train, test = (labels[labels >= 0] for labels in (dataset.labels("train"), dataset.labels("test")))
-        commonest = np.bincount(train, minlength=self.num_classes).argmax()
+        commonest = np.bincount(train, minlength=dataset.meta["num_classes"]).argmax()
         return {"majority class": float((test == commonest).mean())}
 
     @classmethod
@@ -83,4 +100,9 @@ class Task(ABC):
         """Write tiny raw files into `raw` and return a tiny `Config` that goes with them, for tests without data."""
 
 
-TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task)  # type: ignore[type-abstract]
+def byte_tokens(content: bytes) -> np.ndarray:
+    """Each byte plus 1, so that 0 stays free for padding; uint16."""
+    return np.frombuffer(content, np.uint8).astype(np.uint16) + 1
+
+
+TASKS: Registry[Task] = Registry("task", "schoenbat.tasks", Task, has_variants=True)  # type: ignore[type-abstract]

@@ -5,6 +5,7 @@ seed. Drawing is vectorised over many expressions at once, level by level: a who
 few expressions of an acceptable length are kept, and only those get operators, digits, a value and a line of tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from schoenbat.data.arrays import Dataset, batches, write_dataset
-from schoenbat.errors import UserError
+from schoenbat.errors import UserError, unknown_name
 from schoenbat.registry import check_bounds
 from schoenbat.tasks import MAX_LENGTH, Progress, Task
 
@@ -119,6 +120,15 @@ class ListOps(Task):
     def sample(cls, raw: Path) -> Config:
         """A tiny configuration for tests."""
         return cls.Config(max_length=40, min_length=5, train_size=24, dev_size=8, test_size=8, max_depth=4, max_args=4)
+
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+        """Tokens are separated by spaces, as in "[MAX 2 [MED 4 7 9 ] ]"."""
+        ids = {token: number for number, token in enumerate(TOKENS) if number}
+        for token in text.split():
+            if token not in ids:
+                raise unknown_name("token", token, ids)
+        return np.array([ids[token] for token in text.split()], dtype=np.uint16)
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """Rules of thumb: the commonest value; the commonest one of the outermost operator, and of it with its smallest

@@ -11,7 +11,7 @@ import json
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -23,7 +23,7 @@ from schoenbat.data.fetch import RemoteFile, fetch
 from schoenbat.data.subset import balanced_rows, check_size
 from schoenbat.errors import UserError, shorten
 from schoenbat.registry import check_bounds
-from schoenbat.tasks import MAX_LENGTH, Progress, Task
+from schoenbat.tasks import MAX_LENGTH, Progress, Task, byte_tokens
 
 ARCHIVE = RemoteFile(
     mirror_path="lra/lra_release.gz",
@@ -99,6 +99,7 @@ class Retrieval(Task):
     num_classes = 2
     vocab_size = 257
     num_texts = 2
+    class_names = ("unrelated", "one cites the other")
     how_to_get = (
         "put the aan/ files (a subset) or lra/lra_release.gz into a folder and name that folder in "
         "SCHOENBAT_DATA_MIRROR, or set data.download_limit_mb to 8500 to download the Long Range Arena's archive"
@@ -164,7 +165,7 @@ class Retrieval(Task):
         used = np.unique(np.concatenate([pairs.ravel() for pairs, _ in splits.values()]))
         return write_dataset(
             out,
-            [np.frombuffer(found.texts[index], np.uint8).astype(np.uint16) + 1 for index in used],
+            [byte_tokens(found.texts[index]) for index in used],
             {split: (np.searchsorted(used, pairs), labels) for split, (pairs, labels) in splits.items()},
             {
                 "task": "lra-retrieval",
@@ -177,6 +178,10 @@ class Retrieval(Task):
                 "notes": found.notes,
             },
         )
+
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+        return byte_tokens(text.encode())
 
     @classmethod
     def sample(cls, raw: Path) -> Config:

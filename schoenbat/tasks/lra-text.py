@@ -4,7 +4,7 @@ import json
 import lzma
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +17,7 @@ from schoenbat.data.fetch import RemoteFile, fetch
 from schoenbat.data.subset import balanced_rows, check_size
 from schoenbat.errors import UserError
 from schoenbat.registry import check_bounds
-from schoenbat.tasks import MAX_LENGTH, Progress, Task
+from schoenbat.tasks import MAX_LENGTH, Progress, Task, byte_tokens
 
 LINES = RemoteFile(
     mirror_path="imdb/imdb.jsonl.xz",
@@ -61,6 +61,7 @@ class Text(Task):
 
     num_classes = 2
     vocab_size = 257
+    class_names = ("negative", "positive")
     how_to_get = (
         "connect to ai.stanford.edu, or put imdb/imdb.jsonl.xz or imdb/aclImdb_v1.tar.gz into a folder and name that "
         "folder in SCHOENBAT_DATA_MIRROR"
@@ -123,7 +124,7 @@ class Text(Task):
         for split, chosen in (("train", train), ("dev", dev), ("test", test)):
             rows = np.arange(len(docs), len(docs) + len(chosen))
             splits[split] = (rows[:, None], np.array([review.label for review in chosen]))
-            docs.extend(np.frombuffer(review.text, np.uint8).astype(np.uint16) + 1 for review in chosen)
+            docs.extend(byte_tokens(review.text) for review in chosen)
         return write_dataset(
             out,
             docs,
@@ -139,6 +140,10 @@ class Text(Task):
                 "notes": notes,
             },
         )
+
+    @classmethod
+    def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
+        return byte_tokens(text.encode())
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """The commonest label, and logistic regression on the frequencies of bytes."""

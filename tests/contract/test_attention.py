@@ -11,81 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mechanisms import CASES, HEAD_DIM, every, inputs, make, mask_of, of_cost
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from schoenbat.attention import ATTENTIONS, Attention
+from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
-from schoenbat.kernels import KERNELS
 from schoenbat.norm import pre_sbn
-
-HEAD_DIM = 8
-
-SMALL: dict[str, dict[str, Any]] = {
-    "bigbird": {"block_size": 4, "num_random_blocks": 1},
-    "informer": {"num_samples": 7},
-    "linformer": {"num_landmarks": 8, "max_length": 4096},
-    "nystromformer": {"num_landmarks": 8, "conv_size": 3},
-    "reformer": {"num_buckets": 4, "chunk_size": 4},
-    "skeinformer": {"num_samples": 7},
-    "skyformer": {"num_landmarks": 16},
-    "window": {"window": 8},
-}
-"""Budgets at which few tokens are already more than the mechanism takes exactly."""
-
-
-def takes(name: str, dotf: str | None) -> bool:
-    """Whether the mechanism can be made for this kernel."""
-    try:
-        make(name, dotf)
-    except UserError:
-        return False
-    return True
-
-
-def every(where: str | None = None, is_there: bool = True) -> pytest.MarkDecorator:
-    """Each mechanism with each of its kernels; only those whose promise `where` is or is not there, if it is given."""
-    cases = [case for case in CASES if where is None or getattr(ATTENTIONS.get(case[0]), where) is is_there]
-    ids = ["-".join(filter(None, case)) for case in cases]
-    return pytest.mark.parametrize(("name", "dotf"), cases, ids=ids)
-
-
-def of_cost(cost: str) -> pytest.MarkDecorator:
-    """Each mechanism of this cost, with its first kernel only."""
-    names = [name for name in ATTENTIONS.names() if ATTENTIONS.get(name).cost == cost]
-    return pytest.mark.parametrize(("name", "dotf"), [next(case for case in CASES if case[0] == n) for n in names])
-
-
-def make(
-    name: str, dotf: str | None, seed: int = 0, *, head_dim: int = HEAD_DIM, budget: dict[str, Any] | None = None
-) -> Attention:
-    attention_class = ATTENTIONS.get(name)
-    return attention_class(
-        attention_class.Config(**(SMALL.get(name, {}) if budget is None else budget)),
-        head_dim=head_dim,
-        kernel=None if dotf is None else KERNELS.get(dotf)(),
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-CASES = [
-    (name, dotf)
-    for name in ATTENTIONS.names()
-    for dotf in (KERNELS.names() if ATTENTIONS.get(name).needs_kernel else [None])
-    if takes(name, dotf)
-]
-
-
-def inputs(
-    length: int, *, seed: int = 0, batch: int = 2, heads: int = 2, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """Query and key on the unit sphere, inside every kernel's domain, and a value."""
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = (
-        torch.randn(batch, heads, length, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(3)
-    )
-    return [x.to(dtype) for x in (pre_sbn(query), pre_sbn(key), value)]
+from schoenbat.ops import linear
 
 
 def assert_same(name: str, found: Tensor, expected: Tensor) -> None:
@@ -96,10 +30,6 @@ def assert_same(name: str, found: Tensor, expected: Tensor) -> None:
     """
     is_estimate = ATTENTIONS.get(name).needs_kernel and ATTENTIONS.get(name).is_random
     assert (found - expected).norm() <= (0.2 if is_estimate else 1e-4) * expected.norm()
-
-
-def mask_of(lengths: list[int], padded: int) -> Tensor:
-    return torch.arange(padded) < torch.tensor(lengths)[:, None]
 
 
 @every()
@@ -128,6 +58,32 @@ def test_what_padding_holds_changes_no_bit(name: str, dotf: str | None, filling:
     expected = attention(*tensors, mask, is_causal)[real]
     filled = [x.masked_fill(~real, filling) for x in tensors]
     assert torch.equal(attention(*filled, mask, is_causal)[real], expected)
+
+
+@every("has_causal_form")
+@pytest.mark.parametrize("length", [1, 63, 127, 191])
+def test_the_declared_state_is_what_causal_attention_keeps(
+    name: str, dotf: str | None, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that have a state of a fixed size, at lengths at which it is the largest so far."""
+    attention = make(name, dotf)
+    kept: list[int] = []
+    extend = linear._causal.extend
+
+    def extend_and_look(*arguments: Any) -> tuple[Tensor, linear.State]:
+        out, state = extend(*arguments)
+        tensors: list[Tensor] = []
+        state.map(lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+        kept.append(sum(x[0, 0].numel() * x.element_size() for x in tensors))
+        return out, state
+
+    monkeypatch.setattr(linear._causal, "extend", extend_and_look)
+    attention(*inputs(length), is_causal=True)
+    assert kept in ([], [attention.state_bytes(length=length, head_dim=HEAD_DIM)])
+    grows = attention.state_bytes(length=10**6, head_dim=HEAD_DIM) > attention.state_bytes(
+        length=10**5, head_dim=HEAD_DIM
+    )
+    assert grows == (attention.cost == "quadratic")
 
 
 @every()
@@ -407,9 +363,9 @@ def test_state_dicts_give_the_same_bits_in_a_new_process(tmp_path: Path) -> None
     torch.save(cases, tmp_path / "cases.pt")
     program = f"""
 import io, sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 torch.set_num_threads(1)
-from test_attention import inputs, make
+from mechanisms import inputs, make
 cases = torch.load({str(tmp_path / "cases.pt")!r}, weights_only=False)
 for case, (state, expected) in cases.items():
     name, dotf = case.split(" ")

@@ -1,5 +1,6 @@
 """What every task promises, checked on its own tiny sample without any download."""
 
+from dataclasses import MISSING, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from schoenbat.data.arrays import IGNORED, SPLITS, Dataset, batches
+from schoenbat.errors import UserError
 from schoenbat.registry import build_config
 from schoenbat.tasks import TASKS, Task
 
@@ -43,7 +45,7 @@ def prepared(name: str, folder: Path) -> tuple[Task, dict[str, Any], Dataset]:
 
 def test_meta_says_what_the_data_are(name: str, tmp_path: Path) -> None:
     task, meta, dataset = prepared(name, tmp_path)
-    assert set(meta) == META_KEYS
+    assert META_KEYS <= set(meta) <= META_KEYS | {"class_names", "tokens", "vocabulary"}
     assert meta == dataset.meta
     assert (meta["task"], meta["num_texts"]) == (name, task.num_texts)
     assert (meta["num_classes"], meta["vocab_size"]) == (task.num_classes, task.vocab_size)
@@ -100,8 +102,10 @@ def test_preparing_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None
         assert path.read_bytes() == (tmp_path / "b" / "processed" / path.name).read_bytes(), path.name
 
 
-def test_the_config_is_built_from_its_defaults_and_holds_max_length(name: str) -> None:
-    config = build_config(TASKS.get(name).Config, {"max_length": 3000}, f"task.{name}.data")
+def test_the_config_is_built_from_what_it_must_be_told_and_holds_max_length(name: str, tmp_path: Path) -> None:
+    sample = TASKS.get(name).sample(tmp_path)
+    told = {field.name: getattr(sample, field.name) for field in fields(sample) if field.default is MISSING}
+    config = build_config(TASKS.get(name).Config, told | {"max_length": 3000}, f"task.{name}.data")
     assert config.max_length == 3000
 
 
@@ -111,7 +115,6 @@ def test_generated_or_told_how_to_get(name: str, tmp_path: Path) -> None:
         provenance = task_class(task_class.Config()).download(tmp_path, None, 0, None)
         assert provenance == {"generated": True}
     else:
-        assert "SCHOENBAT_DATA_MIRROR" in task_class.how_to_get
         assert "\n" not in task_class.how_to_get
 
 
@@ -123,3 +126,16 @@ def test_baselines_are_shares_and_the_majority_class_is_among_them(name: str, tm
     commonest = max(sorted(counts), key=lambda label: counts[label])
     assert baselines["majority class"] == labels["test"].count(commonest) / len(labels["test"])
     assert all(0 <= share <= 1 for share in baselines.values())
+
+
+def test_a_text_is_encoded_as_prepare_encodes_it_or_the_task_has_no_texts(name: str, tmp_path: Path) -> None:
+    task, meta, _ = prepared(name, tmp_path)
+    if type(task).encode.__func__ is Task.encode.__func__:
+        with pytest.raises(UserError, match="no texts"):
+            task.encode("a text", meta)
+        return
+    tokens = task.encode("[MAX 2 [MED 4 7 9 ] ]" if name == "lra-listops" else "A gem, which is good.", meta)
+    assert len(tokens) > 0
+    assert tokens.min() >= 1
+    assert tokens.max() < meta["vocab_size"]
+    assert len(task.class_names or meta.get("class_names", [])) in (0, meta["num_classes"])

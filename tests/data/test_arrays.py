@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from schoenbat.data import arrays
-from schoenbat.data.arrays import IGNORED, Dataset, batches, write_dataset
+from schoenbat.data.arrays import IGNORED, Dataset, DatasetOnDevice, batches, write_dataset
 from schoenbat.errors import UserError
 
 DOCS = [np.arange(1, length + 1) for length in (3, 70, 1, 200, 64)]
@@ -164,6 +164,29 @@ def test_labels_of_positions_are_cut_and_filled_like_the_texts(tmp_path: Path) -
             assert labels == [row % 3, IGNORED, 1] + [IGNORED] * (length - 3)
     assert dataset.batch("test", np.array([0]), pad_to_multiple=64).labels.shape == (1, 64)
     assert dataset.batch("dev", np.array([0]), pad_to_multiple=64).labels.shape == (1, 128)
+
+
+@pytest.mark.parametrize("vocab_size", [256, 257])
+@pytest.mark.parametrize("per_position", [False, True])
+def test_batches_made_on_a_device_are_the_same(tmp_path: Path, vocab_size: int, per_position: bool) -> None:
+    if per_position:
+        write_dataset(tmp_path / "set", **position_labels(vocab_size=vocab_size))
+    else:
+        write(tmp_path / "set", vocab_size=vocab_size)
+    dataset = Dataset(tmp_path / "set")
+    # The CPU does as a device: what is asked is how a batch is put together there.
+    on_device = DatasetOnDevice(dataset, torch.device("cpu"))
+    assert dataset.on(torch.device("cpu")) is dataset
+    assert on_device.on(torch.device("cpu")) is on_device
+    assert on_device.num_examples("train") == dataset.num_examples("train")
+    for rows in ([0], [2, 0, 1], [1, 1]):
+        for multiple in (None, 1, 128):
+            expected, found = (each.batch("train", np.array(rows), multiple) for each in (dataset, on_device))
+            for name in ("tokens", "key_mask", "labels"):
+                ours, theirs = getattr(found, name), getattr(expected, name)
+                assert ours.dtype == theirs.dtype
+                assert torch.equal(ours, theirs)
+            assert found.num_labels == expected.num_labels == int((expected.labels != IGNORED).sum())
 
 
 def test_labels_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
-from schoenbat.nn.encoder import Classifier, ModelConfig, build_model, sinusoidal_positions
+from schoenbat.nn.encoder import Classifier, ModelConfig, ShortConvolution, build_model, sinusoidal_positions
 from schoenbat.nn.multihead import FORMERS, FormerConfig
 from schoenbat.registry import build_config
 
@@ -142,7 +142,8 @@ SWITCHES: list[dict[str, Any]] = [
     {"norm": "post"},
     {"positions": "sinusoidal"},
     {"positions": "none"},
-    {"pooling": "cls", "norm": "post", "positions": "sinusoidal"},
+    {"convolution": 3},
+    {"pooling": "cls", "norm": "post", "positions": "sinusoidal", "convolution": 2},
 ]
 
 
@@ -177,6 +178,21 @@ def test_without_positions_the_order_of_tokens_is_unknown() -> None:
     for positions, same in (("none", True), ("learned", False), ("sinusoidal", False)):
         model = build("softmax", None, "transformer", model=replace(SMALL, positions=positions)).eval()
         assert torch.allclose(model(tokens, mask), model(shuffled, mask), atol=1e-6) == same
+
+
+def test_the_convolution_adds_to_a_token_weighted_ones_of_itself_and_those_before_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    convolution = ShortConvolution(3, 4)
+    x = torch.randn(2, 7, 4, generator=generator)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 2] = False
+    found = convolution(x.masked_fill(~mask[..., None], torch.nan), mask)
+    for row, column in ((0, 0), (0, 1), (0, 6), (1, 3), (1, 6)):
+        expected = x[row, column].clone()
+        for i in range(3):
+            if column >= i and mask[row, column - i]:
+                expected += convolution.weight[i] * x[row, column - i]
+        torch.testing.assert_close(found[row, column], expected)
 
 
 def test_sinusoidal_positions_are_sines_and_cosines_of_falling_rates() -> None:

@@ -82,7 +82,7 @@ def test_a_wrong_result_is_not_timed(
 
 def test_a_mechanism_made_for_a_largest_length_is_made_for_the_longest_that_is_timed(params: Params) -> None:
     longer = dataclasses.replace(params, bench=dataclasses.replace(params.bench, lengths=[64, 5000]))
-    made = {c.attn: c.attend for c in bench._contenders(longer, torch.device("cpu"))}
+    made = {c.attn: c.attend for c in bench._contenders(longer, bench.Shape(), torch.device("cpu"))}
     linformer = made["linformer"]
     assert isinstance(linformer, Attention)
     assert linformer.config.max_length == 5000
@@ -98,7 +98,7 @@ def test_a_causal_form_that_sees_the_future_is_not_timed(
 
 
 def test_mechanisms_are_timed_as_the_encoder_runs_them_on_unit_vectors(params: Params) -> None:
-    modules = [c.attend for c in bench._contenders(params, torch.device("cpu"))]
+    modules = [c.attend for c in bench._contenders(params, bench.Shape(), torch.device("cpu"))]
     kernels = [module for module in modules if isinstance(module, KernelAttention)]
     assert kernels
     assert all(module.gets_units for module in kernels)
@@ -147,7 +147,7 @@ def test_a_rival_estimates_softmax_attention(name: str) -> None:
     found = {r.name: r for r in installed_rivals(heads=2, head_dim=32, num_features=64, device=device)}
     if name not in found:
         pytest.skip(f"{name} is not installed")
-    query, key, value = bench._inputs(128, device)
+    query, key, value = bench._inputs(bench.Shape(), 128, device)
     truth = F.scaled_dot_product_attention(query, key, value)
     error = (found[name].attend(query, key, value) - truth).norm() / truth.norm()
     assert error.item() < 0.2

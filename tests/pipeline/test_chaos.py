@@ -193,7 +193,7 @@ def test_on_this_machine_reruns_end_with_the_undisturbed_numbers(undisturbed: Un
     chaos.report()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install 'schoenbat[cluster]'")
+@pytest.mark.skipif(importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install -e 'pipeline[cluster]'")
 def test_on_slurm_reruns_end_with_the_undisturbed_numbers(
     undisturbed: Undisturbed, slurm_machine: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
-"""Two clones of one project: what one has trained and pushed, the other pulls and goes on from."""
+"""Two clones of one project: what one has published and pushed, the other has, pulls, and goes on from."""
 
-import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,15 +28,20 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_colleague_pulls_what_was_trained_and_has_nothing_to_run(
+def shown_of(*command: str) -> set[str]:
+    """The files of results that a command of DVC's shows."""
+    return set(re.findall(r"runs/tiny/[^/]+/(?:metrics|test)\.json", call(Path.cwd(), "dvc", *command)))
+
+
+def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_nothing_to_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: Project
 ) -> None:
     first, second, shared = tmp_path / "first", tmp_path / "second", tmp_path / "shared"
     first.mkdir()
     monkeypatch.chdir(first)
     make_small(first)
-    shutil.copy(ROOT / ".gitignore", first)
-    shutil.copy(ROOT / ".dvc/.gitignore", first / ".dvc")
+    for name in (".gitignore", ".dvc/.gitignore"):
+        shutil.copy(ROOT / name, first / name)
     config = (ROOT / ".dvc/config").read_text()
     (first / ".dvc/config").write_text(f"{config}    remote = shared\n['remote \"shared\"']\n    url = {shared}\n")
     git(first, "init")
@@ -46,26 +51,41 @@ def test_a_colleague_pulls_what_was_trained_and_has_nothing_to_run(
     grid = start_grid(first, "--jobs", "2")
     out, _ = grid.communicate()
     assert grid.returncode == 0, out
-    assert {line.split()[-1] for line in git(first, "status", "--porcelain").splitlines()} == {"dvc.lock", "reports/"}
-    call(first, "dvc", "push")
+    # A run of a profile that is not published leaves nothing else for git.
+    assert git(first, "status", "--porcelain").split() == ["??", "dvc.lock"]
+    published = Path(".gitignore").read_text()
+    Path(".gitignore").write_text(published.replace("!/*/cpu/\n", "!/*/cpu/\n!/*/tiny/\n"))
+    for stage in ("bench", "errors", "report"):
+        call(first, "pipeline.cli", stage)
+    assert {"bench.csv", "bench-checks.csv", "errors.csv"} <= {path.name for path in Path("runs/tiny").iterdir()}
     git(first, "add", "--all")
     git(first, "commit", "--message", "results")
+    assert not re.search(r"best\.pt|\.gitignore", git(first, "ls-files", "runs"))
 
     git(tmp_path, "clone", str(first), str(second))
-    call(second, "dvc", "pull", "--allow-missing")
+    monkeypatch.chdir(second)
     assert numbers(second) == numbers(first)
+    results = {f"runs/tiny/{cell}/{name}.json" for cell in CELLS for name in ("metrics", "test")}
+    assert shown_of("metrics", "show", "--json") == results
+    assert shown_of("metrics", "diff", "HEAD~1", "--json") == results
+    call(second, "dvc", "plots", "show", "--out", "plots")
+    page = Path("plots/index.html").read_text()
+    assert all(f"{cell}/curves.csv" in page for cell in CELLS)
+    shutil.rmtree("plots")
+    report = files(first / "reports/tiny")
+    shutil.rmtree("reports")
+    call(second, "pipeline.cli", "report")
+    assert files(second / "reports/tiny") == report
+    assert git(second, "status", "--porcelain") == ""
+
+    call(first, "dvc", "push")
+    call(second, "dvc", "pull", "--allow-missing")
     weights = f"runs/tiny/{MEAN}/best.pt"
     assert (second / weights).read_bytes() == (first / weights).read_bytes()
     grid = start_grid(second)
     out, _ = grid.communicate()
     assert grid.returncode == 0, out
     assert "nothing to do: all 2 cells" in out
-    assert git(second, "status", "--porcelain") == ""
-
-    shown = json.loads(call(second, "dvc", "metrics", "show", "--json"))
-    assert f"runs/tiny/{MEAN}/test.json" in shown[""]["data"]
-    report = files(second / "reports")
-    call(second, "pipeline.cli", "report")
-    assert files(second / "reports") == report == files(first / "reports")
     call(second, "pipeline.cli", "eval", *CELLS[MEAN])
     assert numbers(second) == numbers(first)
+    assert git(second, "status", "--porcelain") == ""

@@ -1,10 +1,12 @@
 """A cell that is killed and started again ends as if nothing had happened, on disk and in MLflow."""
 
+import contextlib
 import os
 import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from project_folder import ROOT, Project
+from small_grid import tracked_runs
 
 from pipeline.lease import STOPPED
 
@@ -73,14 +76,18 @@ def test_killed_three_times_it_ends_with_the_same_bytes_and_one_run(prepared: Pr
         assert ours.read_bytes() == expected.read_bytes(), name
     assert not checkpoint.exists()
 
-    from mlflow.tracking import MlflowClient
+    assert tracked_runs(prepared.folder) == {CELL: list(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))}
 
-    client = MlflowClient(f"sqlite:///{prepared.folder / 'mlflow.db'}")
-    (experiment,) = [found for found in client.search_experiments() if found.name == "schoenbat"]
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.cell = '{CELL}'")
-    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "dev_accuracy")]
-    assert steps == list(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))
-    assert run.info.status == "FINISHED"
+
+def test_of_three_that_train_one_cell_at_once_two_wait_and_no_step_is_logged_twice(prepared: Project) -> None:
+    children = [start(prepared.folder) for _ in range(3)]
+    ended = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], ended
+    waited = [f"{CELL}: another process trains it; waiting for its end" in out for out, _ in ended]
+    assert sorted(waited) == [False, True, True]
+    assert tracked_runs(prepared.folder) == {CELL: list(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))}
+    with contextlib.closing(sqlite3.connect(prepared.folder / "mlflow.db")) as database:
+        assert database.execute("select count(*) from logged_models").fetchone() == (1,)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

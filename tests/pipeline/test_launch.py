@@ -180,7 +180,8 @@ def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(stages: 
 @pytest.mark.parametrize("requests", [1, 2])
 def test_a_stage_that_does_not_heed_a_stop_is_killed(stages: Path, requests: int) -> None:
     events = run(job("deaf", ("deaf",)), stops=lambda: requests if Path("deaf.txt").exists() else 0)
-    assert [event.state for event in ends(events).values()] == ["stopped"]
+    ended = ends(events)
+    assert [event.state for event in ended.values()] == ["stopped"], ended
     assert _processes_in(stages) == []
 
 
@@ -199,7 +200,8 @@ def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
     ended = ends(run(job("slow", ("slow",), timeout_seconds=15.0), job("good", ("good",), needs=("slow",))))
     assert ended["slow"].state == "failed"
     assert _processes_in(stages) == []
-    assert ends(run(job("good", ("good",))))["good"].state == "done"
+    again = ends(run(job("good", ("good",))))
+    assert again["good"].state == "done", again
 
 
 UNDER_A_LEASE = """
@@ -237,6 +239,19 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(UserError, match=f"the file system of {tmp_path} has no file locks"), only_grid(tmp_path, print):
         pass
+
+
+def test_a_grid_goes_on_when_nobody_reads_its_output_any_more(project: Project) -> None:
+    project.add_dvc()
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--dry-run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as grid:  # type: ignore[call-overload]
+        grid.stdout.close()
+        told = grid.stderr.read()
+    assert (grid.returncode, told) == (
+        0,
+        "nobody reads the output any more; the grid goes on (schoenbat-exp status)\n",
+    )
 
 
 def _processes_in(folder: Path) -> list[psutil.Process]:

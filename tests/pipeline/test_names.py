@@ -1,7 +1,10 @@
 """Names of cells, and numbers at the ends of what is allowed."""
 
 import importlib
+import json
+import re
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +13,9 @@ from project_folder import Project
 
 from pipeline.grid.cells import expand, make_cell
 from pipeline.grid.params import MAX_SEED, load_params
-from pipeline.names import Kind, names
+from pipeline.names import PROMISES, Kind, Name, described, names
 from schoenbat import registry
+from schoenbat.attention import ATTENTIONS, Attention
 from schoenbat.errors import UserError
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -92,3 +96,47 @@ def test_a_profile_that_is_no_yaml_is_listed_with_its_error(project: Project) ->
     Path("profiles/broken.yaml").write_text("a: [")
     ((broken,)) = names(Kind.PROFILES)
     assert "not valid YAML" in broken.about
+
+
+def test_list_says_of_each_mechanism_what_its_class_declares_within_80_columns(
+    project: Project, invoke: Invoke
+) -> None:
+    shown = invoke("list")[1]
+    assert max(map(len, shown.splitlines())) <= 80
+    listed = {each["name"]: each for each in json.loads(invoke("list", "attn", "--json")[1])["attn"]}
+    for name, each in listed.items():
+        declared = ATTENTIONS.get(name)
+        assert each["promises"] == {promise: getattr(declared, promise) for promise in PROMISES}
+        assert (each["cost"], each["paper"]) == (declared.cost, declared.paper)
+        assert each["paper"], f"{name} names no paper"
+        entry = re.search(rf"\n  {name} .*?(?=\n  \S|\n\S)", shown, re.DOTALL)
+        assert entry is not None
+        words = " ".join(entry[0].split())
+        for promise, said in PROMISES.items():
+            assert (said in words) == each["promises"][promise], f"{name}: {promise}"
+        assert f" {declared.cost} cost; " in words
+        assert declared.paper in words
+
+
+def test_every_promise_of_a_mechanism_has_words() -> None:
+    hints = typing.get_type_hints(Attention)
+    assert {name for name, hint in hints.items() if hint == typing.ClassVar[bool]} == PROMISES.keys()
+
+
+def test_a_mechanism_that_cannot_be_loaded_is_listed_with_the_reason(hyphenated: Project) -> None:
+    (installed,) = (Path(path) for path in sys.path if (Path(path) / "my_attention.py").is_file())
+    (installed / "my_attention.py").write_text("import schoenbat.nothing\n")
+    (broken,) = (each for each in names(Kind.ATTN) if each.name == "rmfa-exp")
+    assert broken == Name(
+        "rmfa-exp",
+        "cannot be loaded: attn 'rmfa-exp' (my_attention:RmfaExp of my-attention 0.1) cannot be loaded: "
+        "No module named 'schoenbat.nothing'",
+        "my_attention:RmfaExp of my-attention 0.1",
+    )
+
+
+def test_a_text_longer_than_a_line_is_wrapped_under_itself() -> None:
+    shown = described([Name("a", "word " * 30), Name("long-name", "")])
+    assert shown[0].startswith("  a          word word")
+    assert shown[1].startswith("             word")
+    assert shown[-1] == "  long-name"

@@ -42,6 +42,8 @@ WHERE = {
     **{(command, "--profile"): HERE for command in WITH_PROFILE},
     **{(command, "--task"): HERE for command in ("download", "preprocess")},
     ("errors", "--cell"): "test_errors.py",
+    **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
+    **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,
     ("status", "--json"): HERE,
     ("logs", "--follow"): HERE,
@@ -49,6 +51,9 @@ WHERE = {
     ("list", "--json"): HERE,
     ("use", "--force"): HERE,
     ("", "--version"): HERE,
+    ("", "--debug"): "test_misuse.py",
+    ("", "--install-completion"): HERE,
+    ("", "--show-completion"): HERE,
 }
 
 
@@ -77,6 +82,18 @@ def test_help_and_version_are_where_one_looks_for_them(project: Project, invoke:
         before = [command] if command else []
         assert invoke(*before, "-h") == invoke(*before, "--help")
         assert invoke(*before, "-h")[0] == 0
+
+
+def test_completion_is_shown_and_installed_for_a_shell(tmp_path: Path) -> None:
+    def run(option: str) -> str:
+        # The shell is the process that started the command; without the last word bash would become it.
+        command = ["bash", "-c", f"{sys.executable} -m pipeline.cli {option}; exit $?"]
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert "complete -o default -F _schoenbat_exp_completion schoenbat-exp" in run("--show-completion")
+    assert "bash completion installed" in run("--install-completion")
+    assert "schoenbat-exp" in (tmp_path / ".bashrc").read_text()
 
 
 @pytest.mark.parametrize("option", FILTERS)

@@ -98,7 +98,7 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
     shell.run(install, outside)
 
     listing, contract, grid = use.splitlines()
-    listed = shell.run(listing, project)
+    listed = " ".join(shell.run(listing, project).split())
     assert re.search(r"my-cosh +.*\(my_cosh:Cosh of my-components 0\.1\)", listed)
     assert re.search(r"my-taylor +.*\(my_taylor:Taylor of my-components 0\.1\)", listed)
     tested = shell.run(f"{contract} -rA", project)

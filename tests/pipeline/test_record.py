@@ -1,14 +1,17 @@
 """DVC's record: what is read of it is what DVC reads, only what is true gets into it, and no kill can damage it."""
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from dvc.utils.serialize import dumps_yaml
-from project_folder import init_dvc
+from project_folder import ROOT, init_dvc
 
+from pipeline.files import git_revision
 from pipeline.grid.graph import read_graph
 from pipeline.hashes import Hashes, hash_of
 from pipeline.record import writer
@@ -140,6 +143,51 @@ def test_a_stage_that_is_not_in_dvc_yaml_any_more_is_told_and_the_others_are_rec
     results = writer.record(["gone", "first"])
     assert results["first"] == ""
     assert results["gone"]
+
+
+CONFLICT = "<<<<<<< HEAD\n{}=======\n{}>>>>>>> theirs\n"
+
+
+def test_a_merge_conflict_is_settled_without_losing_what_is_not_committed(made: Path) -> None:
+    writer.record(["first", "second"])
+    lock = Path("dvc.lock")
+    ours = lock.read_text()
+    stages = ours.partition("stages:\n")[2]
+    lock.write_text(ours.replace(stages, CONFLICT.format(stages, "  third:\n    cmd: x\n")))
+    with pytest.raises(UserError, match="settle it, or move it away") as refused:
+        states()
+    assert "git" not in str(refused.value)
+    lock.rename("dvc.lock.conflict")
+    # As it says: nothing is computed again.
+    assert states() == {"first": "made", "second": "made"}
+    assert writer.record(["first", "second"]) == {"first": "", "second": ""}
+    assert lock.read_text() == ours
+
+
+def test_a_recorder_waits_for_another_process_of_dvc_and_says_so_if_it_must_not(made: Path) -> None:
+    code = "from dvc.repo import Repo\nwith Repo() as repo, repo.lock: print('held', flush=True), input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"  # noqa: PT018
+        hurried = writer.Recorder()
+        hurried.add(["first"])
+        assert hurried.finish(patient=False) == []
+        assert hurried.failed == {"first": "another process of DVC has locked the project"}
+        patient = writer.Recorder()
+        patient.add(["first"])
+        release = threading.Timer(3.0, lambda: other.communicate("\n"))
+        release.start()
+        assert patient.finish(patient=True) == ["first"]
+        assert patient.failed == {}
+        release.join()
+
+
+def test_what_was_unpacked_and_not_cloned_gets_on_record(made: Path) -> None:
+    shutil.copy(ROOT / ".dvc/config", ".dvc/config")
+    assert not any((folder / ".git").exists() for folder in (made, *made.parents))
+    assert writer.record(["first", "second"]) == {"first": "", "second": ""}
+    assert states() == {"first": "recorded", "second": "recorded"}
+    assert git_revision() == "none"
 
 
 def test_wherever_dvc_is_killed_while_it_writes_nothing_that_was_on_record_is_lost(made: Path) -> None:

@@ -374,10 +374,13 @@ def test_cells_outside_the_grid_are_left_out(tmp_path: Path, params: Params) -> 
 def test_the_overview_lists_every_profile(tmp_path: Path, params: Params) -> None:
     (tmp_path / "reports/quick").mkdir(parents=True)
     (tmp_path / "reports/quick/index.md").write_text("# Profile quick\n\nAnother.\n")
+    (tmp_path / "reports/short").mkdir(parents=True)
+    (tmp_path / "reports/short/index.md").write_text("# Profile short\n")
     reporting.build("cpu", params, tmp_path)
     lines = (tmp_path / "reports/index.md").read_text().splitlines()
     assert lines[2].startswith("- [cpu](cpu/index.md): A note")
     assert lines[3] == "- [quick](quick/index.md): Another."
+    assert lines[4] == "- [short](short/index.md): not readable"
 
 
 def test_latex_specials_are_escaped(complete: Path) -> None:

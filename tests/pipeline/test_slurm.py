@@ -24,7 +24,7 @@ from schoenbat.errors import UserError
 from schoenbat.registry import build_config
 
 needs_parsl = pytest.mark.skipif(
-    importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install 'schoenbat[cluster]'"
+    importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install -e 'pipeline[cluster]'"
 )
 RUN = RunParams(threads=1, slurm=SlurmParams(max_blocks=2, walltime_minutes=60))
 

@@ -153,16 +153,40 @@ def test_a_killed_run_is_continued_without_logging_a_step_twice(project: Path, s
         assert [held.step for held in client.get_metric_history(run.info.run_id, metric)] == [10, 20, 30]
 
 
-def test_a_finished_run_is_left_alone_and_evaluated_by_its_newest_successor(project: Path) -> None:
+def test_a_cell_has_one_run_for_each_fingerprint_also_when_it_is_trained_again(project: Path) -> None:
     ids = []
     for fingerprint in ("f1", "f1", "f2"):
         with tracking.cell_run(CELL, fingerprint, "quick", {}) as run:
             ids.append(run.run_id)
+            run.log_evaluation(evaluation(10))
+        with tracking.attach(CELL, fingerprint, "quick") as run:
+            assert run.run_id == ids[-1]
             run.log_test({"accuracy": 0.5}, 10)
-        time.sleep(0.01)
-    assert len(set(ids)) == 3
-    with tracking.attach(CELL, "f1", "quick") as run:
-        assert run.run_id == ids[1]
+    assert ids[0] == ids[1] != ids[2]
+    client, runs = client_and_cells(tracking.start_grid("quick"))
+    assert [held_steps(client, run) for run in runs] == [[10], [10]]
+
+
+def test_a_run_that_was_only_tested_is_the_one_that_is_trained_in(project: Path) -> None:
+    with tracking.attach(CELL, "f1", "quick") as tested:
+        tested.log_test({"accuracy": 0.5}, 10)
+    with tracking.cell_run(CELL, "f1", "quick", {"steps": 10}) as trained:
+        trained.log_evaluation(evaluation(10))
+    client, (run,) = client_and_cells(tracking.start_grid("quick"))
+    assert tested.run_id == trained.run_id == run.info.run_id
+    assert (held_steps(client, run), run.data.params["steps"]) == ([10], "10")
+
+
+def test_a_run_whose_making_was_not_heard_of_is_no_second_one(project: Path) -> None:
+    grid = tracking.start_grid("quick")
+    client, _ = client_and_cells(grid)
+    tags = {"mlflow.parentRunId": grid[tracking.PARENT_RUN_ID], "cell": CELL.id, "fingerprint": "f1"}
+    for _ in range(2):
+        client.create_run(grid[tracking.EXPERIMENT_ID], tags=tags)
+    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
+        run.log_evaluation(evaluation(10))
+    client, (held,) = client_and_cells(grid)
+    assert (held.info.run_id, held_steps(client, held)) == (run.run_id, [10])
 
 
 def test_a_run_that_ended_but_was_never_tested_is_continued(project: Path) -> None:

@@ -1,0 +1,97 @@
+"""Classify texts with a trained cell."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.devices import get_device
+from pipeline.trained import TrainedCell, load_trained
+from schoenbat.errors import UserError
+
+Example = str | tuple[str, str]
+
+
+def run(
+    cell: str,
+    texts: Sequence[str],
+    file: Path | None,
+    *,
+    top: int,
+    device_name: str,
+    profile: str | None,
+    as_json: bool,
+) -> None:
+    """Print the likeliest classes of each text.
+
+    Args:
+        texts: to classify; without any, and without `file`, those of standard input.
+        file: a text a line.
+        top: so many classes of each.
+
+    Raises:
+        UserError: no such cell, a text that its task cannot read, or both texts and a file.
+    """
+    if top < 1:
+        raise UserError(f"--top must be at least 1, not {top}")
+    if texts and file is not None:
+        raise UserError("give texts or --file, not both")
+    trained = load_trained(cell, profile)
+    examples = _examples(trained, texts, file)
+    device = get_device(device_name)
+    if trained.code_has_changed():
+        print(f"warning: the code has changed since {cell} was trained, so its answers may have, too", file=sys.stderr)
+    trained.classifier.model.to(device)
+    found = [dict(list(ranked.items())[:top]) for ranked in trained.classifier.predict(examples)]
+    if as_json:
+        answers = [{"text": example, "classes": ranked} for example, ranked in zip(examples, found, strict=True)]
+        print(json.dumps({"cell": cell, "profile": trained.profile, "predictions": answers}, ensure_ascii=False))
+        return
+    for example, ranked in zip(examples, found, strict=True):
+        shown = example if isinstance(example, str) else " | ".join(example)
+        classes = "  ".join(f"{name} {100 * share:.1f} %" for name, share in ranked.items())
+        print(f"{classes}  {_short(shown)}")
+
+
+def _examples(trained: TrainedCell, texts: Sequence[str], file: Path | None) -> list[Example]:
+    """The examples in the form that the task takes: texts, or pairs."""
+    pairs = trained.classifier.config.data["num_texts"] == 2
+    if texts:
+        if not pairs:
+            return list(texts)
+        if len(texts) % 2:
+            raise UserError(f"{trained.cell.task} compares two texts: give them in pairs")
+        return list(zip(texts[::2], texts[1::2], strict=True))
+    name, lines = _lines(file)
+    examples: list[Example] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if not pairs:
+            examples.append(line)
+        elif len(fields) == 2:
+            examples.append((fields[0], fields[1]))
+        else:
+            raise UserError(f"{name}, line {number}: {trained.cell.task} compares two texts, with a tab between them")
+    if not examples:
+        raise UserError(f"{name} holds no text")
+    return examples
+
+
+def _lines(file: Path | None) -> tuple[str, list[str]]:
+    if file is None:
+        if sys.stdin.isatty():
+            print("a text a line, then Ctrl-D:", file=sys.stderr)
+        return "standard input", sys.stdin.read().split("\n")
+    try:
+        return str(file), file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x})") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"there is no file {file}") from None
+
+
+def _short(text: str, most: int = 40) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

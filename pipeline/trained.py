@@ -1,0 +1,105 @@
+"""Trained cells as their own folders describe them, whatever params.yaml says by now."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+from pipeline.grid.axes import Cell
+from pipeline.grid.cells import code_fingerprint, summary_file
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.results import CellResults, Metrics
+from schoenbat.errors import UserError, list_choices
+from schoenbat.nn.encoder import ModelConfig
+from schoenbat.nn.multihead import FormerConfig
+from schoenbat.pretrained import PretrainedClassifier, PretrainedConfig, model_data
+from schoenbat.registry import build_config
+from schoenbat.training import load_model
+
+
+@dataclass(frozen=True)
+class TrainedCell:
+    """What a training has left.
+
+    Attributes:
+        metrics: of the training.
+        description: what best.pt says about itself.
+        meta: the description of the data, with the baselines.
+    """
+
+    profile: str
+    cell: Cell
+    results: CellResults
+    metrics: Metrics
+    description: dict[str, Any]
+    meta: dict[str, Any]
+    classifier: PretrainedClassifier
+
+    def code_has_changed(self) -> bool:
+        """Whether the code that the training depended on is another one now."""
+        return code_fingerprint(self.cell, self.profile) != self.metrics.fingerprint.code
+
+
+def current_profile() -> str:
+    """The profile of params.yaml; raises UserError if it has none."""
+    settings = read_yaml(PARAMS_FILE)
+    profile = settings.get("profile") if isinstance(settings, dict) else None
+    if not isinstance(profile, str):
+        raise UserError(f"{PARAMS_FILE}: missing key 'profile'")
+    return profile
+
+
+def trained_cells(profile: str) -> list[str]:
+    """The ids of all cells of a profile whose training is finished."""
+    return sorted(path.parent.name for path in Path("runs", profile).glob("*/metrics.json"))
+
+
+def load_trained(cell: str, profile: str | None = None) -> TrainedCell:
+    """A trained cell with its best weights, on the CPU.
+
+    Args:
+        cell: its id.
+        profile: by default that of params.yaml.
+
+    Raises:
+        UserError: no such cell is trained, its files are damaged, or its data is another one by now.
+    """
+    profile = profile or current_profile()
+    results = CellResults(profile, cell)
+    metrics = results.metrics()
+    if metrics is None:
+        known = list_choices(cell, trained_cells(profile))
+        raise UserError(f"no trained cell {cell!r} in runs/{profile}; choose one of: {known}")
+    if not results.best.is_file():
+        raise UserError(f"no {results.best}; get it with: dvc pull {results.best}")
+    state, described = load_model(results.best)
+    axes = Cell(metrics.task, metrics.attn, metrics.dotf, metrics.former, metrics.seed)
+    summary = summary_file(profile, axes.task)
+    if not summary.is_file():
+        raise UserError(
+            f"no {summary}, the description of the cell's data; make it: schoenbat-exp preprocess --task {axes.task}"
+        )
+    meta = read_json(summary)
+    if meta["fingerprint"] != described["data"]["fingerprint"]:
+        raise UserError(
+            f"the data of {axes.task} is another one than {cell} was trained on; train it again: "
+            f"schoenbat-exp run --cell {cell}"
+        )
+    config = PretrainedConfig(
+        task=axes.task,
+        attn=axes.attn,
+        dotf=axes.dotf,
+        former=axes.former,
+        seed=axes.seed,
+        model=build_config(ModelConfig, described["model"], f"{results.best}: model"),
+        attention=described["attention"],
+        former_options=build_config(FormerConfig, described["former"], f"{results.best}: former"),
+        data=model_data(meta),
+    )
+    model = config.build()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{results.best} does not fit the code of today ({reason}); train again") from None
+    return TrainedCell(profile, axes, results, metrics, described, meta, PretrainedClassifier(config, model))

@@ -1,0 +1,352 @@
+"""What can be done with trained cells: four small ones, of a table of texts, are trained once for all tests here."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+import yaml
+from project_folder import ROOT, Project
+
+from pipeline import cli
+from pipeline.compare import holm
+from pipeline.trained import load_trained
+from schoenbat.data.arrays import Dataset
+from schoenbat.errors import UserError
+from schoenbat.pretrained import PretrainedClassifier
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+SOFTMAX, MEAN = "table-softmax-transformer-0", "table-mean-transformer-0"
+WORDS = {"bad": ["dull", "flat", "weak"], "good": ["fine", "bold", "warm"]}
+
+
+def run(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    assert ended.value.code == 0
+
+
+def write_table(path: Path) -> None:
+    rows = [
+        (f"a {word} film, number {number}", label)
+        for label, words in WORDS.items()
+        for word in words
+        for number in range(40)
+    ]
+    path.write_text("review,verdict\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project folder with trained and tested cells; one of a profile of pairs."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("SCHOENBAT_DATA_MIRROR", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        project = Project(folder)
+        project.add_dvc()
+        write_table(folder / "reviews.csv")
+        data = {"path": "reviews.csv", "text": "review", "label": "verdict", "tokens": "words", "max_length": 16}
+        project.set("task", {"table": {**project.settings["task"]["lra-text"], "data": data}})
+        project.set("task.table.training", {**project.settings["task"]["table"]["training"], "learning_rate": 0.02})
+        project.set("task.table.training.steps", 60)
+        project.set("task.table.training.eval_every", 30)
+        project.set("grid.tasks", ["table"])
+        for command in ("download", "preprocess"):
+            run(command, "--task", "table")
+        for attn in ("softmax", "mean"):
+            for seed in ("0", "1"):
+                for stage in ("train", "eval"):
+                    run(stage, "--task", "table", "--attn", attn, "--former", "transformer", "--seed", seed)
+        yield folder
+
+
+@pytest.fixture
+def trained(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    for name in ("SCHOENBAT_DATA_MIRROR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return made
+
+
+def test_predict_names_the_classes_of_texts_it_has_never_seen(trained: Path, invoke: Invoke) -> None:
+    code, out, err = invoke("predict", "--cell", SOFTMAX, "a dull thing", "a warm thing", "--top", "1")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["bad", "good"]
+    assert out.splitlines()[0].endswith("%  a dull thing")
+
+
+def test_predict_reads_a_file_or_standard_input_and_speaks_json(
+    trained: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts = "a dull thing\n\na warm thing\n"
+    file = tmp_path / "texts.txt"
+    file.write_text(texts)
+    code, out, _ = invoke("predict", "--cell", SOFTMAX, "--file", str(file), "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["cell"], answer["profile"]) == (SOFTMAX, "tiny")
+    assert [each["text"] for each in answer["predictions"]] == ["a dull thing", "a warm thing"]
+    for each, likeliest in zip(answer["predictions"], ("bad", "good"), strict=True):
+        assert next(iter(each["classes"])) == likeliest
+        assert sum(each["classes"].values()) == pytest.approx(1)
+    monkeypatch.setattr("sys.stdin", StringIO(texts))
+    assert invoke("predict", "--cell", SOFTMAX, "--json")[1] == out
+
+
+def test_predict_gives_the_logits_that_the_test_was_scored_with(trained: Path) -> None:
+    found = load_trained(SOFTMAX)
+    batch = Dataset(trained / "data/processed/tiny/table").batch("test", torch.arange(24).numpy())
+    rows = [line.rpartition(",") for line in (trained / "reviews.csv").read_text().splitlines()[1:]]
+    known = {found.classifier.encode([text.strip('"')]).numpy().tobytes(): text.strip('"') for text, _, _ in rows}
+    texts = [known[tokens.numpy().tobytes()] for tokens in batch.tokens]
+    predicted = [next(iter(classes)) for classes in found.classifier.predict(texts)]
+    truth = [found.classifier.class_names[label] for label in batch.labels]
+    score = json.loads((trained / "runs/tiny" / SOFTMAX / "test.json").read_text())
+    assert score["examples"] == 24
+    assert sum(map(str.__eq__, predicted, truth)) / 24 == score["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cell", "table-sofmax-transformer-0", "x"), f"choose one of: {SOFTMAX}"),
+        (("--cell", SOFTMAX, "x", "--top", "0"), "--top must be at least 1, not 0"),
+        (("--cell", SOFTMAX, "x", "--file", "y"), "give texts or --file, not both"),
+        (("--cell", SOFTMAX, "--file", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--cell", SOFTMAX, "--file", "latin.txt"), "latin.txt is not UTF-8 (byte 3: 0xe9)"),
+        (("--cell", SOFTMAX, "--file", "empty.txt"), "empty.txt holds no text"),
+        (("--cell", SOFTMAX, " "), "a text is empty"),
+        (("--cell", SOFTMAX, "x", "--profile", "other"), "no trained cell"),
+        (("--cell", SOFTMAX, "x", "--device", "gpu"), "unknown device 'gpu'"),
+    ],
+)
+def test_what_cannot_be_classified_is_one_line(
+    trained: Path, invoke: Invoke, arguments: tuple[str, ...], message: str
+) -> None:
+    (trained / "latin.txt").write_bytes(b"caf\xe9")
+    (trained / "empty.txt").write_text("\n")
+    code, out, err = invoke("predict", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_export_loads_elsewhere_without_a_network_and_gives_the_same_bits(
+    trained: Path, invoke: Invoke, tmp_path: Path
+) -> None:
+    target = tmp_path / "deep/exported"
+    code, out, err = invoke("export", SOFTMAX, str(target))
+    assert code == 0, err
+    assert [Path(line).name for line in out.splitlines()] == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "params.yaml",
+    ]
+    found = load_trained(SOFTMAX).classifier
+    texts = ["a dull thing", "a warm and rather long thing, number 7"]
+    expected = found.model(found.encode(texts))
+    script = """
+import socket, sys, torch
+socket.socket.connect = None
+from schoenbat import PretrainedClassifier
+classifier = PretrainedClassifier.from_pretrained(sys.argv[1])
+print(classifier.model(classifier.encode(sys.argv[2:])).flatten().tolist())
+print(sorted({"mlflow", "dvc", "typer", "pipeline"} & set(sys.modules)))
+"""
+    moved = tmp_path / "moved"
+    shutil.move(target, moved)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", script, str(moved), *texts],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert elsewhere == [str(expected.flatten().tolist()), "[]"]
+
+
+def test_the_card_states_results_data_seed_revision_and_its_code_runs(
+    trained: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert invoke("export", SOFTMAX, str(tmp_path / "exported"))[0] == 0
+    card = (tmp_path / "exported/README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "mit"
+    test = json.loads((trained / "runs/tiny" / SOFTMAX / "test.json").read_text())
+    metrics = json.loads((trained / "runs/tiny" / SOFTMAX / "metrics.json").read_text())
+    for row in (
+        f"| test accuracy | {100 * test['accuracy']:.2f} % of 24 examples |",
+        "| data | reviews.csv, words; reviews.csv |",
+        "| seed | 0 |",
+        f"| git revision | `{metrics['git_revision']}` |",
+        "| without a model: majority class | 50.00 % |",
+        f"| data fingerprint | `{metrics['fingerprint']['data']}` |",
+    ):
+        assert row in card, row
+    assert f"schoenbat-exp run --cell {SOFTMAX}" in card
+    (code,) = [block.removeprefix("python\n") for block in card.split("```") if block.startswith("python\n")]
+    monkeypatch.chdir(tmp_path / "exported")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_settings_of_an_export_are_a_grid_of_that_cell_alone(trained: Path, invoke: Invoke, tmp_path: Path) -> None:
+    from pipeline.grid.cells import expand, settings
+    from pipeline.grid.params import load_params
+
+    assert invoke("export", MEAN, str(tmp_path / "exported"))[0] == 0
+    params = load_params(tmp_path / "exported/params.yaml")
+    (cell,) = expand(params)
+    assert cell.id == MEAN
+    assert settings(cell, params) == settings(cell, load_params())
+
+
+def test_an_export_is_refused_where_it_could_not_be_made_again(trained: Path, invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert "is no empty folder" in invoke("export", SOFTMAX, str(tmp_path / "full"))[2]
+    target = tmp_path / "exported"
+    for file, change, message in (
+        ("schoenbat/attention/softmax.py", "\n# changed\n", "the code has changed since"),
+        ("params.yaml", "", "trained with other settings than those of params.yaml"),
+    ):
+        before = Path(file).read_text()
+        Path(file).write_text(before + change if change else before.replace("steps: 60", "steps: 90"))
+        code, _, err = invoke("export", SOFTMAX, str(target))
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert message in err
+        Path(file).write_text(before)
+        assert list(tmp_path.iterdir()) == [tmp_path / "full"]
+
+
+def test_a_damaged_export_is_one_line(trained: Path, invoke: Invoke, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    assert invoke("export", SOFTMAX, str(target))[0] == 0
+    with pytest.raises(UserError, match=r"holds no exported model: config\.json is missing"):
+        PretrainedClassifier.from_pretrained(tmp_path)
+    weights = (target / "model.safetensors").read_bytes()
+    for content in (weights[:100], weights[:-4], b""):
+        (target / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"does not fit config\.json") as raised:
+            PretrainedClassifier.from_pretrained(target)
+        assert "\n" not in str(raised.value)
+    (target / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        PretrainedClassifier.from_pretrained(target)
+
+
+def compared(invoke: Invoke, *arguments: str) -> dict[str, Any]:
+    code, out, err = invoke("compare", *arguments, "--json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_two_cells_differ_in_what_they_were_told_and_in_their_numbers(trained: Path, invoke: Invoke) -> None:
+    found = compared(invoke, SOFTMAX, MEAN)
+    assert found["settings"] == {"attn": {"a": "softmax", "b": "mean"}}
+    assert (found["data"], found["code_differs"]) == ({}, None)
+    numbers = {number["name"]: number for number in found["numbers"]}
+    for side, cell in (("a", SOFTMAX), ("b", MEAN)):
+        metrics = json.loads((trained / "runs/tiny" / cell / "metrics.json").read_text())
+        test = json.loads((trained / "runs/tiny" / cell / "test.json").read_text())
+        assert numbers["parameters"][side] == metrics["num_parameters"]
+        assert numbers["dev loss"][side] == metrics["best_dev_loss"]
+        assert numbers["test accuracy"][side] == test["accuracy"]
+    assert numbers["test accuracy"]["p"] is not None
+    assert numbers["parameters"]["p"] is None
+    code, out, _ = invoke("compare", SOFTMAX, MEAN)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "table softmax transformer | table mean transformer, seed 0" in out
+    assert re.search(r"test accuracy +[\d.]+ % +[\d.]+ % ", out)
+
+
+def test_two_profiles_are_paired_by_seed_and_tested(trained: Path, invoke: Invoke) -> None:
+    other = trained / "runs/other"
+    shutil.copytree(trained / "runs/tiny", other)
+    for file in other.glob("*/*.json"):
+        file.write_text(file.read_text().replace('"profile": "tiny"', '"profile": "other"'))
+    losses = {}
+    for seed, loss in ((0, 0.1), (1, 0.3)):
+        path = other / f"table-mean-transformer-{seed}/metrics.json"
+        content = json.loads(path.read_text())
+        losses[seed] = content["best_dev_loss"]
+        path.write_text(json.dumps({**content, "best_dev_loss": losses[seed] + loss, "git_revision": "abc"}))
+    shutil.rmtree(other / "table-softmax-transformer-1")
+    found = compared(invoke, "tiny", "other")
+    numbers = {(number["of"].split()[1], number["name"]): number for number in found["numbers"]}
+    changed = numbers["mean", "dev loss"]
+    assert changed["difference"] == pytest.approx(0.2)
+    assert changed["p"] == pytest.approx(scipy.stats.ttest_rel([0.1, 0.3], [0, 0]).pvalue)
+    assert changed["adjusted"] == pytest.approx(min(1, 10 * changed["p"]), rel=0.9)
+    assert numbers["mean", "test loss"]["same"]
+    assert numbers["softmax", "dev loss"]["seeds"] == [0]
+    assert found["only_a"] == ["table softmax transformer, seed 1"]
+    assert (found["only_b"], found["code_differs"]) == ([], False)
+    out = invoke("compare", "tiny", "other")[1]
+    assert "only in A: table softmax transformer, seed 1" in out
+    assert "Code: the same where cells depend on it" in out
+    shutil.rmtree(other)
+
+
+def test_a_revision_is_compared_by_what_dvc_has_on_record(
+    trained: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "clone"
+    shutil.copytree(trained, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True, capture_output=True
+        )
+
+    git("init", "-q")
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    Path(".gitignore").write_text("/runs\n/data\n/mlflow.db\n/mlruns\n/logs\n/checkpoints\n/.dvc/cache\n/.dvc/tmp\n")
+    stages = [f"{stage}@tiny-{SOFTMAX}" for stage in ("train", "evaluate")]
+    commit = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *stages]
+    subprocess.run(commit, check=True, capture_output=True)
+    git("add", ".")
+    git("commit", "-q", "-m", "before")
+    git("tag", "before")
+    metrics = Path("runs/tiny", SOFTMAX, "metrics.json")
+    content = json.loads(metrics.read_text())
+    metrics.unlink()
+    metrics.write_text(json.dumps({**content, "best_dev_loss": content["best_dev_loss"] + 1}))
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("dropout: 0.1", "dropout: 0.2"))
+    found = compared(invoke, "before")
+    assert found["settings"] == {"task.table.model.dropout": {"a": 0.1, "b": 0.2}}
+    numbers = {number["name"]: number for number in found["numbers"]}
+    assert numbers["dev loss"]["difference"] == pytest.approx(1)
+    assert numbers["test accuracy"]["same"]
+    assert any(missing.startswith("table mean") for missing in found["only_b"])
+    assert compared(invoke, "before", "before")["settings"] == {}
+
+
+@pytest.mark.parametrize("name", ["tinny", "table-sofmax-transformer-0", "--", "nowhere/x"])
+def test_what_cannot_be_compared_is_one_line(trained: Path, invoke: Invoke, name: str) -> None:
+    arguments = ("--", name) if name == "--" else (name,)
+    code, out, err = invoke("compare", *arguments)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "no profile or cell with results, and no git revision; choose from: " in err
+
+
+def test_holm_makes_no_p_smaller_and_keeps_their_order() -> None:
+    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
