@@ -63,7 +63,6 @@ class Setting:
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two count as equal.
         scores: what each mechanism (attn, dotf, former) gets right on each task, by (task, mechanism).
-        raw: the files that the report is made from, by their place in its folder.
         comparison: see `pipeline.reporting._comparison.compared`.
     """
 
@@ -92,7 +91,6 @@ class Setting:
     reference: str = "softmax"
     margin: float = MARGIN
     scores: dict[tuple[str, Mechanism], Scores] = field(default_factory=dict)
-    raw: dict[str, Path] = field(default_factory=dict)
     comparison: "Comparison | None" = None
 
     @property
@@ -191,7 +189,6 @@ def collect(
         path = root / summary_file(profile, task)
         if path.is_file():
             summary = read_json(path)
-            setting.raw[f"data/{task}.json"] = path
             fingerprints[task] = summary["fingerprint"]
             setting.labels[task] = summary["label"]
             setting.data_notes[task] = summary["notes"]
@@ -208,12 +205,7 @@ def collect(
             assert found is not None
             mechanism = (cell.attn, cell.dotf or "", cell.former)
             predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
-            files = ("metrics.json", "test.json", "curves.csv", "predictions.npz")
-            setting.raw |= {f"{cell.id}/{name}": results.folder / name for name in files}
     setting.scores = {key: Scores.of(by_seed) for key, by_seed in predictions.items()}
-    for name in ("bench.csv", "errors.csv"):
-        if (root / "runs" / profile / name).is_file():
-            setting.raw[name] = root / "runs" / profile / name
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
     rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)

@@ -39,7 +39,7 @@ ESCAPES = {
     "≥": r"$\ge$",
     "≤": r"$\le$",
 }
-_KEYS = ("task", "attn", "kernel", "ppSBN", "mechanism", "less", "model", "source", "vectors; argument", "estimator")
+_KEYS = ("task", "attn", "kernel", "cell", "option", "mechanism", "less", "model", "source", "estimator")
 """Headings of the columns that say what a row is: they are repeated in each part."""
 _NARROW, _WIDE = "iljft.,:;'!|()[] -/", "mwMWABCDEGHKNOPQRSTUVXYZ%—±×&"
 

@@ -25,7 +25,7 @@ class Setup(Report):
                 f"Device: {', '.join(sorted(setting.devices)) or 'none yet'}; "
                 f"torch {', '.join(sorted(setting.torch)) or 'none yet'}.",
                 f"To make it again: schoenbat-exp use {setting.profile} && schoenbat-exp run --grid",
-                "The results that all tables are computed from lie beside this page, in the folder results.",
+                f"All tables are computed from the files in runs/{setting.profile}.",
             ),
         )
         names = dict.fromkeys(name for options in setting.training.values() for name in options)
