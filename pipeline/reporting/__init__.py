@@ -2,8 +2,8 @@
 
 The frame has one row per observation (`_collect.py` describes it), so a new report is one new file here: a subclass of
 `Report` that picks its rows by `quantity`. `build` writes them all to reports/PROFILE: as Markdown, as one HTML page,
-and as files. What is written is a pure function of the files under runs/PROFILE and of params.yaml: the same inputs give
-the same bytes.
+and as files. What is written is a pure function of the files under runs/PROFILE and of params.yaml: the same inputs
+give the same bytes.
 """
 
 import re
