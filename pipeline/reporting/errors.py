@@ -77,7 +77,7 @@ def _beside_accuracy(errors: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
         for axes, seed, value in zip(parts, cells.seed, cells.value, strict=True)
     }
     own = errors[errors.estimator.str.endswith(AS_TRAINED)].copy()
-    own["cell"] = own.vectors.str.removeprefix("trained ").str.partition("; ")[0]
+    own["cell"] = [vectors.removeprefix("trained ").partition("; ")[0] for vectors in own.vectors]
     own["accuracy"] = own.cell.map(accuracies)
     return own[["cell", "estimator", "num_features", "kernel_error", "output_error", "share", "accuracy"]]
 
