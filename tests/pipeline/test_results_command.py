@@ -76,7 +76,14 @@ def test_a_report_that_would_show_less_is_refused_in_one_line_and_made_with_forc
     assert [path.name for path in folder.iterdir()] == ["index.md"]
     code, out, err = invoke("report", "--force", "--reference", "mean", "--margin", "2")
     assert (code, out, err) == (0, "report: reports/tiny/index.html\n", "")
-    assert "6 of 12 cells are finished." in (folder / "index.md").read_text()
+    index = (folder / "index.md").read_text()
+    assert "6 of 12 cells are finished." in index
+    assert "- lra-listops: mean + ppSBN" not in index
+    assert "lra-listops: softmax is highest with 90.5 %" in index
+    assert "lra-listops: no seed of mean passed the rule “outermost operator”, which scores 55.0 %" in index
+    assert "2 seeds are too few for p-values" in index
+    assert "There are no prepared data, and so no results, for lra-text." in index
+    assert "6 of 12 cells are not finished." in index
     assert (folder / "tables/versus-mean.csv").is_file()
     assert not (folder / "tables/versus-softmax.csv").exists()
     assert "Equal within 2" in (folder / "tables/versus-mean.md").read_text()
