@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: setup run test lint
+.PHONY: setup run test lint docs
 
 setup: $(STAMP)
 
@@ -27,3 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy schoenbat pipeline
+
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo "build/docs/docs/index.html"
