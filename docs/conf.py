@@ -34,14 +34,13 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-# Docstrings are plain text in which single backticks are code.
-default_role = "code"
 
 
 def escape_marks(text: str) -> str:
-    """|x| is an absolute value and * a product: docstrings mean no substitution and no emphasis."""
-    parts = re.split(r"(`[^`]*`)", text)
+    """`x` is code, |x| an absolute value and * a product: docstrings mean no substitution and no emphasis."""
+    parts = re.split(r"(``.*?``|`[^`]*`)", text)
     parts[::2] = [re.sub(r"([|*])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [part if part.startswith("``") else f"`{part}`" for part in parts[1::2]]
     return "".join(parts)
 
 
