@@ -1,16 +1,72 @@
-"""The documents quote what was generated, and lead nowhere that is not there."""
+"""The documents quote what was generated, lead nowhere that is not there, and say nothing that cannot be typed."""
 
+import ast
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import dvc.cli
 import pytest
+import typer.main
 
+from pipeline import cli
+from pipeline.commands import PROGRAM
 from pipeline.grid.params import load_params
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+
+TESTED_BY = {
+    ("docs/library.md", "from schoenbat"): "tests/test_library_document.py",
+    ("docs/adding.md", "class Cosh(Kernel)"): "tests/pipeline/test_plugins.py",
+    ("docs/adding.md", "class Taylor(KernelAttention)"): "tests/pipeline/test_plugins.py",
+    ("docs/adding.md", "Kernel.from_callable"): "tests/pipeline/test_plugins.py",
+    ("docs/tutorial.md", ""): "tests/test_tutorial.py",
+    # It needs an exported model; there the same lines stand in the model card.
+    ("docs/pipeline.md", 'from_pretrained("exported")'): "tests/pipeline/test_trained.py",
+}
+"""Which test runs the snippets that are not run here: those of a document that hold a text."""
+
+NOT_RUN = {
+    "source": "it is for the shell of a person",
+    ".": "it is for the shell of a person",
+    "tar": "it unpacks what pip has downloaded",
+    "pip": "it needs a network; tests/test_packaging.py and tests/pipeline/test_plugins.py install both distributions",
+    ".venv/bin/python": "it is pip, as above",
+    "git": "git is not ours",
+}
+"""Programs whose commands are neither run nor parsed, and why not."""
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [text for language, text in found if language in languages]
+
+
+def name(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def commands() -> list[tuple[str, str]]:
+    """(document, command) of every line of a shell, and of every `schoenbat-exp ...` within a sentence."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        lines = [line for block in blocks(document, "sh") for line in block.splitlines()]
+        lines += [line for block in blocks(document, "") for line in block.splitlines() if line.startswith(PROGRAM)]
+        lines += re.findall(rf"`({PROGRAM} [^`]+|make [a-z]+)`", text)
+        for line in lines:
+            words = shlex.split(" ".join(line.split()), comments=True)
+            for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
+                found.append((name(document), part))
+    return sorted({pair for pair in found if pair[1]})
+
+
+SNIPPETS = [(name(document), text) for document in DOCUMENTS for text in blocks(document, "python")]
 
 
 def test_tables_in_the_readme_are_the_generated_ones() -> None:
@@ -22,20 +78,120 @@ def test_tables_in_the_readme_are_the_generated_ones() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(document: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
-    local = [target for target in targets if "://" not in target]
-    assert all((document.parent / target).exists() for target in local), local
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, target
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = {"index"}
+    for page in PAGES:
+        for toctree in re.findall(r"```{toctree}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            listed |= set(toctree.split())
+    assert {page.stem for page in PAGES} <= listed
+
+
+@pytest.mark.parametrize(("document", "snippet"), SNIPPETS, ids=lambda text: text[:40])
+def test_every_snippet_runs_here_or_in_the_test_that_is_named(document: str, snippet: str) -> None:
+    tests = {path for (of, part), path in TESTED_BY.items() if of == document and part in snippet}
+    if not tests:
+        exec(compile(snippet, document, "exec"), {})
+    for path in tests:
+        assert Path(document).stem in (ROOT / path).read_text(encoding="utf-8") or document == "docs/pipeline.md"
 
 
 def test_the_example_of_the_method_prints_an_allocation(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = blocks(ROOT / "docs/method.md", "python")
     exec(compile(example, "docs/method.md", "exec"), {})
     assert "256 features, expected relative error" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("document", "command"), commands(), ids=lambda text: text)
+def test_every_command_is_one_that_its_program_takes(document: str, command: str) -> None:
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)
+    program, *arguments = words
+    if program == PROGRAM:
+        parse(arguments)
+    elif program == "make":
+        (target,) = [word for word in arguments if "=" not in word]
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    elif program == "dvc":
+        dvc.cli.parse_args(arguments)
+    elif program in ("python", "pytest"):
+        written = {"films.py"}
+        files = [word for word in arguments if word.startswith(("tests/", "docs/", "benchmarks/")) or ".py" in word]
+        assert all((ROOT / file).exists() or file in written for file in files), files
+    else:
+        assert program in NOT_RUN, f"{document}: {command}"
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse as the command line does, and do nothing."""
+    group: Any = typer.main.get_command(cli.app)
+    command, *rest = arguments
+    if command.startswith("-"):
+        # These act while they are parsed.
+        assert not rest
+        assert command in {option for parameter in group.params for option in parameter.opts}
+        return
+    assert command in group.commands, command
+    # A command that is only named need not be complete.
+    if not rest:
+        return
+    group.commands[command].make_context(command, rest)
+
+
+def test_the_map_of_the_code_names_every_part_and_imports_lead_upwards() -> None:
+    map_of_code = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| where | what |")[2]
+    rank: dict[str, int] = {}
+    for row, line in enumerate(re.findall(r"^\| (`(?:schoenbat|pipeline)/.*?) \|", map_of_code, re.MULTILINE)):
+        first, *others = re.findall(r"`([\w/]+)`", line)
+        package, _, part = first.partition("/")
+        rank |= dict.fromkeys((f"{package}.{each}" for each in (part, *others)), row)
+
+    imports: set[tuple[str, str]] = set()
+    parts: set[str] = set()
+    for package in ("schoenbat", "pipeline"):
+        for path in (ROOT / package).rglob("*.py"):
+            inside = path.relative_to(ROOT / package).parts
+            if path.is_symlink() or inside[0] in ("__init__.py", "build"):
+                continue
+            here = f"{package}.{inside[0].removesuffix('.py')}"
+            parts.add(here)
+            for module in imported(ast.parse(path.read_text(encoding="utf-8"))):
+                imports.add((here, ".".join(module.split(".")[:2])))
+    assert parts == set(rank)
+    downwards = {(here, there) for here, there in imports if there in rank and rank[there] > rank[here]}
+    assert downwards == {("pipeline.monitor", "pipeline.launch")}
+
+
+def imported(tree: ast.Module) -> list[str]:
+    """Modules that a module imports, other than for its types alone."""
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node not in for_types:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
 def test_the_diff_that_adds_a_mechanism_applies_and_is_what_is_here(tmp_path: Path) -> None:
-    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/adding.md").read_text(encoding="utf-8"), re.DOTALL)
+    (diff,) = blocks(ROOT / "docs/adding.md", "diff")
     shutil.copy(ROOT / "profiles/quick.yaml", tmp_path / "params.yaml")
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
     added = "schoenbat/attention/linear.py"
