@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import dvc.cli
+import pandas as pd
 import pytest
 import typer.main
 
 from pipeline import cli
 from pipeline.commands import PROGRAM
 from pipeline.grid.params import load_params
+from pipeline.reporting._collect import Setting
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -112,6 +114,17 @@ def test_the_example_of_the_method_prints_an_allocation(capsys: pytest.CaptureFi
     (example,) = blocks(ROOT / "docs/method.md", "python")
     exec(compile(example, "docs/method.md", "exec"), {})
     assert "256 features, expected relative error" in capsys.readouterr().out
+
+
+def test_the_report_of_the_document_makes_its_table() -> None:
+    (example,) = (text for document, text in SNIPPETS if document == "docs/adding.md" and "Report" in text)
+    names: dict[str, Any] = {"__name__": "parameters"}
+    exec(compile(example, "docs/adding.md", "exec"), names)
+    axes = {"task": "lra-text", "attn": "rmfa", "dotf": "exp", "former": "maclauformer"}
+    frame = pd.DataFrame([{**axes, "quantity": "num_parameters", "value": 12345.0}])
+    setting = Setting("tiny", "", [0], ["lra-text"], {"lra-text": 1}, {"lra-text": 8}, 1, [8], ["exp"], {})
+    (table,) = names["Parameters"]().make(frame, setting)
+    assert table.shown.value.tolist() == ["12345.0"]
 
 
 @pytest.mark.parametrize(("document", "command"), commands(), ids=lambda text: text)

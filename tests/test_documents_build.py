@@ -60,7 +60,9 @@ def test_every_public_class_and_function_of_the_library_has_an_entry(built: tupl
     assert missing == []
 
 
-@pytest.mark.parametrize(("page", "registry"), [("kernels", "KERNELS"), ("mechanisms", "ATTENTIONS"), ("models", "TASKS")])
+@pytest.mark.parametrize(
+    ("page", "registry"), [("kernels", "KERNELS"), ("mechanisms", "ATTENTIONS"), ("models", "TASKS")]
+)
 def test_every_component_is_on_its_page(built: tuple[Sphinx, str], page: str, registry: str) -> None:
     text = built[0].env.get_doctree(f"docs/api-{page}").astext()
     for name in getattr(schoenbat, registry).names():

@@ -35,7 +35,7 @@ eval --task table --attn softmax --former transformer --seed 0
 train --task table --attn rmfa --dotf cosh --former maclauformer --seed 0
 eval --task table --attn rmfa --dotf cosh --former maclauformer --seed 0
 """
-"""What `run --grid` does for two of the cells; timings and errors of estimates, which take longer, have their own tests."""
+"""What `run --grid` does for two cells; timings and errors of estimates, which take longer, have tests of their own."""
 
 
 def blocks(language: str) -> list[str]:
@@ -49,7 +49,9 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".dvc").mkdir()
-    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n")
+    (tmp_path / ".dvc/config").write_text(
+        "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
+    )
     return tmp_path
 
 
