@@ -26,7 +26,6 @@ from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
 from pipeline.record.freshness import receipt_file, stage_states
 from pipeline.record.writer import Recorder, mend_lock
-from pipeline.reporting._terminal import show_results
 from pipeline.text import counted
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
@@ -78,7 +77,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
             nothing = f"nothing to do: all {cells_in_words} of profile {params.profile} and the report are up to date"
             print(json.dumps({"jobs": [], "to_record": []}) if wishes.as_json else nothing, flush=True)
             if not wishes.dry_run:
-                show_results(params, Path())
+                _show_results(params)
             return 0
         jobs = plan.plan_jobs(params, chosen, graph, due, settings, hashes, device=kind)
         if wishes.dry_run:
@@ -92,6 +91,14 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
         recorder = Recorder()
         recorder.add(made)
         return _Run(params, graph, chosen, jobs, wishes, recorder).run(backend, at_once)
+
+
+def _show_results(params: Params) -> None:
+    # What the tables need takes seconds to import, which every command of a grid would wait for.
+    from pipeline.reporting._terminal import show_results
+
+    sys.stdout.flush()
+    show_results(params, Path())
 
 
 def _show_plan(jobs: Sequence[Job], made: Sequence[str], title: str, as_json: bool) -> None:
@@ -216,8 +223,7 @@ class _Run:
         reports = [job.name for job in self._jobs if any(self._graph.gathers[stage.name] for stage in job.stages)]
         if reports and not any(name in ended for name in reports):
             print()
-            sys.stdout.flush()
-            show_results(self._params, Path())
+            _show_results(self._params)
         causes = {str(event.cause): event for event in ended.values() if event.state in ("failed", "unavailable")}
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")

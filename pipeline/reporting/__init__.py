@@ -2,8 +2,8 @@
 
 The frame has one row per observation (`_collect.py` describes it), so a new report is one new file here: a subclass of
 `Report` that picks its rows by `quantity`. `build` writes them all to reports/PROFILE: as Markdown, as one HTML page,
-and as files, beside copies of the results that they are made from. What is written is a pure function of the files that
-DVC tracks and of params.yaml: the same inputs give the same bytes.
+and as files. What is written is a pure function of the files under runs/PROFILE and of params.yaml: the same inputs
+give the same bytes.
 """
 
 import re
@@ -89,10 +89,6 @@ def build(
                 lines += [f"## {report.title}", *(_write(building, part) for part in parts)]
     (building / "index.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     (building / "index.html").write_text(render_page(setting, sections, building / "figures"), encoding="utf-8")
-    for name, source in setting.raw.items():
-        copy = building / "results" / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
     if folder.exists():
         folder.rename(former)
     building.rename(folder)

@@ -63,7 +63,6 @@ class Setting:
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two count as equal.
         scores: what each mechanism (attn, dotf, former) gets right on each task, by (task, mechanism).
-        raw: the files that the report is made from, by their place in its folder.
         comparison: see `pipeline.reporting._comparison.compared`.
     """
 
@@ -92,7 +91,6 @@ class Setting:
     reference: str = "softmax"
     margin: float = MARGIN
     scores: dict[tuple[str, Mechanism], Scores] = field(default_factory=dict)
-    raw: dict[str, Path] = field(default_factory=dict)
     comparison: "Comparison | None" = None
 
     @property
@@ -140,16 +138,21 @@ class Setting:
             self.note or "No note.",
             f"{self.num_finished} of {self.num_cells} cells are finished.",
         ]
-        if self.unavailable:
-            rows = [
-                f"- {task}: {how or 'made by `schoenbat-exp run --grid`.'}" for task, how in self.unavailable.items()
-            ]
-            paragraphs.append("No prepared data, so no results, for these tasks:\n\n" + "\n".join(rows))
+        return [*paragraphs, *self.gaps()]
+
+    def gaps(self) -> list[str]:
+        """What is missing and why, as sentences; none if nothing is."""
+        sentences = [
+            f"No prepared data, so no results, for {task}: {how or 'made by schoenbat-exp run --grid.'}"
+            for task, how in self.unavailable.items()
+        ]
         for title, cells in (("Not finished", self.missing), ("Left out because they are out of date", self.outdated)):
             cells = [cell for cell in cells if not any(cell.startswith(f"{task}-") for task in self.unavailable)]
             if cells:
-                paragraphs.append(f"{title}: {', '.join(f'`{cell}`' for cell in cells)}.")
-        return paragraphs
+                sentences.append(f"{title}: {', '.join(cells)}.")
+        if self.num_finished and not self.bench:
+            sentences.append("No benchmark.")
+        return sentences
 
 
 def collect(
@@ -186,7 +189,6 @@ def collect(
         path = root / summary_file(profile, task)
         if path.is_file():
             summary = read_json(path)
-            setting.raw[f"data/{task}.json"] = path
             fingerprints[task] = summary["fingerprint"]
             setting.labels[task] = summary["label"]
             setting.data_notes[task] = summary["notes"]
@@ -203,12 +205,7 @@ def collect(
             assert found is not None
             mechanism = (cell.attn, cell.dotf or "", cell.former)
             predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
-            files = ("metrics.json", "test.json", "curves.csv", "predictions.npz")
-            setting.raw |= {f"{cell.id}/{name}": results.folder / name for name in files}
     setting.scores = {key: Scores.of(by_seed) for key, by_seed in predictions.items()}
-    for name in ("bench.csv", "errors.csv"):
-        if (root / "runs" / profile / name).is_file():
-            setting.raw[name] = root / "runs" / profile / name
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
     rows += _error_rows(root / "runs" / profile, params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)

@@ -129,6 +129,21 @@ class Comparison:
         }
         return _corrected(chosen)
 
+    def planned(self, attn: str) -> list[Versus]:
+        """The one called `attn` less uniform attention with the same former, on every task, corrected over these alone.
+
+        It is the first question, whatever else is in the grid: does it matter where one attends?
+        """
+        found = self.others_of(CONTROL)
+        pairs = {one: other for one, other in found.items() if one[0] == attn and one[2] == other[2]}
+        chosen = {
+            (task, one): (other, difference)
+            for task, on_task in self.tasks.items()
+            for one, other in pairs.items()
+            if (difference := on_task.difference(one, other)) is not None
+        }
+        return _corrected(chosen)
+
     def ppsbn(self) -> list[Versus]:
         """Every mechanism that is there both ways: with ppSBN less without, corrected over all of them."""
         with_it = [m for m in self.mechanisms if m[2] == "maclauformer" and (*m[:2], "transformer") in self.mechanisms]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.reporting._table import Table
 
+_DENSE = "scriptsize"
 TEXT_WIDTH, TEXT_HEIGHT = 345.0, 550.0
 """Points, of the article class at its defaults, the narrowest of the usual ones."""
 SIZES = {"small": 9.0, "footnotesize": 8.0, "scriptsize": 7.0}
@@ -18,6 +19,8 @@ LONG = 26
 """Letters of a text above which its column may be broken into lines."""
 LEAST_BROKEN = 70.0
 """Points, of a column that is broken into lines."""
+SHORT, LEAST_SHORT = 12, 40.0
+"""The same of columns of words, where that saves a table from coming in parts."""
 ESCAPES = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -39,7 +42,7 @@ ESCAPES = {
     "≥": r"$\ge$",
     "≤": r"$\le$",
 }
-_KEYS = ("task", "attn", "kernel", "ppSBN", "mechanism", "less", "model", "source", "vectors; argument", "estimator")
+_KEYS = ("task", "attn", "kernel", "cell", "option", "mechanism", "less", "model", "source", "estimator")
 """Headings of the columns that say what a row is: they are repeated in each part."""
 _NARROW, _WIDE = "iljft.,:;'!|()[] -/", "mwMWABCDEGHKNOPQRSTUVXYZ%—±×&"
 
@@ -68,16 +71,15 @@ def _parts(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list
     for size in SIZES:
         if _fits(everything, headings, rows, size):
             return [everything], size
-    size = "scriptsize"
     keys = [i for i in everything if headings[i] in _KEYS] or everything[:1]
     parts: list[list[int]] = []
     current: list[int] = []
     for column in (i for i in everything if i not in keys):
-        if current and not _fits([*keys, *current, column], headings, rows, size):
+        if current and not _fits([*keys, *current, column], headings, rows, _DENSE):
             parts.append([*keys, *current])
             current = []
         current.append(column)
-    return [*parts, [*keys, *current]], size
+    return [*parts, [*keys, *current]], _DENSE
 
 
 def _fits(columns: Sequence[int], headings: Sequence[str], rows: Sequence[Sequence[str]], size: str) -> bool:
@@ -102,8 +104,11 @@ def _least(texts: Sequence[str], size: str) -> float:
     """The width below which a column does not go: that of its longest word where it may be broken."""
     natural = _natural(texts, size)
     words = max(_width(word, size) for text in texts for word in text.split() or [""])
-    if max(map(len, texts)) > LONG:
+    longest = max(map(len, texts))
+    if longest > LONG:
         return min(natural, max(LEAST_BROKEN, words))
+    if size == _DENSE and longest > SHORT and all(text[:1].isalpha() for text in texts[1:]):
+        return min(natural, max(LEAST_SHORT, words))
     # Of a short column the heading alone may be broken.
     return min(natural, max(_natural(texts[1:] or texts, size), words))
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from tabulate import tabulate
 
@@ -47,7 +48,8 @@ class Figure:
 
 def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, list[Axes]]:
     """A figure of width x height inches with `panels` axes side by side that share their vertical scale."""
-    canvas = Canvas(figsize=(width, height), layout="constrained")
+    # A text is a little wider in one format than in another.
+    canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(canvas)
     return canvas, list(canvas.subplots(1, panels, squeeze=False, sharey=True)[0])
 

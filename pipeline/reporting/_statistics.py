@@ -8,7 +8,8 @@ examples, e for the rest, its squared standard error is
 
     (MS_s + MS_i - MS_e) / (S n)
 
-the last two together not below 0 (Clark, 1973, "The language-as-fixed-effect fallacy"). It is estimated by a bootstrap
+with MS_s and MS_i taken as MS_e where luck has made them less, which they are not in truth (Clark, 1973, "The
+language-as-fixed-effect fallacy"). It is estimated by a bootstrap
 that draws seeds and examples with replacement, each apart. Row means are stretched by sqrt(S / (S - 1)), as S of them
 vary less than S fresh ones, and column means shrunk by sqrt(1 - MS_e / MS_i), as the noise in them is in the row means
 already (Davison and Hinkley, 1997, section 3.8). Intervals are of Student's t, with Satterthwaite's degrees of freedom,
@@ -136,13 +137,18 @@ def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Means and mean squares of a table of seeds and examples."""
+    """Means and mean squares of a table of seeds and examples.
+
+    Attributes:
+        lacking: what luck has made the mean square of the seeds less than that of the rest, which is in `seeds_ms`.
+    """
 
     rows: Array
     columns: Array
     seeds_ms: float
     examples_ms: float
     rest_ms: float
+    lacking: float
 
     @staticmethod
     def of(table: Array) -> "_Layout":
@@ -152,7 +158,9 @@ class _Layout:
         of_columns = num_seeds * float(((columns - mean) ** 2).sum())
         rest = max(0.0, float(((table - mean) ** 2).sum()) - of_rows - of_columns)
         seeds, examples = num_seeds - 1, max(1, num_examples - 1)
-        return _Layout(rows, columns, of_rows / seeds, of_columns / examples, rest / (seeds * examples))
+        seeds_ms, rest_ms = of_rows / seeds, rest / (seeds * examples)
+        lacking = max(0.0, rest_ms - seeds_ms)
+        return _Layout(rows, columns, seeds_ms + lacking, of_columns / examples, rest_ms, lacking)
 
     @property
     def stretch(self) -> float:
@@ -188,7 +196,7 @@ def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
         for _ in range(0, REPLICATES, _CHUNK):
             means.append(_drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns)
         for i, error in zip(positions, np.concatenate(means).std(axis=0, ddof=1), strict=True):
-            errors[i] = float(error)
+            errors[i] = float(error**2 + layouts[i].lacking / (num_seeds * num_examples)) ** 0.5
     return errors
 
 

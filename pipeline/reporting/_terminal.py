@@ -122,7 +122,7 @@ def _next(setting: Setting, root: Path) -> Iterator[str]:
     if report.is_file():
         yield f"report: {_report(setting)}"
     if setting.num_finished < setting.num_cells:
-        yield "next: schoenbat-exp run --grid goes on; schoenbat-exp status says why cells are missing"
+        yield "next: schoenbat-exp run --grid (schoenbat-exp status says what is missing)"
     elif not report.is_file():
         yield "next: schoenbat-exp report"
     elif setting.is_check:

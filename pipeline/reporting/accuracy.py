@@ -33,6 +33,7 @@ class Accuracy(Report):
             (row, setting.heading(task))
             for task in setting.tasks
             for row, mechanism in enumerate(comparison.mechanisms)
+            if len(setting.seeds) > 1
             if mechanism in comparison.tasks[task].leaders()
         }
         spread = "mean ± sample standard deviation over seeds" if len(setting.seeds) > 1 else "one seed, so no spread"

@@ -9,7 +9,7 @@ from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
 from pipeline.reporting._comparison import compared
 from pipeline.reporting._mechanisms import named
-from pipeline.reporting._table import MISSING, Table
+from pipeline.reporting._table import MISSING, Table, Text
 
 CELL = ["task", "attn", "dotf", "former", "seed"]
 QUANTITIES = ["num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"]
@@ -21,7 +21,9 @@ class Cells(Report):
     title = "Cells"
     order = 80
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Text | Table]:
+        if setting.gaps():
+            yield Text("What is not there", (*setting.gaps(), "schoenbat-exp status says why."))
         found = frame[frame.quantity.isin(QUANTITIES)]
         if found.empty:
             return

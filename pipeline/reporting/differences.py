@@ -43,9 +43,9 @@ class Differences(Report):
 
 _LEGEND = (
     "Interval: 95 %, for this pair alone, by a bootstrap over seeds and test examples together. p: t-test with the "
-    f"same error, not shown for fewer than {LEAST_SEEDS} seeds. From seeds, from examples: their shares of the squared "
-    "error; the rest shrinks with more of either. Visible: the least true difference that so many seeds and examples "
-    f"show in {100 * POWER:.0f} % of all cases, at a level of 5 %, before any correction."
+    f"same error, not shown for fewer than {LEAST_SEEDS} seeds. Error: the shares of seeds and of examples in its "
+    "square; the rest shrinks with more of either. Visible: the least true difference that is seen in "
+    f"{100 * POWER:.0f} % of all cases with so many seeds and examples, at a level of 5 %, before any correction."
 )
 
 
@@ -77,10 +77,9 @@ def _values(row: Versus) -> dict:
 def _shown(row: Versus, setting: Setting) -> dict[str, str]:
     found = row.difference
     texts = {"task": row.task, "mechanism": label(row.mechanism), "less": label(row.other)}
-    texts |= {"difference": f"{found.estimate:+.2f}", "interval": _interval(found), "seeds": str(found.seeds)}
-    enough = found.seeds >= LEAST_SEEDS
-    texts |= {"p": _p(found.p) if enough else MISSING, "p (Holm)": _p(row.adjusted) if enough else MISSING}
-    texts |= {"from seeds": _share(found.seed_share), "from examples": _share(found.example_share)}
+    fewer = f" ({found.seeds} seeds)" if found.seeds < len(setting.seeds) else ""
+    texts |= {"difference": f"{found.estimate:+.2f}{fewer}", "interval": _interval(found)}
+    texts |= {"p (Holm)": _p(row.adjusted) if found.seeds >= LEAST_SEEDS else MISSING, "error": _shares(found)}
     texts |= {"visible": _number(found.smallest), "verdict": verdict(found, row.apart, setting.margin)}
     if has_ppsbn(row.mechanism[2]) != has_ppsbn(row.other[2]) and row.mechanism[0] != row.other[0]:
         texts["verdict"] += "; ppSBN differs too"
@@ -123,8 +122,8 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _share(value: float) -> str:
-    return MISSING if np.isnan(value) else f"{value:.0%}"
+def _shares(found: Difference) -> str:
+    return MISSING if np.isnan(found.seed_share) else f"{found.seed_share:.0%}, {found.example_share:.0%}"
 
 
 def _number(value: float) -> str:

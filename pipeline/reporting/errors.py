@@ -16,6 +16,8 @@ FIGURE_KERNEL = "exp"
 FIGURE_PANELS = 3
 LEAST_SHARE = -0.5
 """Where the axis of shares ends: an estimate that is off by more than uniform weights can be off without bound."""
+AS_TRAINED = " as trained"
+"""How the estimator is called that a cell has learned with."""
 ESTIMATORS = (
     "rmfa: as published; rmfa-sketch: least expected error, shifted where the kernel is exp; ... as trained: the one "
     "draw that the cell has learned with; taylor1 has head_dim + 1 features at any budget; FAVOR+: positive orthogonal."
@@ -57,10 +59,51 @@ class Errors(Report):
         errors["share"] = 1 - errors.unexplained**2
         spread = 2 * errors.unexplained * errors.unexplained_spread
         errors["share_spread"] = spread.where(errors.share > LEAST_SHARE)
+        beside = _beside_accuracy(errors, frame)
+        if not beside.empty:
+            yield _trained_table(beside, setting)
         yield _kernel_table(errors, setting)
         yield _output_table(errors, setting)
         for curve in CURVES:
             yield _figure(curve, errors[errors.dotf == FIGURE_KERNEL], setting)
+
+
+def _beside_accuracy(errors: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """The shares of what cells were trained with, on their own vectors, with the accuracies of these cells."""
+    cells = frame[frame.quantity == "test_accuracy"]
+    parts = cells[["task", "attn", "dotf", "former"]].to_numpy().tolist()
+    accuracies = {
+        "-".join([*filter(None, axes), str(seed)]): value
+        for axes, seed, value in zip(parts, cells.seed, cells.value, strict=True)
+    }
+    own = errors[errors.estimator.str.endswith(AS_TRAINED)].copy()
+    own["cell"] = [vectors.removeprefix("trained ").partition("; ")[0] for vectors in own.vectors]
+    own["accuracy"] = own.cell.map(accuracies)
+    return own[["cell", "estimator", "num_features", "kernel_error", "output_error", "share", "accuracy"]]
+
+
+def _trained_table(beside: pd.DataFrame, setting: Setting) -> Table:
+    shown = [
+        {
+            "cell": row["cell"],
+            "features": f"{row['num_features']:,}",
+            "kernel error": f"{row['kernel_error']:.1e}",
+            "output error": f"{row['output_error']:.1e}",
+            "share explained": _share(row["share"]),
+            "test accuracy": MISSING if pd.isna(row["accuracy"]) else f"{100 * row['accuracy']:.2f}",
+        }
+        for row in beside.to_dict("records")
+    ]
+    return Table(
+        name="explained",
+        title="Share of the exact attention that a trained cell computes, beside its test accuracy in percent",
+        values=beside,
+        shown=pd.DataFrame(shown),
+        caption="On the queries, keys and values inside the cell, with the one draw of features that it has learned "
+        "with. Share: 1 is the exact kernel's attention, 0 knows nothing of it, less is further off than uniform "
+        "weights: a cell may be accurate without being an estimate of its kernel any more.",
+        provenance=setting.errors_caption(),
+    )
 
 
 def _kernel_table(errors: pd.DataFrame, setting: Setting) -> Table:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._comparison import CONTROL, Comparison, OnTask, compared
+from pipeline.reporting._comparison import Comparison, OnTask, compared
 from pipeline.reporting._mechanisms import Mechanism, has_ppsbn, label, rows_of
 from pipeline.reporting._statistics import LEAST_SEEDS
 from pipeline.reporting._table import Text
@@ -26,7 +26,7 @@ class Findings(Report):
     def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Text]:
         comparison = compared(frame, setting)
         shown = [line for on_task in comparison.tasks.values() for line in _on_task(comparison, on_task)]
-        shown += _on_ppsbn(comparison)
+        shown += [*_attention_matters(comparison), *_on_ppsbn(comparison)]
         yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",))
         missing = [line for on_task in comparison.tasks.values() for line in _open(comparison, on_task)]
         yield Text("What they do not show", tuple([*_in_general(comparison), *missing]))
@@ -46,8 +46,7 @@ def _on_task(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
     elif len(tied) == len(others):
         yield f"{start}, but not told apart from {'the other one' if len(others) == 1 else 'any other'}."
     else:
-        yield f"{start}; it is not told apart from {_listed(tied)}, but from the other {len(others) - len(tied)}."
-    yield from _reference_and_control(comparison, on_task)
+        yield f"{start}; it is not told apart from {_listed(tied)}, but from {_others(len(others) - len(tied))}."
     never = [mechanism for mechanism in on_task.means if comparison.never_passed(task, mechanism)]
     rule = comparison.best_rule(task)
     if rule is not None and never:
@@ -60,24 +59,23 @@ def _on_task(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
         yield f"{task}: every mechanism passed the best rule that needs no model ({rule.name}, {rule.accuracy:.1f} %)."
 
 
-def _reference_and_control(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
-    name = comparison.setting.reference
-    others = comparison.others_of(CONTROL)
-    for mechanism in on_task.means:
-        if mechanism[0] != name or mechanism not in others or others[mechanism][2] != mechanism[2]:
-            continue
-        other = others[mechanism]
-        found = on_task.difference(mechanism, other)
-        if found is None:
-            continue
-        pair = f"{on_task.task}: {label(mechanism)} and {label(other)} differ by {found.estimate:+.1f} points"
+def _others(count: int) -> str:
+    return "the other one" if count == 1 else f"the other {count}"
+
+
+def _attention_matters(comparison: Comparison) -> Iterator[str]:
+    rows = comparison.planned(comparison.setting.reference)
+    for row in rows:
+        found = row.difference
+        pair = f"{row.task}: {label(row.mechanism)} less {label(row.other)} is {found.estimate:+.1f} points"
         interval = f"(95 %: {found.low:+.1f} to {found.high:+.1f})"
         if found.seeds < 2:
             yield f"{pair}, of one seed."
-        elif on_task.is_apart(mechanism, other):
-            yield f"{pair} {interval}, which is more than luck."
+        elif row.apart:
+            yield f"{pair} {interval}: it matters where one attends."
         else:
-            yield f"{pair} {interval}, which may be luck: that it matters where one attends is not shown."
+            among = f", one of {len(rows)} such comparisons," if len(rows) > 1 else ""
+            yield f"{pair} {interval}{among} which may be luck: that it matters where one attends is not shown."
 
 
 def _on_ppsbn(comparison: Comparison) -> Iterator[str]:

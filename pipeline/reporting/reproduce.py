@@ -25,20 +25,21 @@ class Setup(Report):
                 f"Device: {', '.join(sorted(setting.devices)) or 'none yet'}; "
                 f"torch {', '.join(sorted(setting.torch)) or 'none yet'}.",
                 f"To make it again: schoenbat-exp use {setting.profile} && schoenbat-exp run --grid",
-                "The results that all tables are computed from lie beside this page, in the folder results.",
+                f"All tables are computed from the files in runs/{setting.profile}.",
             ),
         )
-        rows = [
-            {"task": task, **{name: _text(value) for name, value in options.items()}}
-            for task, options in setting.training.items()
-        ]
-        if rows:
-            shown = pd.DataFrame(rows).fillna(MISSING)
+        names = dict.fromkeys(name for options in setting.training.values() for name in options)
+        if setting.training:
+            shown = [
+                {"option": name.replace("_", " ")}
+                | {task: _text(options.get(name)) for task, options in setting.training.items()}
+                for name in names
+            ]
             yield Table(
                 name="setup",
                 title="Model and training of each task",
                 values=pd.DataFrame([{"task": task, **options} for task, options in setting.training.items()]),
-                shown=shown,
+                shown=pd.DataFrame(shown),
                 caption="The section of a mechanism may replace options of training.",
                 provenance=setting.caption(),
             )

@@ -365,13 +365,14 @@ def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
     samples = _interleaved(tasks, params.bench.repeats, device)
     rows = []
     for attn, call in tasks.items():
+        config: Any = build_config(ATTENTIONS.get(attn).Config, params.attention.get(attn), f"attention.{attn}")
         row = {
             "attn": attn,
             "dotf": DOTF if ATTENTIONS.get(attn).needs_kernel else None,
             "length": STEP_LENGTH,
             "direction": direction,
             "batch": STEP_BATCH,
-            "num_features": params.attention.get(attn, {}).get("num_features"),
+            "num_features": getattr(config, "num_features", None),
             "relative_error": None,
             "threads": torch.get_num_threads(),
             "peak_memory_mb": _peak_memory_mb(call, device),

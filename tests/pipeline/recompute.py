@@ -1,8 +1,8 @@
-"""The numbers of a report once more, from the raw files in its folder alone, with none of the project's code.
+"""The numbers of a report once more, from the raw files of its cells alone, with none of the project's code.
 
-It reads results/CELL/{metrics,test}.json, curves.csv and predictions.npz and results/data/TASK.json, and compares what
-follows from them with the tables of the report. Where the report resamples, the standard error is computed in closed
-form here, and may be off by the noise of 2,000 replicates.
+It reads {metrics,test}.json, curves.csv and predictions.npz of each cell, and the summaries of the data, and compares
+what follows from them with the tables of the report. Where the report resamples, the standard error is computed in
+closed form here, and may be off by the noise of 2,000 replicates.
 """
 
 import itertools
@@ -61,11 +61,14 @@ class Raw:
         of_examples = s * table.mean(0).var(ddof=1)
         residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
         of_rest = (residual**2).sum() / ((s - 1) * (n - 1))
+        of_seeds = max(of_seeds, of_rest)
         extra = max(0.0, of_examples - of_rest)
         error = math.sqrt((of_seeds + extra) / (s * n))
         parts = of_seeds**2 / (s - 1)
         if of_examples > of_rest:
             parts += of_examples**2 / (n - 1) + of_rest**2 / ((s - 1) * (n - 1))
+        if error == 0:
+            return found | {"error": 0.0}
         df = (of_seeds + extra) ** 2 / parts
         reach = scipy.stats.t.ppf(0.975, df) * error
         return found | {
@@ -80,10 +83,10 @@ class Raw:
         }
 
 
-def check_report(folder: Path) -> int:
+def check_report(root: Path, profile: str) -> int:
     """Compare every number of the main tables of a report with what its raw files give; how many were compared."""
-    raw = Raw(folder / "results")
-    return sum(check(raw, folder / "tables") for check in (_accuracy, _cells, _pairs, _versus, _rules))
+    raw, tables = Raw(root / "runs" / profile), root / "reports" / profile / "tables"
+    return sum(check(raw, tables) for check in (_accuracy, _cells, _pairs, _versus, _rules))
 
 
 def _same(found: Any, expected: float, **tolerance: float) -> int:
@@ -167,6 +170,8 @@ def _pairs(raw: Raw, tables: Path) -> int:
 
 def _compare(row: dict[Any, Any], expected: dict[str, float]) -> int:
     count = _same(row["estimate"], expected["estimate"]) + _same(row["seeds"], expected["seeds"])
+    if expected.get("error") == 0:
+        return count + _same(row["error"], 0)
     for name in ("df", "seed_share", "example_share"):
         count += _same(row[name], expected.get(name, math.nan))
     noise = NOISE * expected.get("error", 0.0)

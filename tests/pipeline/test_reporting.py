@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import browser
 import pandas as pd
 import pytest
 from latex_document import has_tex, set_tables
@@ -154,10 +155,7 @@ def test_a_complete_report_is_the_same_when_built_again(complete: Path, tmp_path
     (tmp_path / "reports/cpu/stale.txt").write_text("from an earlier report")
     reporting.build("cpu", params, tmp_path)
     assert read_all(tmp_path / "reports") == first
-    raw = {path: content for path, content in first.items() if path.startswith("cpu/results/")}
-    runs = {f"cpu/results/{path}": content for path, content in read_all(complete / "runs/cpu").items()}
-    assert raw == runs, "what the tables are made from is there, and nothing else"
-    assert set(first) - set(raw) == {
+    assert set(first) == {
         "index.md",
         "cpu/index.md",
         "cpu/index.html",
@@ -293,7 +291,7 @@ def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
     assert "±" not in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "There is one seed: no difference can be told from luck." in index
-    assert "which is more than luck" not in index
+    assert "it matters where one attends." not in index
     assert "told apart from all" not in index
     assert "This is a check, not a result." in (tmp_path / "reports/cpu/index.html").read_text()
 
@@ -302,7 +300,7 @@ def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Pa
     reporting.build("cpu", params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "0 of 24 cells are finished" in index
-    assert "No prepared data, so no results, for these tasks" in index
+    assert "No prepared data, so no results, for lra-text" in index
     assert "published" in index
     for text in (index, (tmp_path / "reports/cpu/index.html").read_text()):
         assert "Nothing yet: no cell is finished." in text
@@ -317,8 +315,12 @@ def test_what_is_missing_is_named_and_spoils_what_is_over_all_tasks(tmp_path: Pa
     reporting.build("cpu", params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "11 of 24 cells are finished" in index
-    assert f"Not finished: `{cells[0].id}`." in index
-    assert "- lra-text: " in index
+    page = (tmp_path / "reports/cpu/index.html").read_text()
+    for text in (index, page):
+        assert f"Not finished: {cells[0].id}." in text
+        assert "No prepared data, so no results, for lra-text: " in text
+        assert "No benchmark." in text
+    assert "Not complete:" in page
     table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv")
     assert table["iqm"].isna().all()
     assert "(2 of 3)" in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
@@ -336,8 +338,8 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
     write_cell(tmp_path, first, dataclasses.replace(params, task={**params.task, first.task: wider}))
     write_cell(tmp_path, second, params, test_code="other code")
     _, setting = collect("cpu", params, tmp_path)
-    assert f"Left out because they are out of date: `{first.id}`." in setting.status()
-    assert f"Not finished: `{second.id}`." in setting.status()
+    assert f"Left out because they are out of date: {first.id}." in setting.status()
+    assert f"Not finished: {second.id}." in setting.status()
 
 
 DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "step,loss\n1,x\n"]}
@@ -424,10 +426,42 @@ def test_a_single_task_is_said_to_be_one(tmp_path: Path, params: Params) -> None
 
 
 def test_every_number_of_the_main_tables_follows_from_the_raw_files(complete: Path) -> None:
-    assert check_report(complete / "reports/cpu") > 500
+    assert check_report(complete, "cpu") > 400
 
 
 @pytest.mark.skipif(not has_tex(), reason="no pdflatex")
 def test_tables_fit_the_page_of_the_article_class(complete: Path, tmp_path: Path) -> None:
     overfull = set_tables(complete / "reports/cpu/tables", tmp_path)
     assert max(overfull, default=0.0) <= 5
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+def test_the_page_fits_every_screen_and_is_accessible(complete: Path) -> None:
+    page = complete / "reports/cpu/index.html"
+    assert page.stat().st_size < 3e6
+    with browser.chromium() as started:
+        for width, scheme, media in (
+            *((width, scheme, "screen") for width in (400, 1000, 1600) for scheme in ("light", "dark")),
+            (794, "light", "print"),
+        ):
+            found = browser.look(started, page, width, scheme, media)
+            assert found == {"console": [], "wide": [], "axe": []}, (width, scheme, media)
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+def test_tables_of_the_page_sort_by_number_and_filter(complete: Path) -> None:
+    with browser.chromium() as started:
+        page = started.new_page()
+        page.goto((complete / "reports/cpu/index.html").as_uri())
+        heading = page.locator("#table-cells thead th", has_text="test - dev")
+        number = heading.evaluate("heading => heading.cellIndex + 1")
+        column = page.locator(f"#table-cells tbody tr:not([hidden]) > :nth-child({number})")
+        heading.get_by_role("button").click()
+        assert heading.get_attribute("aria-sort") == "ascending"
+        numbers = [float(text) for text in column.all_inner_texts()]
+        assert numbers == sorted(numbers)
+        heading.get_by_role("button").click()
+        assert [float(text) for text in column.all_inner_texts()] == sorted(numbers, reverse=True)
+        page.locator("#filter-cells").fill("lra-text rmfa")
+        assert page.locator("#table-cells tbody tr:not([hidden])").count() == 3
+        assert "3 of 24 rows" in page.locator(".filter", has=page.locator("#filter-cells")).inner_text()

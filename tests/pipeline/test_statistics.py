@@ -68,11 +68,22 @@ def test_the_error_is_that_of_an_analysis_of_variance(of_seeds: float, of_exampl
         ols("y ~ C(s) + C(i)", pd.DataFrame({"y": table.ravel(), "s": rows.ravel(), "i": columns.ravel()})).fit()
     )
     seeds_ms, examples_ms, rest_ms = fitted["mean_sq"].tolist()
+    seeds_ms = max(seeds_ms, rest_ms)
     squared = (seeds_ms + max(0, examples_ms - rest_ms)) / table.size
     found = difference_of(table)
     assert found.error == pytest.approx(squared**0.5, rel=0.06)
     assert found.seed_share == pytest.approx(max(0, seeds_ms - rest_ms) / table.size / squared, abs=1e-9)
     assert found.example_share == pytest.approx(max(0, examples_ms - rest_ms) / table.size / squared, abs=1e-9)
+
+
+def test_seeds_that_agree_by_luck_do_not_make_a_difference_certain() -> None:
+    """Each of three seeds differs by 2 of 200 examples, but each on others."""
+    table = np.zeros((3, 200))
+    for seed in range(3):
+        table[seed, 10 * seed : 10 * seed + 6] = [100, 100, 100, 100, -100, -100]
+    found = difference_of(table)
+    assert found.estimate == pytest.approx(1)
+    assert found.low < 0 < found.high
 
 
 def test_with_seeds_alone_it_is_the_paired_t_test_of_scipy() -> None:

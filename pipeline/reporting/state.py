@@ -1,0 +1,75 @@
+"""What a mechanism recalls against what it keeps of the tokens before."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from pipeline.reporting import Report
+from pipeline.reporting._collect import Setting
+from pipeline.reporting._mechanisms import keyed, label, mechanisms, named, rows_of, style
+from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
+from pipeline.reporting._table import MISSING, Table
+
+
+class State(Report):
+    """For tasks with causal attention, whose cells have a state. One table, and one figure per task."""
+
+    title = "Recall against the size of the state"
+    order = 45
+
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+        sizes = frame[frame.quantity == "state_bytes"].dropna()
+        tasks = [task for task in setting.tasks if task in set(sizes.task)]
+        if not tasks:
+            return
+        yield _table(frame, sizes, tasks, setting)
+        for task in tasks:
+            yield _figure(frame, sizes[sizes.task == task], task, setting)
+
+
+_READING = "State: bytes that causal attention keeps of the tokens before, in all layers, at the length of the task."
+
+
+def _table(frame: pd.DataFrame, sizes: pd.DataFrame, tasks: list[str], setting: Setting) -> Table:
+    values, shown = [], []
+    for mechanism in mechanisms(frame):
+        texts = {}
+        for task in tasks:
+            own = rows_of(sizes[sizes.task == task], mechanism).value
+            scores = setting.scores.get((task, mechanism))
+            found = {"task": task, **keyed(mechanism)}
+            texts[f"{task}: state"] = texts[f"{task}: accuracy"] = MISSING
+            if len(own) and scores is not None:
+                accuracy = float(scores.accuracies.mean())
+                texts |= {f"{task}: state": f"{own.iloc[0]:,.0f}", f"{task}: accuracy": f"{accuracy:.2f}"}
+                values.append(found | {"state_bytes": int(own.iloc[0]), "accuracy": accuracy})
+        shown.append(named(mechanism) | texts)
+    return Table(
+        name="state",
+        title="Size of the state in bytes, and test accuracy in percent",
+        values=pd.DataFrame(values),
+        shown=pd.DataFrame(shown),
+        caption=_READING,
+        provenance=setting.caption(tasks),
+    )
+
+
+def _figure(frame: pd.DataFrame, sizes: pd.DataFrame, task: str, setting: Setting) -> Figure:
+    canvas, (axes,) = new_canvas(7.5, 4)
+    for mechanism in mechanisms(frame):
+        own, scores = rows_of(sizes, mechanism).value, setting.scores.get((task, mechanism))
+        if own.empty or scores is None:
+            continue
+        spread = scores.accuracies.std(ddof=1) if len(scores.accuracies) > 1 else None
+        look = style(frame, mechanism) | {"linestyle": "none", "markersize": 7, "capsize": 3}
+        axes.errorbar(max(1.0, own.iloc[0]), scores.accuracies.mean(), yerr=spread, label=label(mechanism), **look)
+    set_log(axes, "x")
+    axes.set(xlabel="bytes of state", ylabel="test accuracy (%)", title=setting.heading(task))
+    add_legend(axes)
+    return Figure(
+        name=f"state-{task}",
+        title=f"Test accuracy of {task} against the size of the state",
+        canvas=canvas,
+        caption=f"{_READING} Bars: sample standard deviation over seeds.",
+        provenance=setting.caption([task]),
+    )

@@ -1,0 +1,105 @@
+"""`schoenbat-exp results` and `report` on results that are made up."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from project_folder import Project, write_results
+
+from pipeline.grid.cells import expand, settings_fingerprint
+from pipeline.grid.params import load_params
+from pipeline.results import CellResults, Fingerprint
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def finished(project: Project) -> Project:
+    """One of two tasks is done, with two seeds; softmax is far above mean."""
+    project.add_code()
+    project.set("grid.kernel.dotf", ["exp"])
+    params = load_params()
+    Path("runs/tiny/data").mkdir(parents=True)
+    summary = {
+        **{"fingerprint": "data", "label": "generated", "notes": [], "num_classes": 10, "vocab_size": 16},
+        **{"splits": {"train": 64, "dev": 200, "test": 200}, "lengths": {"median": 9, "p95": 30, "max": 39}},
+        **{"num_texts": 1, "max_length": 40, "baselines": {"majority class": 0.2, "outermost operator": 0.55}},
+    }
+    Path("runs/tiny/data/lra-listops.json").write_text(json.dumps(summary))
+    for cell in expand(params):
+        if cell.task == "lra-listops":
+            accuracy = {"softmax": 0.9, "mean": 0.5}.get(cell.attn, 0.7) + 0.01 * cell.seed
+            made_from = Fingerprint("code", settings_fingerprint(cell, params), "data")
+            write_results(CellResults("tiny", cell.id), cell, made_from, accuracy)
+    return project
+
+
+def test_results_fit_a_terminal_of_80_columns_and_say_what_to_do_next(finished: Project, invoke: Invoke) -> None:
+    code, out, err = invoke("results")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "profile tiny: 6 of 12 cells done"
+    (softmax,) = (line.split() for line in lines if line.startswith("softmax"))
+    assert softmax[1:] == ["90.5", "±0.7", "a", "—"]
+    (mean,) = (line.split() for line in lines if line.startswith("mean"))
+    assert mean[-2].endswith("†"), "no seed passed the rule of 55 %"
+    assert any(line.startswith("best rule without a model") and "55.0" in line for line in lines)
+    assert lines[-1] == "next: schoenbat-exp run --grid (schoenbat-exp status says what is missing)"
+
+
+def test_results_for_programs_are_plain_values(finished: Project, invoke: Invoke) -> None:
+    code, out, _ = invoke("results", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["profile"], found["finished"], found["cells"], found["report"]) == ("tiny", 6, 12, None)
+    softmax, mean, rmfa = found["tasks"]["lra-listops"]["mechanisms"]
+    assert (softmax["attn"], softmax["dotf"], softmax["former"]) == ("softmax", "", "transformer")
+    assert softmax["seeds"] == pytest.approx({"0": 90, "1": 91})
+    assert (softmax["passed_rule"], mean["passed_rule"]) == (True, False)
+    assert rmfa["group"] != ""
+    assert found["tasks"]["lra-text"] == {"rules": {}, "mechanisms": []}
+
+
+def test_a_report_that_would_show_less_is_refused_in_one_line_and_made_with_force(
+    finished: Project, invoke: Invoke
+) -> None:
+    folder = Path("reports/tiny")
+    folder.mkdir(parents=True)
+    (folder / "index.md").write_text("# Profile tiny\n\nFor tests.\n\n7 of 12 cells are finished.\n")
+    code, out, err = invoke("report")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: reports/tiny shows 7 finished cells, a new report would show 6; pass --force to replace it\n"
+    )
+    assert [path.name for path in folder.iterdir()] == ["index.md"]
+    code, out, err = invoke("report", "--force", "--reference", "mean", "--margin", "2")
+    assert (code, out, err) == (0, "report: reports/tiny/index.html\n", "")
+    index = (folder / "index.md").read_text()
+    assert "6 of 12 cells are finished." in index
+    assert "- lra-listops: mean + ppSBN" not in index
+    assert "lra-listops: softmax is highest with 90.5 %" in index
+    assert "lra-listops: no seed of mean passed the rule “outermost operator”, which scores 55.0 %" in index
+    assert "2 seeds are too few for p-values" in index
+    assert "There are no prepared data, and so no results, for lra-text." in index
+    assert "6 of 12 cells are not finished." in index
+    assert (folder / "tables/versus-mean.csv").is_file()
+    assert not (folder / "tables/versus-softmax.csv").exists()
+    assert "Equal within 2" in (folder / "tables/versus-mean.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--reference", "softmx"), "unknown attn 'softmx'"),
+        (("--margin", "0"), "--margin must lie between 0 and 100 points, not 0"),
+    ],
+)
+def test_wrong_options_of_a_report_are_one_line(
+    finished: Project, invoke: Invoke, options: tuple[str, ...], message: str
+) -> None:
+    code, _, err = invoke("report", *options)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
