@@ -1,15 +1,15 @@
 """Two profiles, git revisions or cells side by side: what they are made from, and every number with its significance.
 
 A difference is B less A. Two results are paired by seed: at one seed all mechanisms start from the same weights and see
-the same batches. With two seeds or more in common, p is that of a paired t-test over them. With one seed it is that of
-Fisher's exact test on the test examples that are right and wrong, where both were tested on the same ones; it says
-nothing of how much another seed would change. p-values are corrected by Holm's method over all that are shown.
+the same batches. Where both have the predictions of the same test examples, p of the test accuracy is that of the
+report, over seeds and examples together, and with one seed that of McNemar's exact test on the examples. Other scores,
+and accuracies without predictions, are tested by a paired t-test over the seeds that both have, two at least. All p
+that are shown are corrected together, by Holm's method.
 """
 
 import contextlib
 import dataclasses
 import json
-import re
 import subprocess
 import tempfile
 import textwrap
@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from pipeline.files import read_json
 from pipeline.grid.axes import Cell
 from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, read_yaml
+from pipeline.reporting._statistics import Scores, paired_differences
 from pipeline.results import CellResults, Metrics, Resources, TestScore
 from pipeline.text import counted
 from pipeline.trained import current_profile, trained_cells
 from schoenbat.errors import UserError, list_choices
-from schoenbat.training import load_model
+from schoenbat.training import Predictions, load_model
 
 HERE = "."
 """Stands for the working folder as it is."""
@@ -37,7 +39,10 @@ LEVEL = 0.05
 _COLUMNS = 80
 _CODE = ("schoenbat", "pipeline", str(PROJECT_FILE))
 _UNCOMPARED = ("profile", "note", "grid")
-_TESTS = "p: paired t-test over the seeds that both have; with one seed, Fisher's exact test on the test examples"
+_TESTS = (
+    "p of a test accuracy: over seeds and test examples together, as in the report, or over the examples with one "
+    "seed; else a paired t-test over the seeds that both have"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Result:
     metrics: Metrics
     test: TestScore | None
     resources: Resources | None
+    predictions: Predictions | None
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,9 @@ def run(a: str, b: str, *, as_json: bool) -> None:
 
 def compare(a: Side, b: Side) -> Comparison:
     pairs = _pairs(a, b)
-    numbers = [number for of, results in pairs for number in _numbers(of, results, _same_test(a, b, of))]
+    numbers = [number for of, results in pairs for number in _numbers(of, results)]
     known = [number.p for number in numbers if number.p is not None]
-    adjusted = iter(holm(known))
+    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else [])
     numbers = [
         number if number.p is None else dataclasses.replace(number, adjusted=next(adjusted)) for number in numbers
     ]
@@ -152,15 +158,6 @@ def compare(a: Side, b: Side) -> Comparison:
         only_a=[] if cells else _missing(a, shared),
         only_b=[] if cells else _missing(b, shared),
     )
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction, in their order."""
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(np.argsort(values, kind="stable")):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted
 
 
 def lines(found: Comparison) -> list[str]:
@@ -243,7 +240,7 @@ def _cell_side(name: str, profile: str, cell_id: str) -> Side:
 
 
 def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
-    """The results that DVC has on record at a commit, as far as its cache holds them."""
+    """The results of a commit: those that git has, or DVC as far as its cache holds them."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
@@ -255,7 +252,7 @@ def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
         folder = f"runs/{profile}"
         for path in files.find(folder) if files.exists(folder) else []:
             kept = Path(path.lstrip("/"))
-            if kept.name in ("metrics.json", "test.json") or kept.parent.name == "data":
+            if kept.name in ("metrics.json", "test.json", "predictions.npz") or kept.parent.name == "data":
                 (root / kept).parent.mkdir(parents=True, exist_ok=True)
                 # What the cache does not hold is as if it had not run.
                 with contextlib.suppress(FileNotFoundError):
@@ -270,7 +267,7 @@ def _result(results: CellResults) -> tuple[Cell, Result]:
     metrics = results.metrics()
     assert metrics is not None
     cell = Cell(metrics.task, metrics.attn, metrics.dotf, metrics.former, metrics.seed)
-    return cell, Result(metrics, results.test(), results.resources())
+    return cell, Result(metrics, results.test(), results.resources(), results.predictions())
 
 
 def _mechanism(cell: Cell) -> str:
@@ -332,20 +329,19 @@ _FIGURES: dict[str, Callable[[Result], float | None]] = {
 _TESTED = ("test accuracy", "test loss", "dev accuracy", "dev loss")
 
 
-def _numbers(of: str, pairs: list[tuple[Result, Result]], same_test: bool) -> Iterator[Number]:
+def _numbers(of: str, pairs: list[tuple[Result, Result]]) -> Iterator[Number]:
     for name, figure in _FIGURES.items():
-        values = [(one, other, figure(one), figure(other)) for one, other in pairs]
-        both = [(one, x, y) for one, _, x, y in values if x is not None and y is not None]
+        found = [(one, other, figure(one), figure(other)) for one, other in pairs]
+        both = [(one, other, x, y) for one, other, x, y in found if x is not None and y is not None]
         if not both:
             continue
-        a, b = np.array([x for _, x, _ in both]), np.array([y for _, _, y in both])
+        a, b = np.array([x for _, _, x, _ in both]), np.array([y for _, _, _, y in both])
         p = None
-        if name in _TESTED and len(both) > 1:
+        if name == "test accuracy":
+            p = _p_of_predictions([(one, other) for one, other, _, _ in both])
+        if p is None and name in _TESTED and len(both) > 1:
             p = _paired_t(b - a)
-        elif name == "test accuracy" and same_test:
-            ((one, other),) = [pair for pair in pairs if pair[0].test and pair[1].test]
-            p = _fisher(one.test, other.test)
-        seeds = [one.metrics.seed for one, _, _ in both]
+        seeds = [one.metrics.seed for one, _, _, _ in both]
         yield Number(of, name, seeds, float(a.mean()), float(b.mean()), p, bool((a == b).all()))
 
 
@@ -356,16 +352,22 @@ def _paired_t(differences: np.ndarray) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def _fisher(a: TestScore | None, b: TestScore | None) -> float | None:
-    if a is None or b is None:
+def _p_of_predictions(pairs: list[tuple[Result, Result]]) -> float | None:
+    """Of no difference in test accuracy; None where predictions of the same examples are missing."""
+    sides: tuple[dict[int, Predictions], dict[int, Predictions]] = ({}, {})
+    for place, (one, other) in enumerate(pairs):
+        a, b = one.predictions, other.predictions
+        same = one.metrics.fingerprint.data == other.metrics.fingerprint.data
+        if a is None or b is None or not same or not np.array_equal(a.targets, b.targets):
+            return None
+        sides[0][place], sides[1][place] = a, b
+    if len(pairs) > 1:
+        found = paired_differences({"": (Scores.of(sides[0]), Scores.of(sides[1]))})[""].p
+        return None if np.isnan(found) else found
+    if (sides[0][0].targets != 1).any():
         return None
-    right = [round(score.accuracy * score.examples) for score in (a, b)]
-    return float(stats.fisher_exact([[count, s.examples - count] for count, s in zip(right, (a, b), strict=True)])[1])
-
-
-def _same_test(a: Side, b: Side, of: str) -> bool:
-    task = of.partition(" ")[0]
-    return task in a.data and a.data.get(task) == b.data.get(task)
+    right_in_one = (sides[0][0].correct - sides[1][0].correct)[sides[0][0].correct != sides[1][0].correct]
+    return float(stats.binomtest(int((right_in_one > 0).sum()), len(right_in_one)).pvalue) if len(right_in_one) else 1.0
 
 
 def _changed_files(a: Sequence[str], b: Sequence[str]) -> list[str] | None:
@@ -427,4 +429,4 @@ def _plain(found: Comparison) -> dict[str, Any]:
     listed = {key: {"a": one, "b": other} for key, (one, other) in found.settings.items()}
     data = {key: {"a": one, "b": other} for key, (one, other) in found.data.items()}
     rest = {"code": found.code, "code_differs": found.code_differs, "only_a": found.only_a, "only_b": found.only_b}
-    return {**sides, "settings": listed, "data": data, **rest, "numbers": numbers, "tests": re.sub(r"^p: ", "", _TESTS)}
+    return {**sides, "settings": listed, "data": data, **rest, "numbers": numbers, "tests": _TESTS}

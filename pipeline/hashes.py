@@ -8,6 +8,8 @@ import re
 import time
 from pathlib import Path
 
+from schoenbat.files import write_bytes
+
 _MEMORY = Path("logs/hashes.json")
 _IGNORED = re.compile(r"__pycache__|\.pyc$|\.tmp$")
 """As .dvcignore says."""
@@ -41,14 +43,8 @@ class Hashes:
         """Remember; where that cannot be done, hashes are computed again."""
         if not self._changed or self._memory is None:
             return
-        temporary = self._memory.with_name(f".{self._memory.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
-            self._memory.parent.mkdir(exist_ok=True)
-            try:
-                temporary.write_text(json.dumps(self._known), encoding="utf-8")
-                temporary.replace(self._memory)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_bytes(self._memory, json.dumps(self._known).encode(), durable=False)
         self._changed = False
 
     def _file(self, path: str) -> str:

@@ -82,3 +82,20 @@ def compare(
     from pipeline import compare as tool
 
     tool.run(a, b, as_json=as_json)
+
+
+@app.command(rich_help_panel=PANEL, epilog=commands.examples("ui", "ui --open", "ui --profile cpu --port 5001"))
+def ui(
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile", autocompletion=completion.profile, help="Of the cells. Default: that of params.yaml."
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of this machine.")] = 5000,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Serve MLflow's pages until Ctrl-C; the address is that of the page that compares the cells of a profile."""
+    from pipeline import mlflow_ui as tool
+
+    tool.run(profile=profile, port=port, open_browser=open_browser)

@@ -120,6 +120,27 @@ def describe_store(root: Path) -> str | None:
     return f"{number} in {_without_password(uri)}"
 
 
+def find_experiment(uri: str) -> str:
+    """The id of the experiment in which cells are recorded.
+
+    Raises:
+        UserError: nothing is recorded there yet, or MLflow cannot use it.
+    """
+    mlflow = import_mlflow()
+    try:
+        _check_database(uri)
+        experiment = mlflow.MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
+    except FileNotFoundError:
+        experiment = None
+    except ImportError as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
+    except _errors() as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
+    if experiment is None:
+        raise UserError(f"nothing is recorded in {_without_password(uri)} yet; run a grid first")
+    return str(experiment.experiment_id)
+
+
 def end_grid(grid: Mapping[str, str], status: str) -> None:
     """End the parent run of a grid.
 
@@ -144,15 +165,25 @@ def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Sc
         cell: what is trained.
         fingerprint: identifies code, data and params of the cell; with other ones it has another run.
         profile: the name of the profile.
-        params: further parameters, flat.
+        params: settings, flat; they become parameters `settings.*`.
     """
-    axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell)}
-    tags = {"git_sha": git_revision(), "dvc_stage": os.environ.get("DVC_STAGE", "")}
+    # MLflow's comparison begins with the first parameters by name: so those are what the grid is made of.
+    axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell), "dotf": cell.dotf or "none"}
+    settings = {f"settings.{name}": value for name, value in params.items() if name not in axes}
+    revision = git_revision()
+    tags = {
+        "git_sha": revision,
+        "dvc_stage": os.environ.get("DVC_STAGE", ""),
+        "mlflow.source.name": "schoenbat-exp train",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": revision,
+        "mlflow.note.content": f"One cell. Train it again: `schoenbat-exp run --cell {cell.id} --force`",
+    }
 
     def describe(client: "MlflowClient", run: "Run") -> None:
         if not client.list_artifacts(run.info.run_id):
             client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
-        _describe(client, run, {**axes, **params}, tags)
+        _describe(client, run, {**axes, **settings}, tags)
 
     with _opened(cell, fingerprint, profile, describe) as opened:
         yield opened
@@ -180,7 +211,7 @@ def _opened(
         mlflow.set_tracking_uri(grid[TRACKING_URI])
         client = mlflow.MlflowClient()
         tags = {"mlflow.parentRunId": grid[PARENT_RUN_ID], "cell": cell.id, "fingerprint": fingerprint}
-        run = _only_run(client, grid[EXPERIMENT_ID], tags, cell.id)
+        run = _only_run(client, grid[EXPERIMENT_ID], tags, _name(cell))
         describe(client, run)
         opened.open(client, run.info.run_id)
 
@@ -263,9 +294,7 @@ class CellRun:
         for step, evaluation in sorted(self._kept.items()):
             # On a GPU a training that is repeated can end up with slightly other numbers, which are logged as well.
             if (step, evaluation.dev_accuracy) not in self._held:
-                values = dataclasses.asdict(evaluation)
-                del values["step"]
-                self._client.log_batch(self._run_id, metrics=_metrics(values, step))
+                self._client.log_batch(self._run_id, metrics=_metrics(_curves(evaluation), step))
                 self._held.add((step, evaluation.dev_accuracy))
         self._kept.clear()
         self._unsure = False
@@ -274,11 +303,21 @@ class CellRun:
         history = self._client.get_metric_history(self._run_id, "dev_accuracy")
         return {(metric.step, metric.value) for metric in history}
 
-    def log_best(self, *, step: int, dev_accuracy: float, dev_loss: float, num_parameters: int) -> None:
-        """Log what belongs to the best weights: metrics `best_*` at their step, and the number of parameters."""
-        values = {"best_step": step, "best_dev_accuracy": dev_accuracy, "best_dev_loss": dev_loss}
-        metrics = _metrics({**values, "num_parameters": num_parameters}, step)
-        self.do(lambda: self._client.log_batch(self._run_id, metrics=metrics))
+    def log(self, values: Mapping[str, Scalar]) -> None:
+        """Log numbers as metrics and words as tags; what the run already holds is left alone.
+
+        All are at step 0: MLflow draws bars of what has no other step, and else a point.
+        """
+
+        def log_once() -> None:
+            held = self._client.get_run(self._run_id).data
+            known = {**held.metrics, **held.tags}
+            new = {name: value for name, value in values.items() if known.get(name) != value}
+            words = {name: value for name, value in new.items() if isinstance(value, str)}
+            numbers = {name: value for name, value in new.items() if isinstance(value, int | float)}
+            self._client.log_batch(self._run_id, metrics=_metrics(numbers, step=0), tags=_tags(words))
+
+        self.do(log_once)
 
     def log_model(self, model: "Classifier", best_path: Path, *, name: str, num_texts: int, num_classes: int) -> None:
         """Log the trained model so that MLflow's `load_model` reads it anywhere, and the file `best.pt` as it is.
@@ -297,9 +336,13 @@ class CellRun:
 
         import schoenbat
 
+        positions = (-1,) if model.encoder.per_position else ()
         tokens = TensorSpec(np.dtype(np.int64), (-1, num_texts, -1))
-        logits = TensorSpec(np.dtype(np.float32), (-1, num_classes))
+        logits = TensorSpec(np.dtype(np.float32), (-1, *positions, num_classes))
         signature = ModelSignature(Schema([tokens]), Schema([logits]))
+        # A text of eight tokens, and padding.
+        example = np.zeros((1, num_texts, 64), dtype=np.int64)
+        example[..., :8] = 1
 
         def log_once() -> None:
             logged = self._client.get_run(self._run_id).outputs
@@ -311,40 +354,26 @@ class CellRun:
                     copy.deepcopy(model).cpu().eval(),
                     name=name,
                     signature=signature,
+                    input_example=example,
                     serialization_format="pickle",
                     pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")],
                     code_paths=[str(Path(schoenbat.__file__).parent)],
                 )
 
         self.do(log_once)
-        self.log_artifact(best_path)
+        self.do(lambda: self._client.log_artifact(self._run_id, str(best_path)))
 
-    def log_artifact(self, path: Path) -> None:
-        """Log a file under its own name."""
-        self.do(lambda: self._client.log_artifact(self._run_id, str(path)))
 
-    def log_resources(self, resources: Mapping[str, Scalar]) -> None:
-        """Log what the training took: numbers as metrics `resources.*`, the rest as tags of the same names."""
-        numbers, words = {}, {}
-        for name, value in resources.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                numbers[f"resources.{name}"] = value
-            else:
-                words[f"resources.{name}"] = str(value)
-        metrics, tags = _metrics(numbers, step=0), _tags(words)
-        self.do(lambda: self._client.log_batch(self._run_id, metrics=metrics, tags=tags))
+def _name(cell: Cell) -> str:
+    """Of a run, with what tells cells apart first: MLflow cuts names in its legends."""
+    return " ".join(str(part) for part in (cell.attn, cell.dotf, cell.former, cell.task, cell.seed) if part is not None)
 
-    def log_test(self, scores: Mapping[str, float], step: int) -> None:
-        """Log the scores on the test split of the weights after `step`, as metrics `test_*`."""
-        values = {f"test_{name}": value for name, value in scores.items()}
-        metrics = _metrics(values, step)
 
-        def log_once() -> None:
-            held = self._client.get_run(self._run_id).data.metrics
-            if any(held.get(name) != value for name, value in values.items()):
-                self._client.log_batch(self._run_id, metrics=metrics)
-
-        self.do(log_once)
+def _curves(evaluation: "Evaluation") -> dict[str, float]:
+    """The metrics of one evaluation. MLflow's comparison begins with the first that was logged."""
+    values = dataclasses.asdict(evaluation)
+    ordered = ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss", "epoch", "learning_rate")
+    return {name: values[name] for name in ordered}
 
 
 def _check_database(uri: str) -> None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,9 @@ class _Progress:
     tokens: int = 0
     resumed: int = 0
 
+    def best(self) -> Evaluation:
+        return next(row for row in self.evaluations if row.step == self.best_step)
+
 
 def fit(
     model: nn.Module,
@@ -186,136 +189,183 @@ def fit(
         TrainingStopped: `stop` said so.
         UserError: `checkpoint` is unreadable or of another configuration.
     """
-    model.to(device)
-    dataset = dataset.on(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, eps=1e-6, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=config.learning_rate,
-        total_steps=config.steps,
-        pct_start=config.warmup_steps / config.steps,
-        anneal_strategy="linear",
-        cycle_momentum=False,
-    )
-    state = _Progress()
-    if checkpoint is not None and checkpoint.exists():
-        saved = _read_checkpoint(checkpoint)
-        if saved["fingerprint"] != fingerprint:
-            raise UserError(f"{checkpoint} belongs to another configuration of this cell; delete it to start over")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        state = _Progress(
-            **{**saved["progress"], "evaluations": [Evaluation(**row) for row in saved["progress"]["evaluations"]]}
-        )
-        state.resumed += 1
-
-    def save() -> None:
-        if checkpoint is None:
-            return
-        progress = {f.name: getattr(state, f.name) for f in fields(state)}
-        progress["evaluations"] = [asdict(row) for row in state.evaluations]
-        write_torch(
-            checkpoint,
-            {
-                "fingerprint": fingerprint,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "progress": progress,
-            },
-        )
-
-    first_step, began, saved_at = state.step, time.perf_counter(), time.perf_counter()
-    spent_before, evaluating = state.seconds, 0.0
-    pending: list[Tensor] = []
+    run = _Run(model, dataset.on(device), config, seed, device, checkpoint, fingerprint)
+    state = run.state
     for epoch, indices in _remaining_batches(dataset, config.batch_size, seed, state.step, config.steps):
-        model.train()
-        learning_rate = float(schedule.get_last_lr()[0])
-        parts = [dataset.batch("train", part) for part in _cut(indices, config.micro_batch)]
+        learning_rate = float(run.schedule.get_last_lr()[0])
+        run.update(indices)
+        evaluated = state.step % config.eval_every == 0 or state.step == config.steps
+        stopping = stop is not None and state.step < config.steps and stop()
+        due = stopping or time.perf_counter() - run.saved_at > CHECKPOINT_SECONDS
+        if evaluated or due or len(run.pending) >= REPORT_EVERY:
+            run.fetch()
+            if on_step is not None:
+                on_step(run.report())
+        if evaluated:
+            with run.clock_stopped():
+                row = run.evaluate(epoch, learning_rate)
+                if on_evaluation is not None:
+                    on_evaluation(row)
+        if evaluated or due:
+            run.save()
+        if stopping:
+            raise TrainingStopped(state.step, config.steps)
+    return run.result()
+
+
+class _Run:
+    """What `fit` works on: the model with optimiser and schedule, and how far they have come.
+
+    Attributes:
+        pending: loss and accuracy of the last steps, still on the device.
+        saved_at: when the checkpoint was last written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        config: TrainingConfig,
+        seed: int,
+        device: torch.device,
+        checkpoint: Path | None,
+        fingerprint: str,
+    ) -> None:
+        self.model, self.dataset, self.config, self.seed, self.device = model.to(device), dataset, config, seed, device
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, eps=1e-6, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            max_lr=config.learning_rate,
+            total_steps=config.steps,
+            pct_start=config.warmup_steps / config.steps,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        self.state = _Progress()
+        self.pending: list[Tensor] = []
+        self._checkpoint, self._fingerprint = checkpoint, fingerprint
+        if checkpoint is not None and checkpoint.exists():
+            self._resume(checkpoint)
+        self._first_step, self._spent_before = self.state.step, self.state.seconds
+        self._began = self.saved_at = time.perf_counter()
+
+    def _resume(self, checkpoint: Path) -> None:
+        saved = _read_checkpoint(checkpoint)
+        if saved["fingerprint"] != self._fingerprint:
+            raise UserError(f"{checkpoint} belongs to another configuration of this cell; delete it to start over")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        evaluations = [Evaluation(**row) for row in saved["progress"]["evaluations"]]
+        self.state = _Progress(**{**saved["progress"], "evaluations": evaluations})
+        self.state.resumed += 1
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is to be one."""
+        if self._checkpoint is not None:
+            progress = {f.name: getattr(self.state, f.name) for f in fields(self.state)}
+            progress["evaluations"] = [asdict(row) for row in self.state.evaluations]
+            saved = {
+                "fingerprint": self._fingerprint,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "progress": progress,
+            }
+            write_torch(self._checkpoint, saved)
+        self.saved_at = time.perf_counter()
+
+    def update(self, indices: np.ndarray) -> None:
+        """One step of the optimiser on these training examples."""
+        self.model.train()
+        parts = [self.dataset.batch("train", part) for part in _cut(indices, self.config.micro_batch)]
         num_labels = sum(part.num_labels for part in parts)
         # Dropout is the only user of torch's global generator here.
-        torch.manual_seed((seed * 1_000_003 + state.step) % 2**63)
-        optimizer.zero_grad(set_to_none=True)
-        figures = torch.zeros(2, device=device)
+        torch.manual_seed((self.seed * 1_000_003 + self.state.step) % 2**63)
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = torch.zeros(2, device=self.device)
         for part in parts:
-            loss_sum, correct = _score(model, part, device)
+            loss_sum, correct = _score(self.model, part, self.device)
             loss = loss_sum / num_labels
             loss.backward()
             figures = figures + torch.stack([loss.detach(), correct / num_labels])
-        nn.utils.clip_grad_value_(model.parameters(), CLIP_VALUE)
-        optimizer.step()
-        schedule.step()
-        state.step += 1
-        state.tokens += sum(part.tokens.numel() for part in parts)
-        pending.append(figures)
+        nn.utils.clip_grad_value_(self.model.parameters(), CLIP_VALUE)
+        self.optimizer.step()
+        self.schedule.step()
+        self.state.step += 1
+        self.state.tokens += sum(part.tokens.numel() for part in parts)
+        self.pending.append(figures)
 
-        evaluated = state.step % config.eval_every == 0 or state.step == config.steps
-        stopping = stop is not None and state.step < config.steps and stop()
-        due = stopping or time.perf_counter() - saved_at > CHECKPOINT_SECONDS
-        if evaluated or due or len(pending) >= REPORT_EVERY:
-            fetched = torch.stack(pending).tolist()
-            for offset, (step_loss, step_accuracy) in enumerate(fetched):
-                if not math.isfinite(step_loss):
-                    at = state.step - len(fetched) + 1 + offset
-                    raise TrainingFailed(f"loss is {step_loss} at step {at} of {config.steps}")
-                state.losses.append(step_loss)
-                state.accuracies.append(step_accuracy)
-            pending.clear()
-            state.seconds = spent_before + time.perf_counter() - began - evaluating
-            if on_step is not None:
-                on_step(
-                    StepReport(
-                        step=state.step,
-                        steps=config.steps,
-                        loss=float(np.mean(state.losses)),
-                        accuracy=float(np.mean(state.accuracies)),
-                        steps_per_second=(state.step - first_step) / max(state.seconds - spent_before, 1e-9),
-                    )
-                )
-        if evaluated:
-            evaluation_began = time.perf_counter()
-            dev = evaluate(model, dataset, "dev", batch_size=config.batch_size, device=device)
-            row = Evaluation(
-                step=state.step,
-                epoch=epoch,
-                learning_rate=learning_rate,
-                train_loss=float(np.mean(state.losses)),
-                train_accuracy=float(np.mean(state.accuracies)),
-                dev_loss=dev.loss,
-                dev_accuracy=dev.accuracy,
-            )
-            state.final_train_loss = state.losses[-1]
-            state.losses, state.accuracies = [], []
-            state.evaluations.append(row)
-            eligible = state.step >= BEST_AFTER * config.steps
-            if eligible and (state.best_step < 0 or row.dev_accuracy > _row_at(state, state.best_step).dev_accuracy):
-                state.best_step = state.step
-                state.best_state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-            if on_evaluation is not None:
-                on_evaluation(row)
-            evaluating += time.perf_counter() - evaluation_began
-        if evaluated or due:
-            save()
-            saved_at = time.perf_counter()
-        if stopping:
-            raise TrainingStopped(state.step, config.steps)
+    def fetch(self) -> None:
+        """Take the pending figures from the device; raises TrainingFailed where a loss is not finite."""
+        state = self.state
+        fetched = torch.stack(self.pending).tolist()
+        for offset, (loss, accuracy) in enumerate(fetched):
+            if not math.isfinite(loss):
+                at = state.step - len(fetched) + 1 + offset
+                raise TrainingFailed(f"loss is {loss} at step {at} of {self.config.steps}")
+            state.losses.append(loss)
+            state.accuracies.append(accuracy)
+        self.pending.clear()
+        state.seconds = self._spent_before + time.perf_counter() - self._began
 
-    assert state.best_state is not None
-    model.load_state_dict(state.best_state)
-    best = _row_at(state, state.best_step)
-    return FitResult(
-        best_step=best.step,
-        best_dev_accuracy=best.dev_accuracy,
-        best_dev_loss=best.dev_loss,
-        evaluations=state.evaluations,
-        final_train_loss=state.final_train_loss,
-        seconds=state.seconds,
-        steps_run=state.step,
-        tokens=state.tokens,
-        resumed=state.resumed,
-        peak_memory_mb=_peak_memory_mb(device),
-    )
+    def report(self) -> StepReport:
+        state = self.state
+        return StepReport(
+            step=state.step,
+            steps=self.config.steps,
+            loss=float(np.mean(state.losses)),
+            accuracy=float(np.mean(state.accuracies)),
+            steps_per_second=(state.step - self._first_step) / max(state.seconds - self._spent_before, 1e-9),
+        )
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What is done inside the block is no training time."""
+        stopped = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - stopped
+
+    def evaluate(self, epoch: int, learning_rate: float) -> Evaluation:
+        """Score the dev split, and keep the weights if they are the best so far."""
+        state = self.state
+        dev = evaluate(self.model, self.dataset, "dev", batch_size=self.config.batch_size, device=self.device)
+        row = Evaluation(
+            step=state.step,
+            epoch=epoch,
+            learning_rate=learning_rate,
+            train_loss=float(np.mean(state.losses)),
+            train_accuracy=float(np.mean(state.accuracies)),
+            dev_loss=dev.loss,
+            dev_accuracy=dev.accuracy,
+        )
+        state.final_train_loss = state.losses[-1]
+        state.losses, state.accuracies = [], []
+        state.evaluations.append(row)
+        eligible = state.step >= BEST_AFTER * self.config.steps
+        if eligible and (state.best_step < 0 or row.dev_accuracy > state.best().dev_accuracy):
+            state.best_step = state.step
+            state.best_state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        return row
+
+    def result(self) -> FitResult:
+        """Leave the best weights in the model, and say how the run went."""
+        state = self.state
+        assert state.best_state is not None
+        self.model.load_state_dict(state.best_state)
+        best = state.best()
+        return FitResult(
+            best_step=best.step,
+            best_dev_accuracy=best.dev_accuracy,
+            best_dev_loss=best.dev_loss,
+            evaluations=state.evaluations,
+            final_train_loss=state.final_train_loss,
+            seconds=state.seconds,
+            steps_run=state.step,
+            tokens=state.tokens,
+            resumed=state.resumed,
+            peak_memory_mb=_peak_memory_mb(self.device),
+        )
 
 
 @torch.no_grad()
@@ -368,6 +418,7 @@ def predict(
         on_batch: called with (examples done, examples in all).
     """
     model.to(device).eval()
+    dataset = dataset.on(device)
     total = dataset.num_examples(split)
     parts: list[tuple[Tensor, ...]] = []
     done = 0
@@ -446,19 +497,15 @@ def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor
 
 def _predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     """Per example: right targets, targets, mean log-probability of the truth, and the class at the first position."""
-    tokens, key_mask, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.key_mask, batch.labels))
+    labels = batch.labels
     with autocast(device):
-        logits = model(tokens, key_mask)
+        logits = model(batch.tokens, batch.key_mask)
     rows = len(labels)
     losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
     guesses = logits.argmax(-1).view(rows, -1)
     labels = labels.view(rows, -1)
     targets = (labels != IGNORED).sum(-1)
     return (guesses == labels).sum(-1), targets, -losses.view(rows, -1).sum(-1) / targets, guesses[:, 0]
-
-
-def _row_at(state: _Progress, step: int) -> Evaluation:
-    return next(row for row in state.evaluations if row.step == step)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:

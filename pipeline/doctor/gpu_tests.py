@@ -81,7 +81,7 @@ def examine() -> Iterator[Finding]:
     found: dict[str, list[Case] | None] = dict.fromkeys(PARTS)
     for part in PARTS:
         found[part] = run_part(part, end - time.monotonic())
-        timings = [row for path in sorted(RESULTS.glob("bench-*.csv")) for row in _read_rows(path)]
+        timings = [row for path in sorted(RESULTS.glob("timings-*.csv")) for row in _read_rows(path)]
         write_bytes(TABLE, document(setting, found, timings, _facts()).encode())
         if timings:
             write_bytes(TIMINGS, _as_csv(timings).encode())

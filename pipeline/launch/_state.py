@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from schoenbat.files import write_bytes
+
 OPEN = ("queued", "waiting", "running")
 """States of a job that has not come to an end."""
 SAVE_SECONDS = 1.0
@@ -47,12 +49,8 @@ class GridState:
             self.save()
 
     def save(self) -> None:
-        content = json.dumps({**self._head, "jobs": self._jobs})
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._saved = time.monotonic()
-        # A full disk is no reason to end a grid. Without fsync: after a power cut nothing of the grid is running.
+        # A full disk is no reason to end a grid, and after a power cut nothing of it is running.
         with contextlib.suppress(OSError):
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(self._path)
+            write_bytes(self._path, json.dumps({**self._head, "jobs": self._jobs}).encode(), durable=False)
             self._changed = False

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +75,7 @@ class LocalBackend:
 
     def start(self, job: Job, device: str, attempt: Attempt) -> _Worker:
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **attempt.environment, **_device_environment(device), "PATH": _search_path()}
+        environment = {**os.environ, **attempt.environment, **_device_environment(device)}
         process = self._context.Process(target=work, args=(attempt.file, environment, attempt.log), daemon=True)
         # A fork server that is stopped or gone must not stop the engine.
         self._starter = self._starter or ThreadPoolExecutor(1, thread_name_prefix="start")
@@ -208,8 +207,3 @@ def _device_environment(device: str) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     physical = visible.split(",")[int(index or 0)] if visible else index or "0"
     return {DEVICE_VARIABLE: "cuda:0", "CUDA_VISIBLE_DEVICES": physical}
-
-
-def _search_path() -> str:
-    """PATH with the folder of this interpreter first: the commands in dvc.yaml are found there."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -1,7 +1,6 @@
 """One grid at a time in a checkout, and what its user asks for by signals."""
 
 import errno
-import io
 import os
 import signal
 import sys
@@ -9,12 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, cast
 
 from pipeline.files import locked
 from schoenbat.errors import UserError
-
-T = TypeVar("T")
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -75,40 +72,35 @@ class StopSignals:
 def outliving_readers() -> Iterator[None]:
     """Inside the block, go on without output when whoever reads it goes away, as `head` does."""
     before = sys.stdout
-    sys.stdout = patient = _Patient(before)
+    sys.stdout = cast(TextIO, _Patient(before))
     try:
         yield
     finally:
-        patient.flush()
+        sys.stdout.flush()
         sys.stdout = before
 
 
-class _Patient(io.TextIOBase):
+class _Patient:
+    """A stream that goes nowhere once nobody reads it."""
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
     def write(self, text: str) -> int:
-        return self._try(lambda: self._stream.write(text), len(text))
+        self._try(lambda: self._stream.write(text))
+        return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush, None)
+        self._try(self._stream.flush)
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    def _try(self, action: Callable[[], T], otherwise: T) -> T:
+    def _try(self, action: Callable[[], object]) -> None:
         try:
-            return action()
+            action()
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
             print("nobody reads the output any more; the grid goes on (schoenbat-exp status)", file=sys.stderr)
-            return otherwise

@@ -55,7 +55,7 @@ def run_attempt(
         worker = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, **environment, **pinned(os.environ, environment), "PATH": _search_path()},
+            env={**os.environ, **environment, **pinned(os.environ, environment)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -117,11 +117,6 @@ def _stop_with_parent() -> None:
     """Where the system can do it, a worker gets SIGTERM when the process that waits for it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _search_path() -> str:
-    """PATH with the folder of this interpreter first: the commands in dvc.yaml are found there."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def do_job(file: Path) -> int:
     """
     if sys.platform == "linux":
         Path("/proc/self/comm").write_text(_PROGRAM)
+    # The commands in dvc.yaml are found beside this interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     stages = [Work(**stage) for stage in read_json(file)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -11,6 +11,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from schoenbat.files import write_bytes
+
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_FILES = 1.0
 
@@ -87,8 +89,6 @@ class ProgressFile:
     def update(self, **facts: Any) -> None:
         """Add facts to those noted before, and write them."""
         self._facts |= facts
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        # Without fsync: it is written often, and worth nothing after the machine went down.
-        temporary.write_text(json.dumps({**self._facts, "updated": time.time()}), encoding="utf-8")
-        temporary.replace(self._path)
+        # It is written often, and worth nothing after the machine went down.
+        write_bytes(self._path, json.dumps({**self._facts, "updated": time.time()}).encode(), durable=False)
         self._written = time.monotonic()

@@ -63,41 +63,35 @@ def _described(row: Row) -> str:
     return f"{row.state}{again}{': ' + row.reason if row.reason else ''}"
 
 
+def _figures(row: Row) -> dict[str, str]:
+    """What the cell itself says, by name; "" for what it does not say."""
+    told = row.progress or {}
+    forms = (
+        *(("loss", "{:.4f}"), ("dev_accuracy", "{:.4f}"), ("steps_per_second", "{:.1f}")),
+        *(("memory_mb", "{:.0f} MB"), ("gpu_percent", "{} %")),
+    )
+    return {
+        "step": f"{told.get('stage', '')} {told['step']}/{told['steps']}" if "step" in told else "",
+        **{name: form.format(told[name]) if name in told else "" for name, form in forms},
+        "left": duration(row.seconds_left) if told and row.seconds_left is not None else "",
+    }
+
+
 def _progress(row: Row) -> str:
-    progress = row.progress or {}
-    parts = [f"{progress.get('stage', '')} {progress['step']}/{progress['steps']}"] if "step" in progress else []
-    if "loss" in progress:
-        parts.append(f"loss {progress['loss']:.4f}")
-    if "dev_accuracy" in progress:
-        parts.append(f"dev accuracy {progress['dev_accuracy']:.4f}")
-    if "steps_per_second" in progress:
-        parts.append(f"{progress['steps_per_second']:.1f} steps/s")
-    if row.seconds_left is not None:
-        parts.append(f"{duration(row.seconds_left)} left")
-    if "memory_mb" in progress:
-        parts.append(f"{progress['memory_mb']:.0f} MB")
-    if "gpu_percent" in progress:
-        parts.append(f"GPU {progress['gpu_percent']} % busy")
-    return ", ".join(parts).strip()
+    forms = {
+        **{"step": "{}", "loss": "loss {}", "dev_accuracy": "dev accuracy {}", "steps_per_second": "{} steps/s"},
+        **{"left": "{} left", "memory_mb": "{}", "gpu_percent": "GPU {} busy"},
+    }
+    figures = _figures(row)
+    return ", ".join(form.format(figures[name]) for name, form in forms.items() if figures[name]).strip()
 
 
 def _columns(row: Row) -> list[str]:
-    progress = row.progress or {}
-    again = f" ({row.attempt})" if row.attempt > 1 else ""
-    if not progress:
-        return [row.cell, row.state + again, row.reason, "", "", "", "", "", "", row.device]
-    return [
-        row.cell,
-        row.state + again,
-        f"{progress.get('stage', '')} {progress['step']}/{progress['steps']}" if "step" in progress else "",
-        f"{progress['loss']:.4f}" if "loss" in progress else "",
-        f"{progress['dev_accuracy']:.4f}" if "dev_accuracy" in progress else "",
-        f"{progress['steps_per_second']:.1f}" if "steps_per_second" in progress else "",
-        duration(row.seconds_left) if row.seconds_left is not None else "",
-        f"{progress['memory_mb']:.0f} MB" if "memory_mb" in progress else "",
-        f"{progress['gpu_percent']} %" if "gpu_percent" in progress else "",
-        row.device,
-    ]
+    state = row.state + (f" ({row.attempt})" if row.attempt > 1 else "")
+    shown = _figures(row)
+    names = ("loss", "dev_accuracy", "steps_per_second", "left", "memory_mb", "gpu_percent")
+    first = shown["step"] if row.progress else row.reason
+    return [row.cell, state, first, *(shown[name] for name in names), row.device]
 
 
 def _known(state: str) -> str:

@@ -61,7 +61,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
         )
     score = predictions.score()
     with tracking.attach(cell, str(identity), params.profile) as tracked:
-        tracked.log_test({"accuracy": score.accuracy, "loss": score.loss}, described["best_step"])
+        tracked.log({"test_accuracy": score.accuracy, "test_loss": score.loss})
     tested = TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity)
     results.write_test(tested, predictions)
     shown.unlink(missing_ok=True)

@@ -174,15 +174,13 @@ class _Training:
                 raise UserError(f"{error}, or pass --restart, which does so") from None
 
     def _log(self, tracked: tracking.CellRun, result: FitResult, resources: Resources) -> None:
-        tracked.log_best(
-            step=result.best_step,
-            dev_accuracy=result.best_dev_accuracy,
-            dev_loss=result.best_dev_loss,
-            num_parameters=self.num_parameters,
-        )
+        best = {name: getattr(result, name) for name in ("best_step", "best_dev_accuracy", "best_dev_loss")}
+        tracked.log({**best, "num_parameters": self.num_parameters})
         counts = {name: self.meta[name] for name in ("num_texts", "num_classes")}
         tracked.log_model(self.model, self.results.best, name=self.cell.id, **counts)
-        tracked.log_resources(dataclasses.asdict(resources))
+        # MLflow shows metrics under system/ last.
+        took = dataclasses.asdict(resources).items()
+        tracked.log({("resources." if isinstance(value, str) else "system/") + name: value for name, value in took})
 
     def _check_unchanged(self) -> None:
         """DVC would put on record what is there now as what the results were made from."""

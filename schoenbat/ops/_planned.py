@@ -270,7 +270,7 @@ def _pieces(x: Tensor, plan: Plan) -> Iterator[list[tuple[slice, slice]]]:
     A sequence that is longer than a piece is cut; shorter ones are taken several at a time.
     """
     sequences, tokens = x.shape[0], x.shape[1]
-    rows = max(1, PIECE.get(x.device.type, PIECE_ELSEWHERE) // plan.num_features)
+    rows = max(1, PIECE.get(x.device.type, PIECE_ELSEWHERE) // max(1, plan.num_features))
     together = max(1, rows // max(1, tokens))
     for first in range(0, max(1, sequences), together):
         some = slice(first, first + together)

@@ -36,7 +36,9 @@ from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked,
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
 
 Features = FeatureMap | Callable[[Tensor], Tensor]
-BLOCK = 4096
+BLOCK = {"cpu": 4096}
+BLOCK_ELSEWHERE = 65_536
+"""Where calls cost more than what lies in the cache saves."""
 
 
 def attend(
@@ -61,7 +63,7 @@ def attend(
         is_causal: query i sees keys up to i; requires N = M.
         scale: not negative.
         block: tokens of a causal sequence that are handled at a time. None takes all at once where a gradient is
-            recorded or torch.compile is at work, else blocks of 4,096.
+            recorded or torch.compile is at work, else blocks of 4,096 on a CPU and of 65,536 elsewhere.
         self_attention: the queries are the tokens of the keys, so that an output may depend on all of them. Features of
             exp are then made for what lies around the mean query; in cross-attention that would tell a decoder of its
             later tokens. Without effect where attention is causal.
@@ -220,7 +222,7 @@ def _causal_blocks(
 ) -> Tensor:
     extended = _extended(v, key_mask)
     if block is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        block = BLOCK
+        block = BLOCK.get(q.device.type, BLOCK_ELSEWHERE)
     if block is None:
         return _extend(features, None, q, k, extended, scale)[0]
     state, outputs = None, []

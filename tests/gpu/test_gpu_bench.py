@@ -39,7 +39,7 @@ def test_every_mechanism_is_timed_on_a_gpu(
     )
     quick = load_params(PROFILE)
     params = dataclasses.replace(quick, bench=wanted, run=dataclasses.replace(quick.run, device=str(DEVICE)))
-    out = keep(f"bench-{str(dtype).removeprefix('torch.')}.csv")
+    out = keep(f"timings-{str(dtype).removeprefix('torch.')}.csv")
     bench.run(params, out, bench.Shape(batch=2, heads=8, head_dim=64, dtype=dtype))
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -352,7 +352,7 @@ def test_unequal_lengths_are_refused() -> None:
 
 
 def test_without_a_gradient_blocks_are_the_default_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 256)
+    monkeypatch.setattr(linear, "BLOCK", {"cpu": 256})
     for name in ("sketch", "maclaurin"):
         features = draw(name)
         tensors = inputs(900)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+import pytest
+
 # Cells of a table that is wider than the page are reached by scrolling inside of it.
 _TOO_WIDE = """() => {
   const width = document.documentElement.clientWidth;
@@ -20,6 +21,18 @@ _TOO_WIDE = """() => {
 }"""
 
 
+def executable() -> str:
+    """The system's own Chromium, or the one that playwright has installed; "" if there is neither."""
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if system is not None:
+        return system
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        own = started.chromium.executable_path
+    return own if Path(own).is_file() else ""
+
+
 def missing() -> str:
     """Why pages cannot be looked at; "" if they can."""
     try:
@@ -27,17 +40,29 @@ def missing() -> str:
         import playwright  # noqa: F401
     except ImportError as error:
         return f"{error.name} is not installed (extra browser)"
-    return "" if CHROMIUM else "no Chromium"
+    return "" if executable() else "no Chromium: install it, or run playwright install chromium"
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
+    path = executable()
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def open_page(width: int = 1800, height: int = 1200) -> Iterator[Any]:
+    """A page; where there is no browser the test is skipped."""
+    if reason := missing():
+        pytest.skip(reason)
+    with chromium() as browser:
+        yield browser.new_page(viewport={"width": width, "height": height})
 
 
 def look(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from project_folder import ROOT, Project
-from small_grid import CELLS, MEAN, make_small, numbers, start_grid
+from small_grid import CELLS, MEAN, make_small, numbers
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -48,19 +48,18 @@ def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_
     git(first, "add", "--all")
     git(first, "commit", "--message", "code")
 
-    grid = start_grid(first, "--jobs", "2")
-    out, _ = grid.communicate()
-    assert grid.returncode == 0, out
+    call(first, "pipeline.cli", "run", "--grid", "--jobs", "2")
     # A run of a profile that is not published leaves nothing else for git.
     assert git(first, "status", "--porcelain").split() == ["??", "dvc.lock"]
     published = Path(".gitignore").read_text()
     Path(".gitignore").write_text(published.replace("!/*/cpu/\n", "!/*/cpu/\n!/*/tiny/\n"))
-    for stage in ("bench", "errors", "report"):
-        call(first, "pipeline.cli", stage)
-    assert {"bench.csv", "bench-checks.csv", "errors.csv"} <= {path.name for path in Path("runs/tiny").iterdir()}
     git(first, "add", "--all")
     git(first, "commit", "--message", "results")
-    assert not re.search(r"best\.pt|\.gitignore", git(first, "ls-files", "runs"))
+    in_git = git(first, "ls-files", "runs/tiny")
+    assert {"bench.csv", "bench-checks.csv", "errors.csv", "predictions.npz"} < {
+        Path(name).name for name in in_git.split()
+    }
+    assert not re.search(r"best\.pt|\.gitignore", in_git)
 
     git(tmp_path, "clone", str(first), str(second))
     monkeypatch.chdir(second)
@@ -82,10 +81,7 @@ def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_
     call(second, "dvc", "pull", "--allow-missing")
     weights = f"runs/tiny/{MEAN}/best.pt"
     assert (second / weights).read_bytes() == (first / weights).read_bytes()
-    grid = start_grid(second)
-    out, _ = grid.communicate()
-    assert grid.returncode == 0, out
-    assert "nothing to do: all 2 cells" in out
+    assert "nothing to do: all 2 cells" in call(second, "pipeline.cli", "run", "--grid")
     call(second, "pipeline.cli", "eval", *CELLS[MEAN])
     assert numbers(second) == numbers(first)
     assert git(second, "status", "--porcelain") == ""

@@ -243,7 +243,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
 def test_a_grid_goes_on_when_nobody_reads_its_output_any_more(project: Project) -> None:
     project.add_dvc()
-    command = [sys.executable, "-m", "pipeline.cli", "run", "--dry-run"]
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--grid", "--dry-run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as grid:  # type: ignore[call-overload]
         grid.stdout.close()

@@ -42,6 +42,7 @@ WHERE = {
     **{(command, "--profile"): HERE for command in WITH_PROFILE},
     **{(command, "--task"): HERE for command in ("download", "preprocess")},
     ("errors", "--cell"): "test_errors.py",
+    **{("ui", option): "test_mlflow_ui.py" for option in ("--profile", "--port", "--open")},
     **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
     **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,

@@ -106,12 +106,12 @@ def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path, mon
     monkeypatch.setenv("DVC_STAGE", "train_kernel@quick-x")
     with tracking.cell_run(CELL, "f1", "quick", {"learning_rate": 1e-4}) as run:
         run.log_evaluation(evaluation(10))
-        run.log_resources({"device": "cpu", "seconds": 1.5, "run_id": None})
+        run.log({"resources.device": "cpu", "system/seconds": 1.5})
     with tracking.attach(CELL, "f1", "quick") as attached:
-        attached.log_test({"accuracy": 0.5, "loss": 0.7}, 10)
+        attached.log({"test_accuracy": 0.5, "test_loss": 0.7})
     client, (held,) = client_and_cells(tracking.start_grid("quick"))
     assert attached.run_id == run.run_id == held.info.run_id
-    assert held.info.run_name == CELL.id
+    assert held.info.run_name == "rmfa exp maclauformer lra-text 42", "what tells cells apart comes first"
     assert held.info.status == "FINISHED"
     assert held.data.params == {
         "task": "lra-text",
@@ -120,13 +120,13 @@ def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path, mon
         "former": "maclauformer",
         "seed": "42",
         "profile": "quick",
-        "learning_rate": "0.0001",
+        "settings.learning_rate": "0.0001",
     }
     assert held.data.tags["dvc_stage"] == "train_kernel@quick-x"
     assert {"git_sha", "torch", "python", "cell", "fingerprint"} <= set(held.data.tags)
     assert held.data.metrics["dev_accuracy"] == 0.1
     assert held.data.metrics["test_accuracy"] == 0.5
-    assert held.data.metrics["resources.seconds"] == 1.5
+    assert held.data.metrics["system/seconds"] == 1.5
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["environment.txt"]
 
 
@@ -161,7 +161,7 @@ def test_a_cell_has_one_run_for_each_fingerprint_also_when_it_is_trained_again(p
             run.log_evaluation(evaluation(10))
         with tracking.attach(CELL, fingerprint, "quick") as run:
             assert run.run_id == ids[-1]
-            run.log_test({"accuracy": 0.5}, 10)
+            run.log({"test_accuracy": 0.5})
     assert ids[0] == ids[1] != ids[2]
     client, runs = client_and_cells(tracking.start_grid("quick"))
     assert [held_steps(client, run) for run in runs] == [[10], [10]]
@@ -169,7 +169,7 @@ def test_a_cell_has_one_run_for_each_fingerprint_also_when_it_is_trained_again(p
 
 def test_a_run_that_was_only_tested_is_the_one_that_is_trained_in(project: Path) -> None:
     with tracking.attach(CELL, "f1", "quick") as tested:
-        tested.log_test({"accuracy": 0.5}, 10)
+        tested.log({"test_accuracy": 0.5})
     with tracking.cell_run(CELL, "f1", "quick", {"steps": 10}) as trained:
         trained.log_evaluation(evaluation(10))
     client, (run,) = client_and_cells(tracking.start_grid("quick"))
@@ -197,7 +197,7 @@ def test_a_run_that_ended_but_was_never_tested_is_continued(project: Path) -> No
         again.log_evaluation(evaluation(10))
         again.log_evaluations([evaluation(10), evaluation(20)])
         for _ in range(2):
-            again.log_test({"accuracy": 0.5}, 10)
+            again.log({"test_accuracy": 0.5})
     client, (run,) = client_and_cells(tracking.start_grid("quick"))
     assert held_steps(client, run) == [10, 20]
     assert len(client.get_metric_history(run.info.run_id, "test_accuracy")) == 1
@@ -238,17 +238,18 @@ def test_a_parent_ends_with_its_grid_and_begins_again_with_the_next(project: Pat
     assert status(grid) == "FINISHED", "a cell that was started alone left the grid running"
 
 
-def test_the_best_weights_are_logged_with_their_step_beside_the_test_of_them(project: Path) -> None:
+def test_what_the_best_weights_reach_is_at_step_0_where_mlflow_draws_bars(project: Path) -> None:
     with tracking.cell_run(CELL, "f1", "quick", {}) as run:
         for step in (10, 20, 30):
             run.log_evaluation(evaluation(step))
-        run.log_best(step=20, dev_accuracy=0.2, dev_loss=0.6, num_parameters=1234)
-        run.log_test({"accuracy": 0.19}, 20)
+        run.log({"best_step": 20, "best_dev_accuracy": 0.2, "num_parameters": 1234})
+        run.log({"test_accuracy": 0.19})
     client, (held,) = client_and_cells(tracking.start_grid("quick"))
     best = {name: held.data.metrics[name] for name in ("best_step", "best_dev_accuracy", "num_parameters")}
     assert best == {"best_step": 20, "best_dev_accuracy": 0.2, "num_parameters": 1234}
-    (tested,) = client.get_metric_history(run.run_id, "test_accuracy")
-    assert (tested.step, tested.value) == (20, 0.19)
+    for name, value in {**best, "test_accuracy": 0.19}.items():
+        (logged,) = client.get_metric_history(run.run_id, name)
+        assert (logged.step, logged.value) == (0, value)
 
 
 def test_parameters_of_any_name_are_logged(project: Path) -> None:
@@ -262,7 +263,7 @@ def test_parameters_of_any_name_are_logged(project: Path) -> None:
     with tracking.cell_run(CELL, "f1", "quick", odd) as run:
         assert run.run_id is not None
     _, (held,) = client_and_cells(tracking.start_grid("quick"))
-    assert "attention.a_b" in held.data.params
+    assert "settings.attention.a_b" in held.data.params
     assert {int(value) for value in held.data.params.values() if value.isdigit()} >= {1, 2, 3, 4, 5}
 
 
@@ -353,10 +354,10 @@ def test_a_cell_goes_on_without_a_database_that_has_gone(
     with tracking.cell_run(CELL, "f1", "quick", {}) as run:
         run.log_evaluation(evaluation(10))
         run.log_evaluations([evaluation(10)])
-        run.log_best(step=10, dev_accuracy=0.1, dev_loss=1.0, num_parameters=3)
-        run.log_resources({"seconds": 1.0})
+        run.log({"best_dev_accuracy": 0.1, "num_parameters": 3})
+        run.log({"system/seconds": 1.0})
     with tracking.attach(CELL, "f1", "quick") as run:
-        run.log_test({"accuracy": 0.5}, 10)
+        run.log({"test_accuracy": 0.5})
     tracking.end_grid(os.environ, "FINISHED")
     print("trained")
     """
@@ -417,6 +418,7 @@ assert logged_model.name == CELL.id
 served = mlflow.pyfunc.load_model(f"models:/{{logged.model_id}}")
 assert served.metadata.signature.inputs.inputs[0].shape == (-1, 1, -1)
 assert served.predict(tokens.numpy()).tolist() == loaded(tokens, mask).tolist()
+assert served.predict(served.input_example).shape == (1, 3)
 print(sys.argv[2], *loaded(tokens, mask).flatten().tolist())
 """
 

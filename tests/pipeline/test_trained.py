@@ -1,5 +1,6 @@
 """What can be done with trained cells: four small ones, of a table of texts, are trained once for all tests here."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import yaml
 from project_folder import ROOT, Project
 
 from pipeline import cli
-from pipeline.compare import holm
+from pipeline.results import pack_predictions, read_predictions
 from pipeline.trained import load_trained
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
@@ -265,7 +266,10 @@ def test_two_cells_differ_in_what_they_were_told_and_in_their_numbers(trained: P
         assert numbers["parameters"][side] == metrics["num_parameters"]
         assert numbers["dev loss"][side] == metrics["best_dev_loss"]
         assert numbers["test accuracy"][side] == test["accuracy"]
-    assert numbers["test accuracy"]["p"] is not None
+    right = [read_predictions(trained / "runs/tiny" / cell / "predictions.npz").correct for cell in (SOFTMAX, MEAN)]
+    apart = [int(((right[0] - right[1]) * sign > 0).sum()) for sign in (1, -1)]
+    expected = scipy.stats.binomtest(apart[0], sum(apart)).pvalue if sum(apart) else 1.0
+    assert numbers["test accuracy"]["p"] == expected
     assert numbers["parameters"]["p"] is None
     code, out, _ = invoke("compare", SOFTMAX, MEAN)
     assert code == 0
@@ -286,12 +290,23 @@ def test_two_profiles_are_paired_by_seed_and_tested(trained: Path, invoke: Invok
         losses[seed] = content["best_dev_loss"]
         path.write_text(json.dumps({**content, "best_dev_loss": losses[seed] + loss, "git_revision": "abc"}))
     shutil.rmtree(other / "table-softmax-transformer-1")
+    file = other / SOFTMAX / "predictions.npz"
+    predicted = read_predictions(file)
+    wrong = predicted.correct.copy()
+    wrong[:10] = 1 - wrong[:10]
+    file.write_bytes(pack_predictions(dataclasses.replace(predicted, correct=wrong)))
+    score = json.loads((other / SOFTMAX / "test.json").read_text())
+    (other / SOFTMAX / "test.json").write_text(json.dumps({**score, "accuracy": float(wrong.mean())}))
     found = compared(invoke, "tiny", "other")
     numbers = {(number["of"].split()[1], number["name"]): number for number in found["numbers"]}
     changed = numbers["mean", "dev loss"]
     assert changed["difference"] == pytest.approx(0.2)
     assert changed["p"] == pytest.approx(scipy.stats.ttest_rel([0.1, 0.3], [0, 0]).pvalue)
-    assert changed["adjusted"] == pytest.approx(min(1, 10 * changed["p"]), rel=0.9)
+    assert changed["p"] <= changed["adjusted"] <= 1
+    changed = numbers["softmax", "test accuracy"]
+    assert changed["difference"] == pytest.approx(wrong.mean() - predicted.correct.mean())
+    assert changed["p"] == pytest.approx(scipy.stats.binomtest(int((wrong[:10] == 0).sum()), 10).pvalue)
+    assert numbers["mean", "test accuracy"]["p"] == 1
     assert numbers["mean", "test loss"]["same"]
     assert numbers["softmax", "dev loss"]["seeds"] == [0]
     assert found["only_a"] == ["table softmax transformer, seed 1"]
@@ -302,7 +317,7 @@ def test_two_profiles_are_paired_by_seed_and_tested(trained: Path, invoke: Invok
     shutil.rmtree(other)
 
 
-def test_a_revision_is_compared_by_what_dvc_has_on_record(
+def test_a_revision_is_compared_by_what_git_and_dvc_have_of_it(
     trained: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "clone"
@@ -316,7 +331,7 @@ def test_a_revision_is_compared_by_what_dvc_has_on_record(
 
     git("init", "-q")
     Path(".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
-    Path(".gitignore").write_text("/runs\n/data\n/mlflow.db\n/mlruns\n/logs\n/checkpoints\n/.dvc/cache\n/.dvc/tmp\n")
+    Path(".gitignore").write_text("/data\n/mlflow.db\n/mlruns\n/logs\n/checkpoints\n/.dvc/cache\n/.dvc/tmp\n")
     stages = [f"{stage}@tiny-{SOFTMAX}" for stage in ("train", "evaluate")]
     commit = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *stages]
     subprocess.run(commit, check=True, capture_output=True)
@@ -331,10 +346,11 @@ def test_a_revision_is_compared_by_what_dvc_has_on_record(
     params.write_text(params.read_text().replace("dropout: 0.1", "dropout: 0.2"))
     found = compared(invoke, "before")
     assert found["settings"] == {"task.table.model.dropout": {"a": 0.1, "b": 0.2}}
-    numbers = {number["name"]: number for number in found["numbers"]}
-    assert numbers["dev loss"]["difference"] == pytest.approx(1)
-    assert numbers["test accuracy"]["same"]
-    assert any(missing.startswith("table mean") for missing in found["only_b"])
+    numbers = {(number["of"].split()[1], number["name"]): number for number in found["numbers"]}
+    assert numbers["softmax", "dev loss"]["difference"] == pytest.approx(0.5), "one of two seeds has changed by 1"
+    assert numbers["softmax", "test accuracy"]["same"]
+    assert numbers["mean", "dev loss"]["same"]
+    assert found["only_a"] == found["only_b"] == []
     assert compared(invoke, "before", "before")["settings"] == {}
 
 
@@ -344,9 +360,3 @@ def test_what_cannot_be_compared_is_one_line(trained: Path, invoke: Invoke, name
     code, out, err = invoke("compare", *arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "no profile or cell with results, and no git revision; choose from: " in err
-
-
-def test_holm_makes_no_p_smaller_and_keeps_their_order() -> None:
-    assert holm([]) == []
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
