@@ -20,7 +20,7 @@ from pipeline.launch._memory import kills_for_memory
 from pipeline.launch.worker import work
 from pipeline.lease import LEASE_VARIABLE
 
-_START_SECONDS, _STUCK_SECONDS = 120.0, 3.0
+_START_SECONDS, _STUCK_SECONDS = 300.0, 3.0
 """So long a start may take: in general, and when it is not wanted any more."""
 _SERVER = "multiprocessing.forkserver"
 

@@ -245,6 +245,7 @@ class Walk:
         assert forked(unit.work, whole, self.log, points) == 0, self.log.read_text()
         names = (whole / "points").read_text().splitlines()
         expected = self._result(unit, whole)
+        print(f"{unit.name}: {len(names)} points", flush=True)
         for number in range(0, len(names) * (unit.name in self._units), self._every):
             for kind in self._kinds:
                 if kind == "torn" and not names[number].startswith(("replace", "rename")):
@@ -262,15 +263,19 @@ class Walk:
             # The order of points can differ by a few from run to run, at the very end.
             return
         if (again := forked(unit.work, folder, self.log)) != 0:
-            self.failures.append(f"{where}: done again, it ends with {again}")
+            self._fail(f"{where}: done again, it ends with {again}")
             return
         try:
             found = self._result(unit, folder)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with what is left is a failure
-            self.failures.append(f"{where}: {type(error).__name__}: {error}")
+            self._fail(f"{where}: {type(error).__name__}: {error}")
             return
         if found != expected:
-            self.failures.append(f"{where}: other bytes")
+            self._fail(f"{where}: other bytes")
+
+    def _fail(self, what: str) -> None:
+        self.failures.append(what)
+        print(what, flush=True)
 
     def _copy(self, name: str) -> Path:
         folder = self._folder / name
@@ -318,7 +323,6 @@ def main() -> None:
             walk.unit(unit)
         print("\n".join(f"{count:5} {what}" for what, count in walk.walked.items()))
         print(f"{walk.walked.total()} points in {time.monotonic() - began:.0f} s; {len(walk.failures)} failures")
-        print("\n".join(walk.failures))
     sys.exit(bool(walk.failures))
 
 
