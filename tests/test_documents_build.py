@@ -19,6 +19,8 @@ pytest.importorskip("transformers", reason="the reference imports schoenbat.inte
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
+# What Sphinx says of the extensions' own use of it.
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
