@@ -271,7 +271,7 @@ def use(
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
 
 
-@app.command()
+@app.command(rich_help_panel=_SETUP_COMMANDS, epilog=commands.examples("doctor", "doctor --json", "doctor --gpu"))
 def doctor(
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.")

@@ -138,6 +138,8 @@ class Setting:
             self.note or "No note.",
             f"{self.num_finished} of {self.num_cells} cells are finished.",
         ]
+        if self.is_check:
+            paragraphs.append("**This is a check, not a result.**")
         return [*paragraphs, *self.gaps()]
 
     def gaps(self) -> list[str]:

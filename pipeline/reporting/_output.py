@@ -87,12 +87,11 @@ def write_table(folder: Path, table: Table) -> str:
 def write_figure(folder: Path, figure: Figure) -> str:
     """Write figures/NAME.{svg,pdf,png} under `folder`; returns a reference to it as Markdown for the index."""
     stem = folder / "figures" / figure.name
-    figure.canvas.draw_without_rendering()
-    # What constrained layout has found is kept: it takes longer than all else.
+    figure.canvas.savefig(stem.with_suffix(".png"), dpi=160)
+    # What constrained layout has found by now is kept: it takes longer than to draw.
     figure.canvas.set_layout_engine("none")
     figure.canvas.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
     figure.canvas.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
-    figure.canvas.savefig(stem.with_suffix(".png"), dpi=160)
     title, caption = _escape_markdown(figure.title), _escape_markdown(f"{figure.caption} {figure.provenance}".strip())
     return (
         f"![{title}](figures/{figure.name}.svg)\n\n**{title}.** {caption} "

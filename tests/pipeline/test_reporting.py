@@ -293,6 +293,7 @@ def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
     assert "There is one seed: no difference can be told from luck." in index
     assert "it matters where one attends." not in index
     assert "told apart from all" not in index
+    assert "**This is a check, not a result.**" in index
     assert "This is a check, not a result." in (tmp_path / "reports/cpu/index.html").read_text()
 
 

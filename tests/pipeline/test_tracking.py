@@ -174,7 +174,7 @@ def test_a_run_that_was_only_tested_is_the_one_that_is_trained_in(project: Path)
         trained.log_evaluation(evaluation(10))
     client, (run,) = client_and_cells(tracking.start_grid("quick"))
     assert tested.run_id == trained.run_id == run.info.run_id
-    assert (held_steps(client, run), run.data.params["steps"]) == ([10], "10")
+    assert (held_steps(client, run), run.data.params["settings.steps"]) == ([10], "10")
 
 
 def test_a_run_whose_making_was_not_heard_of_is_no_second_one(project: Path) -> None:
