@@ -1,6 +1,6 @@
 """Every point at which a cell, the record or the report touches the disk, and what is left when it fails there.
 
-    python tests/pipeline/crash_points.py [--every N] [--kinds kill,ENOSPC,EIO,torn]
+    python tests/pipeline/crash_points.py [--every N] [--first N] [--kinds kill,ENOSPC,EIO,torn]
 
 A small project is made, and each unit of work is done in a process forked from one that has imported everything. Each
 rename, fsync, unlink and database commit of a unit is a point. At each the process is killed, or gets an error, or
@@ -11,6 +11,7 @@ with the bytes that it has without a fault, and with one MLflow run per cell tha
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -199,13 +200,13 @@ class Walk:
 
     Args:
         folder: an empty one.
-        every: only one point in so many is walked.
+        points: those that are walked of each unit.
         kinds: of faults.
         units: those that are walked; the others are only done.
     """
 
-    def __init__(self, folder: Path, every: int, kinds: list[str], units: list[str]) -> None:
-        self._folder, self._every, self._kinds, self._units = folder, every, kinds, units
+    def __init__(self, folder: Path, points: range, kinds: list[str], units: list[str]) -> None:
+        self._folder, self._points, self._kinds, self._units = folder, points, kinds, units
         self.log = folder / "log.txt"
         self.walked: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -246,7 +247,8 @@ class Walk:
         names = (whole / "points").read_text().splitlines()
         expected = self._result(unit, whole)
         print(f"{unit.name}: {len(names)} points", flush=True)
-        for number in range(0, len(names) * (unit.name in self._units), self._every):
+        walked = self._points if unit.name in self._units else ()
+        for number in itertools.takewhile(lambda number: number < len(names), walked):
             for kind in self._kinds:
                 if kind == "torn" and not names[number].startswith(("replace", "rename")):
                     continue
@@ -311,13 +313,15 @@ def preload() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--units", default=",".join(unit.name for unit in UNITS))
     options = parser.parse_args()
     began = time.monotonic()
     preload()
     with quiet_folder() as folder:
-        walk = Walk(folder, options.every, options.kinds.split(","), options.units.split(","))
+        points = range(options.first, 10**6, options.every)
+        walk = Walk(folder, points, options.kinds.split(","), options.units.split(","))
         walk.prepare()
         for unit in UNITS:
             walk.unit(unit)
