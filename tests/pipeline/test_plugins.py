@@ -87,7 +87,7 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
 ) -> None:
     project, outside = checkout.folder, tmp_path_factory.mktemp("outside")
     shell = Shell(tmp_path_factory.mktemp("environment"), project)
-    kernel, mechanism, _ = blocks("python")
+    kernel, mechanism, *_ = blocks("python")
     for name, content in (
         ("pyproject.toml", blocks("toml")[0]),
         ("my_cosh.py", kernel),
