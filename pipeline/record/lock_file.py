@@ -17,7 +17,7 @@ _NAME = re.compile(r"^  ([^\s'\"#?&*!|>%@`{\[][^\s:]*):\n", re.MULTILINE)
 _FOREIGN = re.compile(r"^(?! {4}|  [^\s'\"#?&*!|>%@`{\[][^\s:]*:\n)[^\n]*\S", re.MULTILINE)
 """A line that is neither the name of a stage nor inside one."""
 _COMMAND = re.compile(r"    cmd: (.+(?:\n {6}.+)*)\n")
-_HASHED = re.compile(r"^    - path: (.+)\n      hash: md5\n      md5: (\S+)$", re.MULTILINE)
+_HASHED = re.compile(r"^    - path: (.*(?:\n {8}.+)*)\n      hash: md5\n      md5: (\S+)$", re.MULTILINE)
 _PARAMS = re.compile(r"^    params:\n      params\.yaml:\n((?: {8}.*\n)+)", re.MULTILINE)
 
 
@@ -58,10 +58,15 @@ def parse_block(block: str) -> Entry:
     command, params = _COMMAND.match(needs), _PARAMS.search(needs)
     return Entry(
         command=" ".join(command[1].split()) if command else "",
-        deps=dict(_HASHED.findall(needs)),
+        deps=_hashes(needs),
         params=_parsed(params[1]) if params else {},
-        outs=dict(_HASHED.findall(makes)),
+        outs=_hashes(makes),
     )
+
+
+def _hashes(block: str) -> dict[str, str]:
+    # DVC folds what is too long for a line.
+    return {" ".join(path.split()): md5 for path, md5 in _HASHED.findall(block)}
 
 
 @functools.cache

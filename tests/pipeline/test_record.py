@@ -26,12 +26,14 @@ PARAMS = {
     "others": [True, False, None, 0, -7, 10],
     "section": {"dropout": 0.1, "nested": {"list": []}},
 }
+OUTS = ["out", "runs/" + "long" * 20 + "/test.json", "runs/" + "long and " * 20 + "more"]
+"""DVC folds those that are too long for a line."""
 STAGES = {
     "train@tiny-lra-listops-mean-transformer-0": {
         "cmd": COMMAND.strip(),
         "deps": [{"path": "a b/c", "hash": "md5", "md5": "00e6bd93cb9ed47dafb0d2ea91932365", "size": 3}],
         "params": {"params.yaml": PARAMS},
-        "outs": [{"path": "out", "hash": "md5", "md5": "11e6bd93cb9ed47dafb0d2ea91932365", "size": 3}],
+        "outs": [{"path": path, "hash": "md5", "md5": "11e6bd93cb9ed47dafb0d2ea91932365", "size": 3} for path in OUTS],
     },
     "b": {"cmd": "other"},
 }
@@ -47,7 +49,7 @@ def test_a_block_is_read_as_dvc_reads_it(tmp_path: Path) -> None:
         COMMAND.strip(),
         {"a b/c": "00e6bd93cb9ed47dafb0d2ea91932365"},
         PARAMS,
-        {"out": "11e6bd93cb9ed47dafb0d2ea91932365"},
+        dict.fromkeys(OUTS, "11e6bd93cb9ed47dafb0d2ea91932365"),
     )
     assert read_blocks(tmp_path / "absent") == {}
 
