@@ -1,15 +1,11 @@
 r"""Features that are products of projections: what every estimate of a kernel here consists of.
 
-A plan says which products. A token x becomes the projected token z = P^T x; the features are, in order, a constant,
-the first coordinates of z (the linear features), and runs. A run with the offsets (a, b, ...) and length n is
+A plan says which products. A row x becomes the projected row z = x P; the features are, in order, a constant, the first
+coordinates of z (the linear features), and runs. A run with the offsets (a, b, ...) and length n is the n features
 
     weight * z_{a+i} z_{b+i} ...,    i = 0 .. n - 1,
 
-a product of a few slices, one for each offset. It may repeat, each time with the last offset one further.
-
-Tokens are columns here, [..., P, N] and [..., D, N]: slices are then contiguous, and so are the products. Attention
-needs no weights at single tokens, as their squares may as well be given to the sums over tokens, of which there are
-fewer (`weigh`).
+a product of a few contiguous slices, one for each offset.
 """
 
 import functools
@@ -25,21 +21,11 @@ from schoenbat.kernels import Kernel
 
 
 class Run(NamedTuple):
-    """`repeats` times `length` products of as many coordinates as there are offsets."""
+    """`length` products of as many coordinates as there are offsets."""
 
     offsets: tuple[int, ...]
     length: int
     weight: float
-    repeats: int = 1
-
-    @property
-    def num_features(self) -> int:
-        return self.length * self.repeats
-
-    @property
-    def end(self) -> int:
-        """How many coordinates it needs."""
-        return max(*self.offsets, self.offsets[-1] + self.repeats - 1) + self.length
 
 
 class Plan(NamedTuple):
@@ -55,7 +41,7 @@ class Plan(NamedTuple):
 
     @property
     def num_features(self) -> int:
-        return bool(self.constant) + self.num_linear + sum(run.num_features for run in self.runs)
+        return bool(self.constant) + self.num_linear + sum(run.length for run in self.runs)
 
 
 class FeatureMap(nn.Module):
@@ -126,8 +112,7 @@ class FeatureMap(nn.Module):
         """Features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            products = expand((x.to(dtype) @ self.projection(dtype)).mT, self.plan)
-            return weigh(products, self.plan, 1).mT
+            return expand(x.to(dtype) @ self.projection(dtype), self.plan)
 
 
 def _pack_again(module: nn.Module, _: Any) -> None:
@@ -136,77 +121,57 @@ def _pack_again(module: nn.Module, _: Any) -> None:
 
 
 def expand(projected: Tensor, plan: Plan) -> Tensor:
-    """The features [..., D, N] of projected tokens [..., P, N], without the weights of the runs."""
-    parts = [_row(projected, plan.constant)] if plan.constant else []
+    """The features [..., D] of projected rows [..., P]."""
+    parts = [projected.new_full((*projected.shape[:-1], 1), plan.constant)] if plan.constant else []
     if plan.num_linear or not plan.runs:
-        parts.append(projected[..., : plan.num_linear, :])
+        parts.append(projected[..., : plan.num_linear])
     for run in plan.runs:
-        parts.append(functools.reduce(torch.mul, _factors(projected, run)).flatten(-3, -2))
-    return torch.cat(parts, -2)
-
-
-def weigh(rows: Tensor, plan: Plan, power: int) -> Tensor:
-    """Rows [..., D, n] times the weights of the runs to the power of `power`, in place."""
-    row = bool(plan.constant) + plan.num_linear
-    for run in plan.runs:
-        if run.weight != 1:
-            rows.narrow(-2, row, run.num_features).mul_(run.weight**power)
-        row += run.num_features
-    return rows
+        product = functools.reduce(torch.mul, _factors(projected, run))
+        parts.append(product if run.weight == 1 else product * run.weight)
+    return torch.cat(parts, -1)
 
 
 def push_forward(projected: Tensor, plan: Plan, tangent: Tensor) -> Tensor:
-    """The directional derivative [..., D, N] of what `expand` gives, along `tangent` [..., P, N]."""
-    parts = [_row(projected, 0.0)] if plan.constant else []
+    """The directional derivative [..., D] of the features of projected rows along `tangent` [..., P]."""
+    parts = [projected.new_zeros((*projected.shape[:-1], 1))] if plan.constant else []
     if plan.num_linear or not plan.runs:
-        parts.append(tangent[..., : plan.num_linear, :])
+        parts.append(tangent[..., : plan.num_linear])
     for run in plan.runs:
+        tangents = _factors(tangent, run)
         terms = [
             own if others is None else own * others
-            for own, others in zip(_factors(tangent, run), _others(_factors(projected, run)), strict=True)
+            for own, others in zip(tangents, _others(_factors(projected, run)), strict=True)
         ]
-        parts.append(functools.reduce(torch.add, terms).flatten(-3, -2))
-    return torch.cat(parts, -2)
+        parts.append(functools.reduce(torch.add, terms) * run.weight)
+    return torch.cat(parts, -1)
 
 
 def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
-    """The gradient [..., P, N] of the projected tokens, from `grad` [..., D, N] of what `expand` gives."""
-    row = 1 if plan.constant else 0
-    linear = grad[..., row : row + plan.num_linear, :]
-    row += plan.num_linear
-    # Under vmap, what is added to in place must have all batch dimensions from the start: also those of `projected`.
-    linear = linear + _row(projected, 0.0)
-    out = nn.functional.pad(linear, (0, 0, 0, projected.shape[-2] - plan.num_linear))
+    """The gradient [..., P] of the projected rows, from `grad` [..., D] of their features."""
+    width = projected.shape[-1]
+    column = 1 if plan.constant else 0
+    linear = grad[..., column : column + plan.num_linear]
+    column += plan.num_linear
+    # Under vmap, what is added to in place must have all batch dimensions from the start, and every term of a run has.
+    out = None
     for run in plan.runs:
-        own = grad[..., row : row + run.num_features, :].unflatten(-2, (run.repeats, run.length))
-        *fixed, moving = _others(_factors(projected, run))
-        for offset, others in zip(run.offsets[:-1], fixed, strict=True):
-            assert others is not None
-            place = out.narrow(-2, offset, run.length)
-            products = own * others
-            place.add_(products.select(-3, 0) if run.repeats == 1 else products.sum(-3))
-        for repeat, rows in enumerate(own.unbind(-3)):
-            place = out.narrow(-2, run.offsets[-1] + repeat, run.length)
-            if moving is None:
-                place.add_(rows)
+        own = grad[..., column : column + run.length]
+        own = own if run.weight == 1 else own * run.weight
+        for offset, others in zip(run.offsets, _others(_factors(projected, run)), strict=True):
+            term = own if others is None else own * others
+            if out is None:
+                out = nn.functional.pad(term, (offset, width - offset - run.length))
             else:
-                place.add_(rows * moving.select(-3, 0))
-        row += run.num_features
+                out.narrow(-1, offset, run.length).add_(term)
+        column += run.length
+    if out is None:
+        return nn.functional.pad(linear, (0, width - plan.num_linear))
+    out.narrow(-1, 0, plan.num_linear).add_(linear)
     return out
 
 
-def _row(projected: Tensor, value: float) -> Tensor:
-    return projected.new_full((*projected.shape[:-2], 1, projected.shape[-1]), value)
-
-
 def _factors(projected: Tensor, run: Run) -> list[Tensor]:
-    """Slices [..., 1, length, N] for all offsets but the last, which gives [..., repeats, length, N]."""
-    *fixed, last = run.offsets
-    factors = [projected[..., None, offset : offset + run.length, :] for offset in fixed]
-    if run.repeats == 1:
-        return [*factors, projected[..., None, last : last + run.length, :]]
-    windows = projected[..., last : last + run.repeats - 1 + run.length, :].unfold(-2, run.length, 1)
-    return [*factors, windows.mT]
+    return [projected[..., offset : offset + run.length] for offset in run.offsets]
 
 
 def _others(factors: list[Tensor]) -> Iterator[Tensor | None]:

@@ -15,7 +15,7 @@ of contiguous slices (`schoenbat.features.plan`), and because every coordinate t
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Sketch(FeatureMap):
         self.plan = Plan(
             constant=shares[0].weight if 0 in shares else 0.0,
             num_linear=linear.num_features if linear else 0,
-            runs=tuple(run for share in higher for run in _joined(_runs(share, head_dim, self.base_weight))),
+            runs=tuple(run for share in higher for run in _runs(share, head_dim, self.base_weight)),
             unit=self.allocation.root_mean_square,
         )
         self.error = self.allocation.expected_error
@@ -95,7 +95,7 @@ class Sketch(FeatureMap):
     def _pack(self) -> Tensor:
         """The coordinates as far as the linear features and the runs go."""
         rotation = self.rotation_bits.view(torch.float32)
-        ends = [run.end for run in self.plan.runs]
+        ends = [run.offsets[-1] + run.length for run in self.plan.runs]
         columns = torch.arange(max([self.plan.num_linear, *ends]), device=rotation.device) % len(rotation)
         return self.base_weight * rotation[:, columns]
 
@@ -113,22 +113,6 @@ def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
         if not left:
             return
     assert not left
-
-
-def _joined(runs: Iterable[Run]) -> Iterator[Run]:
-    """The same features in fewer runs: those that go on where the one before ends are its repeats."""
-    current: Run | None = None
-    for run in runs:
-        if current is not None:
-            *fixed, last = current.offsets
-            goes_on = run.offsets == (*fixed, last + current.repeats) and run.length == current.length
-            if goes_on and run.weight == current.weight and fixed:
-                current = current._replace(repeats=current.repeats + 1)
-                continue
-            yield current
-        current = run
-    if current is not None:
-        yield current
 
 
 def _orbits(head_dim: int, degree: int, repeated: bool) -> Iterator[tuple[tuple[int, ...], int]]:

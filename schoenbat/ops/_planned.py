@@ -17,28 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schoenbat.features.plan import Plan, expand, pull_back, push_forward, weigh
+from schoenbat.features.plan import Plan, expand, pull_back, push_forward
 from schoenbat.ops.reference import away_from_zero, is_away_from_zero
 
-PIECE = {"cpu": 2**19}
-"""How many features of tokens a piece holds. On a CPU, 2 MB in float32."""
-PIECE_ELSEWHERE = 2**25
+PIECE_ROWS = {"cpu": 4096}
+"""Rows of a piece. On a CPU, 128 features of a piece are 2 MB in float32."""
+PIECE_ROWS_ELSEWHERE = 2**18
 FEW_ROWS = 4096
 """Up to so many rows of queries and keys together are handled at once."""
 
 
 def sum_keys(key: Tensor, extended: Tensor, projection: Tensor, plan: Plan) -> Tensor:
-    """phi(K)^T V: [..., M, d] and [..., M, v] to [..., D, v], with the squares of the weights of phi."""
+    """phi(K)^T V: [..., M, d] and [..., M, v] to [..., D, v]."""
     if torch.compiler.is_compiling():
-        return weigh(expand(_project(key, projection), plan) @ extended, plan, 2)
+        return expand(key @ projection, plan).mT @ extended
     out = _Sum.apply(key.flatten(0, -3), extended.flatten(0, -3), projection, plan)
     return out.unflatten(0, key.shape[:-2])
 
 
 def look_up(query: Tensor, summed: Tensor, projection: Tensor, plan: Plan) -> Tensor:
-    """phi(Q) S: [..., N, d] and [..., D, v] to [..., N, v], without the weights of phi, which `sum_keys` gave to S."""
+    """phi(Q) S: [..., N, d] and [..., D, v] to [..., N, v]."""
     if torch.compiler.is_compiling():
-        return _times(expand(_project(query, projection), plan), summed).mT
+        return expand(query @ projection, plan) @ summed
     out = _LookUp.apply(query.flatten(0, -3), summed.flatten(0, -3), projection, plan)
     return out.unflatten(0, query.shape[:-2])
 
@@ -77,7 +77,7 @@ def extend_value(value: Tensor, weight: Tensor | None) -> Tensor:
 class _AtOnce(torch.autograd.Function):
     """Queries and keys stacked, with the features of both kept for the backward pass.
 
-    Outputs after the first are what the backward pass needs. The last two, projected tokens and features, carry no
+    Outputs after the first are what the backward pass needs. The last two, projected rows and features, carry no
     gradient, so a backward pass that is itself differentiated makes them anew.
     """
 
@@ -93,10 +93,10 @@ class _AtOnce(torch.autograd.Function):
         plan: Plan,
         smallest: float,
     ) -> tuple[Tensor, ...]:
-        projected = _project(torch.stack([query, key]), projection)
+        projected = torch.stack([query, key]) @ projection
         features = expand(projected, plan)
-        summed = weigh(features[1] @ extend_value(value, key_weight), plan, 2)
-        products = _as_rows([_times(features[0], summed)], -1)
+        summed = features[1].mT @ extend_value(value, key_weight)
+        products = features[0] @ summed
         denominator = away_from_zero(products[..., -1:], smallest)
         return products[..., :-1] / denominator, denominator, summed, projected, features
 
@@ -116,15 +116,14 @@ class _AtOnce(torch.autograd.Function):
         d_query, d_key, d_value = (
             torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents[:3], strict=True)
         )
-        d_features = push_forward(projected, ctx.plan, _project(torch.stack([d_query, d_key]), projection))
+        d_features = push_forward(projected, ctx.plan, torch.stack([d_query, d_key]) @ projection)
         if key_weight is None:
             d_extended = torch.nn.functional.pad(d_value, (0, 1))
         else:
             d_weight = torch.zeros_like(key_weight) if tangents[3] is None else tangents[3]
             d_extended = torch.cat([d_value * key_weight + value * d_weight, d_weight], -1)
-        d_summed = d_features[1] @ extend_value(value, key_weight) + features[1] @ d_extended
-        d_summed = weigh(d_summed, ctx.plan, 2)
-        d_products = (_times(d_features[0], summed) + _times(features[0], d_summed)).mT
+        d_summed = d_features[1].mT @ extend_value(value, key_weight) + features[1].mT @ d_extended
+        d_products = d_features[0] @ summed + features[0] @ d_summed
         d_denominator = d_products[..., -1:] * is_away_from_zero(denominator, ctx.smallest)
         return (d_products[..., :-1] - attended * d_denominator) / denominator, d_denominator, d_summed, None, None
 
@@ -136,15 +135,15 @@ class _AtOnce(torch.autograd.Function):
             torch.zeros_like(x) if g is None else g for x, g in zip(output, grads[:3], strict=True)
         )
         if torch.is_grad_enabled():
-            projected = _project(torch.stack([query, key]), projection)
+            projected = torch.stack([query, key]) @ projection
             features = expand(projected, ctx.plan)
         below = grad_denominator - (grad * attended).sum(-1, keepdim=True) / denominator
         grad_products = torch.cat([grad / denominator, below * is_away_from_zero(denominator, ctx.smallest)], -1)
-        grad_summed = weigh(grad_summed + features[0] @ grad_products, ctx.plan, 2)
+        grad_summed = grad_summed + features[0].mT @ grad_products
         rows = torch.stack([grad_products, extend_value(value, key_weight)])
-        grad_features = torch.stack([summed, grad_summed]) @ rows.mT
-        grad_query, grad_key = _project_back(pull_back(projected, ctx.plan, grad_features), projection)
-        grad_extended = _as_rows([_times(features[1], grad_summed)], -1)
+        grad_features = rows @ torch.stack([summed, grad_summed]).mT
+        grad_query, grad_key = pull_back(projected, ctx.plan, grad_features) @ projection.T
+        grad_extended = features[1] @ grad_summed
         grad_value, grad_weight = grad_extended[..., :-1], None
         if ctx.needs_input_grad[3]:
             grad_weight = (grad_value * value).sum(-1, keepdim=True) + grad_extended[..., -1:]
@@ -161,9 +160,9 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(key: Tensor, value: Tensor, projection: Tensor, plan: Plan) -> Tensor:
         parts = []
-        for group in _pieces(key, plan):
-            parts.append(_total([expand(_project(key[i], projection), plan) @ value[i] for i in group]))
-        return weigh(_joined(parts, 0), plan, 2)
+        for group in _pieces(key):
+            parts.append(_total([expand(key[i] @ projection, plan).mT @ value[i] for i in group]))
+        return _joined(parts, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -174,28 +173,27 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, d_key: Tensor | None, d_value: Tensor | None, *_: Any) -> Tensor:
         key, value, projection = ctx.saved_tensors
-        projected = _project(key, projection)
+        projected = key @ projection
         terms = []
         if d_key is not None:
-            terms.append(push_forward(projected, ctx.plan, _project(d_key, projection)) @ value)
+            terms.append(push_forward(projected, ctx.plan, d_key @ projection).mT @ value)
         if d_value is not None:
-            terms.append(expand(projected, ctx.plan) @ d_value)
-        return weigh(_total(terms), ctx.plan, 2)
+            terms.append(expand(projected, ctx.plan).mT @ d_value)
+        return _total(terms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         key, value, projection = ctx.saved_tensors
-        grad = weigh(grad.clone(), ctx.plan, 2)
         grad_key, grad_value = [], []
-        for group in _pieces(key, ctx.plan):
+        for group in _pieces(key):
             keys, values = [], []
             for i in group:
-                projected = _project(key[i], projection)
-                keys.append(_project_back(pull_back(projected, ctx.plan, grad[i[0]] @ value[i].mT), projection))
-                values.append(_times(expand(projected, ctx.plan), grad[i[0]]))
+                projected = key[i] @ projection
+                keys.append(pull_back(projected, ctx.plan, value[i] @ grad[i[0]].mT) @ projection.T)
+                values.append(expand(projected, ctx.plan) @ grad[i[0]])
             grad_key.append(_joined(keys, 1))
-            grad_value.append(_joined(values, -1))
-        return _joined(grad_key, 0), _as_rows(grad_value, 0), None, None
+            grad_value.append(_joined(values, 1))
+        return _joined(grad_key, 0), _joined(grad_value, 0), None, None
 
 
 class _LookUp(torch.autograd.Function):
@@ -206,10 +204,9 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, summed: Tensor, projection: Tensor, plan: Plan) -> Tensor:
         parts = []
-        for group in _pieces(query, plan):
-            looked_up = [_times(expand(_project(query[i], projection), plan), summed[i[0]]) for i in group]
-            parts.append(_joined(looked_up, -1))
-        return _as_rows(parts, 0)
+        for group in _pieces(query):
+            parts.append(_joined([expand(query[i] @ projection, plan) @ summed[i[0]] for i in group], 1))
+        return _joined(parts, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,57 +217,36 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, d_query: Tensor | None, d_summed: Tensor | None, *_: Any) -> Tensor:
         query, summed, projection = ctx.saved_tensors
-        projected = _project(query, projection)
+        projected = query @ projection
         terms = []
         if d_query is not None:
-            terms.append(_times(push_forward(projected, ctx.plan, _project(d_query, projection)), summed).mT)
+            terms.append(push_forward(projected, ctx.plan, d_query @ projection) @ summed)
         if d_summed is not None:
-            terms.append(_times(expand(projected, ctx.plan), d_summed).mT)
+            terms.append(expand(projected, ctx.plan) @ d_summed)
         return _total(terms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, summed, projection = ctx.saved_tensors
         grad_query, grad_summed = [], []
-        for group in _pieces(query, ctx.plan):
+        for group in _pieces(query):
             queries, sums = [], []
             for i in group:
-                projected = _project(query[i], projection)
-                queries.append(_project_back(pull_back(projected, ctx.plan, summed[i[0]] @ grad[i].mT), projection))
-                sums.append(expand(projected, ctx.plan) @ grad[i])
+                projected = query[i] @ projection
+                queries.append(pull_back(projected, ctx.plan, grad[i] @ summed[i[0]].mT) @ projection.T)
+                sums.append(expand(projected, ctx.plan).mT @ grad[i])
             grad_query.append(_joined(queries, 1))
             grad_summed.append(_total(sums))
         return _joined(grad_query, 0), _joined(grad_summed, 0), None, None
 
 
-def _times(features: Tensor, summed: Tensor) -> Tensor:
-    """Of features [..., D, N] and S [..., D, v] the product [..., v, N], which BLAS forms faster than its transpose."""
-    return summed.mT @ features
-
-
-def _as_rows(parts: list[Tensor], dim: int) -> Tensor:
-    """Columns [..., v, N], joined, as contiguous rows [..., N, v]. Adding zeros takes a third of the time of a copy."""
-    columns = _joined(parts, dim)
-    return columns.new_zeros(columns.mT.shape) + columns.mT
-
-
-def _project(x: Tensor, projection: Tensor) -> Tensor:
-    """P^T x for tokens [..., N, d] as columns [..., P, N], contiguous."""
-    return projection.mT.expand(*x.shape[:-2], -1, -1) @ x.mT
-
-
-def _project_back(columns: Tensor, projection: Tensor) -> Tensor:
-    """The transpose of `_project`, from [..., P, N] to [..., N, d]."""
-    return columns.mT @ projection.mT.expand(*columns.shape[:-2], -1, -1)
-
-
-def _pieces(x: Tensor, plan: Plan) -> Iterator[list[tuple[slice, slice]]]:
+def _pieces(x: Tensor) -> Iterator[list[tuple[slice, slice]]]:
     """Where the pieces of [G, N, n] lie: for some of the G sequences at a time, the slices of their tokens.
 
     A sequence that is longer than a piece is cut; shorter ones are taken several at a time.
     """
     sequences, tokens = x.shape[0], x.shape[1]
-    rows = max(1, PIECE.get(x.device.type, PIECE_ELSEWHERE) // max(1, plan.num_features))
+    rows = PIECE_ROWS.get(x.device.type, PIECE_ROWS_ELSEWHERE)
     together = max(1, rows // max(1, tokens))
     for first in range(0, max(1, sequences), together):
         some = slice(first, first + together)

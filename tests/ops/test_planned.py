@@ -50,9 +50,9 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @pytest.mark.parametrize("num_features", [1, 3, 5, 9, 15, 27, 60])
 def test_pull_back_and_push_forward_are_the_gradients_of_expand(num_features: int) -> None:
     features = make(4, num_features)
-    projected = torch.randn(features.projection_bits.shape[1], 7, dtype=torch.float64, requires_grad=True)
+    projected = torch.randn(7, features.projection_bits.shape[1], dtype=torch.float64, requires_grad=True)
     out = expand(projected, features.plan)
-    assert out.shape == (features.allocation.num_features, 7)
+    assert out.shape == (7, features.allocation.num_features)
     grad = torch.randn_like(out)
     expected = torch.zeros_like(projected)
     if out.requires_grad:
