@@ -383,23 +383,17 @@ def evaluate(
     Args:
         on_batch: called with (examples done, examples in all).
     """
-    model.to(device).eval()
-    dataset = dataset.on(device)
-    total = dataset.num_examples(split)
     # Summed on the device, so that it is waited for once and not per batch.
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    done = num_labels = 0
-    for indices in batches(dataset, split, batch_size, seed=None, epoch=0):
-        batch = dataset.batch(split, indices)
+    num_labels = 0
+    for batch in _in_order(model, dataset, split, batch_size, device, on_batch):
         batch_loss, batch_correct = _score(model, batch, device)
         loss_sum += batch_loss
         correct += batch_correct
         num_labels += batch.num_labels
-        done += len(indices)
-        if on_batch is not None:
-            on_batch(done, total)
-    return Score(loss=float(loss_sum) / num_labels, accuracy=int(correct) / num_labels, examples=total)
+    examples = dataset.num_examples(split)
+    return Score(loss=float(loss_sum) / num_labels, accuracy=int(correct) / num_labels, examples=examples)
 
 
 @torch.no_grad()
@@ -417,17 +411,8 @@ def predict(
     Args:
         on_batch: called with (examples done, examples in all).
     """
-    model.to(device).eval()
-    dataset = dataset.on(device)
-    total = dataset.num_examples(split)
-    parts: list[tuple[Tensor, ...]] = []
-    done = 0
-    for indices in batches(dataset, split, batch_size, seed=None, epoch=0):
-        batch = dataset.batch(split, indices)
-        parts.append(_predict_batch(model, batch, device))
-        done += len(indices)
-        if on_batch is not None:
-            on_batch(done, total)
+    tested = _in_order(model, dataset, split, batch_size, device, on_batch)
+    parts = [_predict_batch(model, batch, device) for batch in tested]
     correct, targets, log_probability, predicted = (
         torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
     )
@@ -483,6 +468,25 @@ def _remaining_batches(
 def _cut(indices: np.ndarray, size: int | None) -> list[np.ndarray]:
     """`indices` in pieces of `size`, the last one smaller where it does not divide them; one piece for None."""
     return [indices] if size is None else [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _in_order(
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int, int], None] | None,
+) -> Iterator[Batch]:
+    """The batches of a split in its order, on `device`, for `model` without dropout; `on_batch` is told of each."""
+    model.to(device).eval()
+    dataset = dataset.on(device)
+    total, done = dataset.num_examples(split), 0
+    for indices in batches(dataset, split, batch_size, seed=None, epoch=0):
+        yield dataset.batch(split, indices)
+        done += len(indices)
+        if on_batch is not None:
+            on_batch(done, total)
 
 
 def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -81,3 +81,15 @@ def inputs(
 
 def mask_of(lengths: list[int], padded: int) -> Tensor:
     return torch.arange(padded) < torch.tensor(lengths)[:, None]
+
+
+def assert_half_precision_is_close(attention: Attention, device: torch.device, dtype: torch.dtype) -> None:
+    """Outputs on `device` in `dtype` keep it and are those in float32, within 0.05 of the largest."""
+    attention = attention.to(device)
+    # Both see the same rounded numbers: a choice among tokens may hang on the last bit.
+    query, key, value = (x.to(device, dtype) for x in inputs(3000, batch=1))
+    exact = attention(query.float(), key.float(), value.float())
+    half = attention(query, key, value)
+    assert half.dtype == dtype
+    size = float(exact.detach().abs().amax().clamp_min(1))
+    torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.05 * size)

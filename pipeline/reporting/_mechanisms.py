@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.reporting._collect import Mechanism
+from schoenbat.registry import VARIANT_MARK
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56A0D3", "#8C564B", "#7A68C8")
 """After Okabe and Ito's palette, which stays distinct for colour-blind readers; all are seen on white and on black."""
@@ -32,14 +33,14 @@ def keyed(mechanism: Sequence[str]) -> dict[str, str]:
 
 def has_ppsbn(former: str) -> str:
     """Yes or no, with the name of a variant of the former, if it is one."""
-    name, _, variant = former.partition("+")
+    name, _, variant = former.partition(VARIANT_MARK)
     return ("yes" if name == "maclauformer" else "no") + (f", {variant}" if variant else "")
 
 
 def label(mechanism: Sequence[str]) -> str:
     """The mechanism in a legend or a sentence."""
     attn, dotf, *former = mechanism
-    name, _, variant = former[0].partition("+") if former else ("", "", "")
+    name, _, variant = former[0].partition(VARIANT_MARK) if former else ("", "", "")
     parts = [f"{attn}{f' {dotf}' if dotf else ''}", *(["ppSBN"] if name == "maclauformer" else [])]
     return " + ".join([*parts, *([variant] if variant else [])])
 

@@ -18,7 +18,7 @@ def run(params: Params, *, reference: str, margin: float, force: bool) -> None:
         UserError: an unknown mechanism, a margin that is not positive, or a report that would show less than the one
             that is there.
     """
-    ATTENTIONS.get(reference.partition("+")[0])
+    ATTENTIONS.get(reference)
     if not 0 < margin <= 100:
         raise UserError(f"--margin must lie between 0 and 100 points, not {margin:g}")
     reporting.build(params.profile, params, Path(), reference=reference, margin=margin, force=force)

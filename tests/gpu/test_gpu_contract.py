@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gpu_device import DEVICE, no_waiting
-from mechanisms import HEAD_DIM, every, inputs, make, mask_of, of_cost
+from mechanisms import HEAD_DIM, assert_half_precision_is_close, every, inputs, make, mask_of, of_cost
 from torch import Tensor
 
 from schoenbat.attention import ATTENTIONS
@@ -187,14 +187,7 @@ def test_nothing_to_attend_to_gives_zero_on_a_gpu(name: str, dotf: str | None, i
 @every()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite_and_close_on_a_gpu(name: str, dotf: str | None, dtype: torch.dtype) -> None:
-    # Both see the same rounded numbers: a choice among tokens may hang on the last bit.
-    attention = make(name, dotf).to(DEVICE)
-    query, key, value = (x.to(DEVICE, dtype) for x in inputs(3000, batch=1))
-    exact = attention(query.float(), key.float(), value.float())
-    half = attention(query, key, value)
-    assert half.dtype == dtype
-    size = float(exact.detach().abs().amax().clamp_min(1))
-    torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.05 * size)
+    assert_half_precision_is_close(make(name, dotf), DEVICE, dtype)
 
 
 @every()
