@@ -48,7 +48,7 @@ class Figure:
 
 
 def new_canvas(width: float, height: float, panels: int = 1, rows: int = 1) -> tuple[Canvas, list[Axes]]:
-    """A figure of width x height inches with `panels` axes side by side in each row, which share their vertical scale."""
+    """A figure of width x height inches with `panels` axes side by side in each row, of one vertical scale."""
     # A text is a little wider in one format than in another.
     canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(canvas)
