@@ -14,9 +14,9 @@ from filelock import FileLock, Timeout
 from schoenbat.files import write_bytes
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` with sorted keys, so that equal values give equal bytes."""
-    write_bytes(path, (json.dumps(value, sort_keys=True, indent=2) + "\n").encode())
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write `value` with sorted keys, so that equal values give equal bytes; `durable` as for `write_bytes`."""
+    write_bytes(path, (json.dumps(value, sort_keys=True, indent=2) + "\n").encode(), durable=durable)
 
 
 def read_json(path: Path) -> Any:

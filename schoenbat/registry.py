@@ -72,7 +72,7 @@ class Registry(Generic[T]):
             UserError: an entry point whose name is taken, or is not made of letters, digits, - and _.
         """
         found: dict[str, EntryPoint] = {}
-        files = self._files()
+        files = self._files() if _entry_points(self.package) else {}
         for entry in sorted(_entry_points(self.package), key=lambda entry: (entry.name, entry.value)):
             if not _NAME.fullmatch(entry.name):
                 raise UserError(

@@ -116,12 +116,12 @@ def read_graph(settings: Mapping[str, Any], path: Path = PIPELINE_FILE) -> Graph
         for parent in PurePosixPath(out).parents:
             if str(parent) in folders:
                 inside.setdefault(str(parent), []).append(name)
-    made = frozenset(maker)
+    # Most files of code are read by all cells.
+    makers = {dep: _maker(dep, maker) for dep in folders}
     needs, gathers, given = {}, {}, {}
     for name, stage in stages.items():
-        given[name] = tuple(dep for dep in stage.deps if dep not in inside and _maker(dep, made) is None)
-        before = [maker[found] for dep in stage.deps if (found := _maker(dep, made)) is not None]
-        needs[name] = tuple(dict.fromkeys(before))
+        given[name] = tuple(dep for dep in stage.deps if dep not in inside and makers[dep] is None)
+        needs[name] = tuple(dict.fromkeys(found for dep in stage.deps if (found := makers[dep]) is not None))
         gathers[name] = tuple(dict.fromkeys(other for dep in stage.deps for other in inside.get(dep, ())))
     ordered = _ordered(stages, {name: (*needs[name], *gathers[name]) for name in stages}, path)
     return Graph(ordered, needs, gathers, given)
@@ -229,11 +229,9 @@ def _filled(text: Any, settings: Mapping[str, Any], axes: Mapping[str, Any], whe
     return value(whole) if whole else _REFERENCE.sub(lambda match: str(value(match)), text)
 
 
-def _maker(dep: str, made: frozenset[str]) -> str | None:
-    """The out that `dep` is, or lies in."""
-    if dep in made:
-        return dep
-    return next((str(parent) for parent in PurePosixPath(dep).parents if str(parent) in made), None)
+def _maker(dep: str, maker: Mapping[str, str]) -> str | None:
+    """The stage that makes `dep`, or what it lies in."""
+    return next((maker[path] for path in (dep, *map(str, PurePosixPath(dep).parents)) if path in maker), None)
 
 
 def _ordered(stages: Mapping[str, Stage], before: Mapping[str, tuple[str, ...]], path: Path) -> dict[str, Stage]:

@@ -204,7 +204,8 @@ class _Engine:
         self._state.set(job.name, "running", device=device, log=str(log), attempt=task.failures + 1)
         task.not_started = None
         try:
-            write_json(file, [asdict(stage) for stage in job.stages])
+            # The next grid writes it anew.
+            write_json(file, [asdict(stage) for stage in job.stages], durable=False)
             task.handle = self._backend.start(job, device, attempt)
         except OSError as error:
             task.not_started = Ended(None, f"could not be started: {error}")

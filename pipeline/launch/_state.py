@@ -12,10 +12,12 @@ from schoenbat.files import write_bytes
 OPEN = ("queued", "waiting", "running")
 """States of a job that has not come to an end."""
 SAVE_SECONDS = 1.0
+SAVE_SHARE = 0.05
+"""Of the time of a grid, which saving takes at most."""
 
 
 class GridState:
-    """The state of every job of one grid, written to a file at most once a second.
+    """The state of every job of one grid, written to a file at most once a second, and less often if that takes long.
 
     Args:
         path: the file.
@@ -27,7 +29,7 @@ class GridState:
         self._head = {"pid": os.getpid(), "lease": str(lease), "started": time.time()}
         self._jobs: dict[str, dict[str, Any]] = {}
         self._changed = False
-        self._saved = 0.0
+        self._due = 0.0
 
     def expect(self, name: str, **facts: Any) -> None:
         """Note what is known of a job beforehand."""
@@ -45,12 +47,14 @@ class GridState:
         return self._jobs
 
     def save_now_and_then(self) -> None:
-        if self._changed and time.monotonic() - self._saved >= SAVE_SECONDS:
+        if self._changed and time.monotonic() >= self._due:
             self.save()
 
     def save(self) -> None:
-        self._saved = time.monotonic()
+        began = time.monotonic()
         # A full disk is no reason to end a grid, and after a power cut nothing of it is running.
         with contextlib.suppress(OSError):
             write_bytes(self._path, json.dumps({**self._head, "jobs": self._jobs}).encode(), durable=False)
             self._changed = False
+        ended = time.monotonic()
+        self._due = ended + max(SAVE_SECONDS, (ended - began) / SAVE_SHARE)

@@ -138,17 +138,20 @@ class _Measured:
         self._params, self._device = params, device
         self._of_cell = {cell: taken for cell in cells if (taken := _taken(cell, params.profile)) is not None}
         self._of_kind: dict[tuple[str, ...], list[Resources]] = {}
+        self._guessed: dict[tuple[str, ...], float] = {}
         for cell, taken in self._of_cell.items():
             self._of_kind.setdefault(_kind(cell), []).append(taken)
 
     def expected(self, cell: Cell) -> tuple[float, float | None]:
         """Seconds, and MB or None: from the cell's own last run, else from its like with another seed, else a guess."""
-        training = cell_training(self._params, cell)
         alike = [self._of_cell[cell]] if cell in self._of_cell else self._of_kind.get(_kind(cell), [])
         if not alike:
-            return self._guess(cell), None
+            if _kind(cell) not in self._guessed:
+                self._guessed[_kind(cell)] = self._guess(cell)
+            return self._guessed[_kind(cell)], None
         memory = [taken.peak_memory_mb for taken in alike if _kind_of_device(taken) == self._device]
-        seconds = statistics.fmean(1 / taken.steps_per_second for taken in alike) * training.steps
+        steps = cell_training(self._params, cell).steps
+        seconds = statistics.fmean(1 / taken.steps_per_second for taken in alike) * steps
         return seconds, max(memory, default=None)
 
     def _guess(self, cell: Cell) -> float:

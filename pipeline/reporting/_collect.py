@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.files import read_json
 from pipeline.grid.cells import Cell, expand, settings_fingerprint, summary_file
-from pipeline.grid.params import Params
+from pipeline.grid.params import Params, cell_training
 from pipeline.reporting._statistics import MARGIN, Scores
 from pipeline.results import CellResults, read_rows
 from schoenbat.kernels import KERNELS
@@ -60,6 +60,7 @@ class Setting:
         kernels: those of the project and of the grid, as what else is installed is no input of a report.
         sketch: the section attention.rmfa-sketch.
         training: the options of model and training, by task.
+        own_steps: by task, the steps of those whose section says other ones than their task.
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two count as equal.
         scores: what each mechanism (attn, dotf, former) gets right on each task, by (task, mechanism).
@@ -88,6 +89,7 @@ class Setting:
     errors: dict[str, list[str]] = field(default_factory=dict)
     errors_missing: list[str] = field(default_factory=list)
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own_steps: dict[str, dict[str, int]] = field(default_factory=dict)
     reference: str = "softmax"
     margin: float = MARGIN
     scores: dict[tuple[str, Mechanism], Scores] = field(default_factory=dict)
@@ -112,12 +114,16 @@ class Setting:
         parts = [
             f"Profile {self.profile}: {self.note}".rstrip(": ."),
             "data: " + ", ".join(f"{task} = {self.labels.get(task, 'not available')}" for task in tasks),
-            "steps: " + ", ".join(f"{task} {self.steps[task]:,}" for task in tasks),
+            "steps: " + ", ".join(map(self._described_steps, tasks)),
             "seeds: " + ", ".join(map(str, self.seeds)),
             f"device: {', '.join(sorted(self.devices)) or 'none yet'}",
             f"git revision: {', '.join(sorted(self.revisions)) or 'none yet'}",
         ]
         return "; ".join(parts) + "."
+
+    def _described_steps(self, task: str) -> str:
+        own = "; ".join(f"{name} {steps:,}" for name, steps in self.own_steps.get(task, {}).items())
+        return f"{task} {self.steps[task]:,}" + (f" ({own})" if own else "")
 
     def bench_caption(self) -> str:
         """The circumstances of the timings, as one line."""
@@ -182,6 +188,7 @@ def collect(
             task: dataclasses.asdict(params.task[task].model) | dataclasses.asdict(params.task[task].training)
             for task in params.grid.tasks
         },
+        own_steps={task: _own_steps(task, cells, params) for task in params.grid.tasks},
         reference=reference,
         margin=margin,
     )
@@ -213,6 +220,17 @@ def collect(
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
     frame = pd.DataFrame([empty | row for row in rows], columns=[*KEYS, "value"])
     return frame.astype({"value": float}), setting
+
+
+def _own_steps(task: str, cells: list[Cell], params: Params) -> dict[str, int]:
+    """The steps of each mechanism and former that has others than the task, by name."""
+    usual = params.task[task].training.steps
+    found = {
+        " ".join(filter(None, (cell.attn, cell.dotf, cell.former))): cell_training(params, cell).steps
+        for cell in cells
+        if cell.task == task
+    }
+    return {name: steps for name, steps in found.items() if steps != usual}
 
 
 def _data_rows(task: str, summary: dict[str, Any]) -> list[dict[str, Any]]:

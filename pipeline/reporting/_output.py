@@ -1,5 +1,6 @@
 """Tables and figures as files: Markdown, CSV and LaTeX; SVG, PDF and PNG. The same input gives the same bytes."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,18 +47,24 @@ class Figure:
     provenance: str = ""
 
 
-def new_canvas(width: float, height: float, panels: int = 1) -> tuple[Canvas, list[Axes]]:
-    """A figure of width x height inches with `panels` axes side by side that share their vertical scale."""
+def new_canvas(width: float, height: float, panels: int = 1, rows: int = 1) -> tuple[Canvas, list[Axes]]:
+    """A figure of width x height inches with `panels` axes side by side in each row, of one vertical scale."""
     # A text is a little wider in one format than in another.
     canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(canvas)
-    return canvas, list(canvas.subplots(1, panels, squeeze=False, sharey=True)[0])
+    return canvas, list(canvas.subplots(rows, panels, squeeze=False, sharey=True).flat)
 
 
 def add_legend(axes: Axes) -> None:
-    """Beside the axes, in as many columns as the entries need."""
-    entries = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), ncols=1 + (entries - 1) // 24, fontsize="small")
+    """Below all axes, in as many columns as fit; the figure grows by its rows, so the axes keep their size."""
+    canvas = axes.figure
+    assert isinstance(canvas, Canvas)
+    handles, labels = axes.get_legend_handles_labels()
+    width, height = canvas.get_size_inches()
+    # Inches that a column takes: the handle and the gaps, and the longest text in small letters.
+    columns = max(1, int(width / (0.5 + 0.06 * max(map(len, labels)))))
+    canvas.set_size_inches(width, height + 0.16 * math.ceil(len(labels) / columns) - 0.1)
+    canvas.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize="small")
 
 
 def set_log(axes: Axes, name: Literal["x", "y"]) -> None:

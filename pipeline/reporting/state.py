@@ -1,14 +1,16 @@
 """What a mechanism recalls against what it keeps of the tokens before."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._collect import Mechanism, Setting
 from pipeline.reporting._mechanisms import keyed, label, mechanisms, named, rows_of, style
 from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
 from pipeline.reporting._table import MISSING, Table
+from schoenbat.registry import base_name
 
 
 class State(Report):
@@ -56,13 +58,21 @@ def _table(frame: pd.DataFrame, sizes: pd.DataFrame, tasks: list[str], setting: 
 
 def _figure(frame: pd.DataFrame, sizes: pd.DataFrame, task: str, setting: Setting) -> Figure:
     canvas, (axes,) = new_canvas(7.5, 4)
+    series: dict[Mechanism, list[tuple[float, float, float]]] = {}
+    looks: dict[Mechanism, dict[str, Any]] = {}
     for mechanism in mechanisms(frame):
         own, scores = rows_of(sizes, mechanism).value, setting.scores.get((task, mechanism))
         if own.empty or scores is None:
             continue
-        spread = scores.accuracies.std(ddof=1) if len(scores.accuracies) > 1 else None
-        look = style(frame, mechanism) | {"linestyle": "none", "markersize": 7, "capsize": 3}
-        axes.errorbar(max(1.0, own.iloc[0]), scores.accuracies.mean(), yerr=spread, label=label(mechanism), **look)
+        attn, dotf, former = mechanism
+        spread = scores.accuracies.std(ddof=1) if len(scores.accuracies) > 1 else 0.0
+        point = (max(1.0, own.iloc[0]), float(scores.accuracies.mean()), float(spread))
+        series.setdefault((base_name(attn), dotf, former), []).append(point)
+        looks.setdefault((base_name(attn), dotf, former), style(frame, mechanism))
+    for mechanism, points in series.items():
+        size, accuracy, spreads = zip(*sorted(points), strict=True)
+        look = looks[mechanism] | {"markersize": 6, "linewidth": 1, "elinewidth": 0.7, "capsize": 2}
+        axes.errorbar(size, accuracy, yerr=spreads if any(spreads) else None, label=label(mechanism), **look)
     set_log(axes, "x")
     axes.set(xlabel="bytes of state", ylabel="test accuracy (%)", title=setting.heading(task))
     add_legend(axes)
@@ -70,6 +80,6 @@ def _figure(frame: pd.DataFrame, sizes: pd.DataFrame, task: str, setting: Settin
         name=f"state-{task}",
         title=f"Test accuracy of {task} against the size of the state",
         canvas=canvas,
-        caption=f"{_READING} Bars: sample standard deviation over seeds.",
+        caption=f"{_READING} Bars: sample standard deviation over seeds. Lines: variants of one mechanism.",
         provenance=setting.caption([task]),
     )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import matplotlib.image
 import psutil
 import pytest
-from browser import open_page
+from browser import missing, open_page
 from project_folder import ROOT, Project
 
 from pipeline import tracking
@@ -114,6 +116,17 @@ def test_the_page_shows_the_cells_of_the_profile_as_curves_that_can_be_told_apar
         )
     curves = [[steps for steps in traces if len(steps) == len(STEPS)] for traces in drawn]
     assert any(steps[: len(CELLS)] == [STEPS] * len(CELLS) for steps in curves), "all are over the same steps"
+
+
+def test_the_script_takes_a_picture_of_the_page_with_its_curves(address: str, tmp_path: Path) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    script = runpy.run_path(str(ROOT / "docs/figures/picture_mlflow.py"))
+    script["take"](address, tmp_path / "page.png")
+    pixels = matplotlib.image.imread(tmp_path / "page.png")
+    assert pixels.shape[:2] == (script["HEIGHT"], script["WIDTH"])
+    colours = {tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[-1])[:, :3]}
+    assert len(colours) > 100, "nothing is drawn"
 
 
 def test_the_comparison_begins_with_what_the_grid_is_made_of(address: str) -> None:

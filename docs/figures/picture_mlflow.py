@@ -1,0 +1,59 @@
+"""Take docs/figures/mlflow.png: the page at which `schoenbat-exp ui` opens MLflow, in a checkout that has run a grid.
+
+    python docs/figures/picture_mlflow.py [--profile quick]
+
+It needs the extra `browser` and a Chromium, the system's own or the one that `playwright install chromium` brings.
+"""
+
+import argparse
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+WIDTH, HEIGHT = 1500, 1000
+PATIENCE = 60_000
+"""Milliseconds for the page to appear."""
+
+
+def take(address: str, picture: Path) -> None:
+    """Save what a browser shows at `address` once the curves are drawn."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+            page.goto(address)
+            _wait_for_curves(page)
+            page.screenshot(path=picture)
+        finally:
+            browser.close()
+
+
+def _wait_for_curves(page: Page) -> None:
+    page.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for(timeout=PATIENCE)
+    page.get_by_text("dev_accuracy", exact=True).first.scroll_into_view_if_needed(timeout=PATIENCE)
+    page.wait_for_load_state("networkidle")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick")
+    profile = parser.parse_args().profile
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-u", "-m", "pipeline.cli", "ui", "--profile", profile, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            take(server.stdout.readline().removeprefix("MLflow: ").strip(), Path(__file__).with_name("mlflow.png"))
+        finally:
+            server.send_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
