@@ -107,7 +107,7 @@ def finished_cells(folder: Path) -> int:
 def _write(folder: Path, part: Text | Table | Figure) -> str:
     """Write the files of one part; it as Markdown."""
     if isinstance(part, Text):
-        return write_text(part)
+        return write_text(folder, part)
     return write_table(folder, part) if isinstance(part, Table) else write_figure(folder, part)
 
 

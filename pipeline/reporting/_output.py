@@ -106,10 +106,13 @@ def write_figure(folder: Path, figure: Figure) -> str:
     )
 
 
-def write_text(text: Text) -> str:
-    """The sentences as Markdown for the index."""
+def write_text(folder: Path, text: Text) -> str:
+    """Write NAME.md under `folder` if the sentences have a name; returns them as Markdown for the index."""
     heading = f"**{_escape_markdown(text.title)}**\n\n" if text.title else ""
-    return heading + "\n".join(f"- {_escape_markdown(line)}" for line in text.lines)
+    written = heading + "\n".join(f"- {_escape_markdown(line)}" for line in text.lines)
+    if text.name:
+        (folder / f"{text.name}.md").write_text(written + "\n", encoding="utf-8")
+    return written
 
 
 def _escape_markdown(text: str) -> str:

@@ -9,10 +9,15 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Text:
-    """Sentences, each of which stands by itself; a heading without a full stop, or none."""
+    """Sentences, each of which stands by itself; a heading without a full stop, or none.
+
+    Attributes:
+        name: the stem of a file of their own; "" for none.
+    """
 
     title: str
     lines: tuple[str, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ class Findings(Report):
         comparison = compared(frame, setting)
         shown = [line for on_task in comparison.tasks.values() for line in _on_task(comparison, on_task)]
         shown += [*_attention_matters(comparison), *_on_ppsbn(comparison)]
-        yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",))
+        yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",), "findings")
         missing = [line for on_task in comparison.tasks.values() for line in _open(comparison, on_task)]
-        yield Text("What they do not show", tuple([*_in_general(comparison), *missing]))
+        yield Text("What they do not show", tuple([*_in_general(comparison), *missing]), "limits")
 
 
 def _on_task(comparison: Comparison, on_task: OnTask) -> Iterator[str]:

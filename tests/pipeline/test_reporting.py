@@ -159,9 +159,20 @@ def test_a_complete_report_is_the_same_when_built_again(complete: Path, tmp_path
         "index.md",
         "cpu/index.md",
         "cpu/index.html",
+        "cpu/findings.md",
+        "cpu/limits.md",
         *(f"cpu/tables/{name}.{end}" for name in TABLES for end in ENDS),
         *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
+
+
+def test_what_the_numbers_show_is_a_file_to_quote(complete: Path) -> None:
+    folder = complete / "reports/cpu"
+    index = (folder / "index.md").read_text()
+    for name, heading in (("findings", "What the numbers show"), ("limits", "What they do not show")):
+        quoted = (folder / f"{name}.md").read_text()
+        assert quoted.startswith(f"**{heading}**\n\n- ")
+        assert quoted in index
 
 
 ENDS = ("md", "csv", "tex")

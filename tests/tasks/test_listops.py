@@ -153,6 +153,14 @@ def test_baselines_are_the_rules_that_they_are_called(tmp_path: Path) -> None:
     assert found["outermost operator"] < found["operator, smallest and largest direct digit"]
 
 
+def test_the_evaluation_of_all_levels_is_no_baseline(tmp_path: Path) -> None:
+    sizes = {"min_length": 3, "max_length": 34, "train_size": 200, "dev_size": 2, "test_size": 50}
+    depth = {"max_depth": 3, "max_args": 5}
+    found = ListOps(ListOps.Config(**sizes, **depth)).baselines(prepare(tmp_path, **sizes, **depth))
+    assert "shallow evaluation, one level" in found
+    assert "shallow evaluation, two levels" not in found
+
+
 def test_limits_hold(tmp_path: Path) -> None:
     dataset = prepare(
         tmp_path, min_length=20, max_length=60, train_size=300, dev_size=50, test_size=50, max_depth=5, max_args=4
