@@ -65,16 +65,27 @@ def watch() -> threading.Event:
     return ended
 
 
-def _watch(path: Path, ended: threading.Event) -> None:
+def wait_for_end(path: Path, seconds: float, *, kept: bool = False) -> None:
+    """Return when a lease has not been renewed for so many seconds, or at once when it is deleted.
+
+    Args:
+        kept: wait as long for one that is deleted.
+    """
     seen, since = -1, time.monotonic()
-    while time.monotonic() - since < EXPIRY_SECONDS:
+    while time.monotonic() - since < seconds:
         try:
             modified = path.stat().st_mtime_ns
         except FileNotFoundError:
-            break
+            if not kept:
+                return
+            modified = seen
         if modified != seen:
             seen, since = modified, time.monotonic()
         time.sleep(_WATCH_SECONDS)
+
+
+def _watch(path: Path, ended: threading.Event) -> None:
+    wait_for_end(path, EXPIRY_SECONDS)
     ended.set()
     # Repeated, because a process that just starts is not ready for it.
     end = time.monotonic() + GRACE_SECONDS

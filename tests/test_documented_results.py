@@ -24,4 +24,4 @@ def test_the_recall_of_the_method_is_that_of_the_report(row: tuple[str, ...]) ->
 
 
 def test_the_table_is_read() -> None:
-    assert len(ROWS) == 8
+    assert len(ROWS) == 7

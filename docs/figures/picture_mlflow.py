@@ -1,16 +1,13 @@
 """Take docs/figures/mlflow.png: the page at which `schoenbat-exp ui` opens MLflow, in a checkout that has run a grid.
 
-    python docs/figures/picture_mlflow.py [--profile quick] [--task recall-mqar] [--seed 42]
+    schoenbat-exp ui --profile quick                # prints the address, and serves it until Ctrl-C
+    python docs/figures/picture_mlflow.py ADDRESS [--task recall-mqar] [--seed 42]
 
 It needs the extra `browser` and a Chromium, the system's own or the one that `playwright install chromium` brings.
 """
 
 import argparse
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -56,21 +53,11 @@ def _wait_for_curves(page: Page) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="quick")
+    parser.add_argument("address")
     parser.add_argument("--task", default="recall-mqar")
     parser.add_argument("--seed", default="42")
     chosen = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-u", "-m", "pipeline.cli", "ui", "--profile", chosen.profile, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            address = server.stdout.readline().removeprefix("MLflow: ").strip()
-            take(narrowed(address, chosen.task, chosen.seed), Path(__file__).with_name("mlflow.png"))
-        finally:
-            server.send_signal(signal.SIGINT)
+    take(narrowed(chosen.address, chosen.task, chosen.seed), Path(__file__).with_name("mlflow.png"))
 
 
 if __name__ == "__main__":

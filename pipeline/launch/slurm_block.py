@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._memory import kills_for_memory
-from pipeline.lease import EXPIRY_SECONDS, GRACE_SECONDS, OUTCOME_VARIABLE
+from pipeline.lease import EXPIRY_SECONDS, GRACE_SECONDS, OUTCOME_VARIABLE, wait_for_end
 
 BLOCK_END_VARIABLE = "SCHOENBAT_BLOCK_END"
 """When the walltime of the Slurm job is over, in seconds since 1970."""
@@ -103,13 +103,7 @@ def main(lease: str, module: str, *arguments: str) -> None:
 
 
 def _end_after(lease: Path) -> None:
-    seen, since = -1, time.monotonic()
-    while time.monotonic() - since < EXPIRY_SECONDS + GRACE_SECONDS:
-        with suppress(FileNotFoundError):
-            modified = lease.stat().st_mtime_ns
-            if modified != seen:
-                seen, since = modified, time.monotonic()
-        time.sleep(_LOOK_SECONDS)
+    wait_for_end(lease, EXPIRY_SECONDS + GRACE_SECONDS, kept=True)
     os.killpg(0, signal.SIGKILL)
 
 

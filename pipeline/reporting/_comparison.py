@@ -24,6 +24,9 @@ CONTROL = "mean"
 BEYOND = 2.0
 """Standard errors by which a cell must be above a rule to have passed it."""
 
+MOST_GROUPS = 6
+"""With more groups than that, the letters of a mechanism cannot be read any more."""
+
 Pair = tuple[Mechanism, Mechanism]
 
 
@@ -75,6 +78,11 @@ class OnTask:
 
     def is_apart(self, one: Mechanism, other: Mechanism) -> bool:
         return self.apart.get((one, other), self.apart.get((other, one), False))
+
+    @property
+    def marks(self) -> Mapping[Mechanism, str]:
+        """The groups of each mechanism as letters, where they are few enough to be read; else none at all."""
+        return self.groups if len(set().union(*self.groups.values())) <= MOST_GROUPS else {}
 
     def best(self) -> Mechanism | None:
         return max(self.means, key=lambda mechanism: self.means[mechanism], default=None)

@@ -95,7 +95,8 @@ def _cell(comparison: Comparison, task: str, mechanism: Mechanism) -> Text:
         return Text("—", style="dim")
     accuracies = scores.accuracies
     spread = f" ±{accuracies.std(ddof=1):.1f}" if len(accuracies) > 1 else ""
-    group = f" {comparison.tasks[task].groups[mechanism]}" if len(comparison.setting.seeds) > 1 else ""
+    letters = comparison.tasks[task].marks.get(mechanism, "") if len(comparison.setting.seeds) > 1 else ""
+    group = f" {letters}" if letters else ""
     mark = _NOT_LEARNED if comparison.never_passed(task, mechanism) else ""
     leads = len(accuracies) > 1 and mechanism in comparison.tasks[task].leaders()
     return Text(f"{np.mean(accuracies):.1f}{spread}{group}{mark}", style="bold green" if leads else "")
@@ -103,9 +104,11 @@ def _cell(comparison: Comparison, task: str, mechanism: Mechanism) -> Text:
 
 def _legend(comparison: Comparison) -> str:
     seeds = len(comparison.setting.seeds)
-    parts = [
-        f"± over {seeds} seeds; two that share a letter are not told apart." if seeds > 1 else "One seed: no spread."
-    ]
+    parts = [f"± over {seeds} seeds." if seeds > 1 else "One seed: no spread."]
+    if seeds > 1 and any(on_task.marks for on_task in comparison.tasks.values()):
+        parts.append("Two that share a letter are not told apart.")
+    elif seeds > 1:
+        parts.append("Which are told apart is in the report.")
     if any(comparison.never_passed(*key) for key in comparison.setting.scores):
         parts.append(f"{_NOT_LEARNED} no better than the best rule that needs no model.")
     return " ".join(parts)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._comparison import Comparison, compared
+from pipeline.reporting._comparison import MOST_GROUPS, Comparison, compared
 from pipeline.reporting._mechanisms import Mechanism, keyed, named
 from pipeline.reporting._statistics import LEAST_SEEDS
 from pipeline.reporting._table import MISSING, Table
@@ -42,20 +42,27 @@ class Accuracy(Report):
             title=f"Test accuracy in percent ({spread})",
             values=values,
             shown=shown,
-            caption=_legend(setting),
+            caption=_legend(comparison),
             provenance=setting.caption(),
             strong=frozenset(strong),
         )
 
 
-def _legend(setting: Setting) -> str:
+def _legend(comparison: Comparison) -> str:
+    setting = comparison.setting
     parts = [f"Seeds: {len(setting.seeds)}, or as many as stand in parentheses."]
     if len(setting.seeds) > 1:
         parts.append(
-            "Letters: of two that share one the difference may be luck, over seeds and test examples together (all "
-            f"pairs of a task; Holm, with fewer than {LEAST_SEEDS} seeds Bonferroni). Bold: the best, and what is not "
-            "told apart from it."
+            "Bold: the best, and what is not told apart from it, over seeds and test examples together (all pairs of a "
+            f"task; Holm, with fewer than {LEAST_SEEDS} seeds Bonferroni)."
         )
+        marked = [bool(on_task.marks) for on_task in comparison.tasks.values() if on_task.groups]
+        if any(marked):
+            parts.append("Letters: of two that share one the difference may be luck as well.")
+        if not all(marked):
+            parts.append(
+                f"Where it would take more than {MOST_GROUPS} letters, the figure of all pairs shows it instead."
+            )
     parts.append(f"{NEVER}: no seed passed the best of the rules, which need no model, by two standard errors on dev.")
     if len(setting.tasks) > 1:
         parts.append(
@@ -74,12 +81,15 @@ def _row(comparison: Comparison, mechanism: Mechanism) -> tuple[dict, dict]:
         accuracies = scores.accuracies if scores else np.array([])
         mean = float(accuracies.mean()) if len(accuracies) else float("nan")
         std = float(accuracies.std(ddof=1)) if len(accuracies) > 1 else float("nan")
-        group = comparison.tasks[task].groups.get(mechanism, "")
+        on_task = comparison.tasks[task]
+        group = on_task.groups.get(mechanism, "")
         steps = [step for step in comparison.steps_to_pass(task, mechanism) if np.isfinite(step)]
         numbers |= {f"{task} mean": mean, f"{task} std": std, f"{task} n": len(accuracies), f"{task} group": group}
         numbers |= {f"{task} passed": len(steps)}
         mark = NEVER if comparison.never_passed(task, mechanism) else ""
-        texts[setting.heading(task)] = _show(accuracies, group, mark, planned=len(setting.seeds))
+        texts[setting.heading(task)] = _show(
+            accuracies, on_task.marks.get(mechanism, ""), mark, planned=len(setting.seeds)
+        )
     if len(setting.tasks) > 1:
         middle, low, high = comparison.middle(mechanism)
         numbers |= {"iqm": middle, "iqm low": low, "iqm high": high}

@@ -8,8 +8,9 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._collect import Setting
-from pipeline.reporting._comparison import CONTROL, Comparison, Versus, compared
+from pipeline.reporting._comparison import CONTROL, Comparison, OnTask, Versus, compared
 from pipeline.reporting._mechanisms import has_ppsbn, label
+from pipeline.reporting._output import Figure, add_legend, new_canvas
 from pipeline.reporting._statistics import LEAST_SEEDS, POWER, Difference
 from pipeline.reporting._table import MISSING, Table
 
@@ -20,7 +21,7 @@ class Differences(Report):
     title = "Differences, and what they are worth"
     order = 20
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
+    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
         comparison = compared(frame, setting)
         for name in dict.fromkeys((setting.reference, CONTROL)):
             rows = comparison.versus(name)
@@ -39,6 +40,9 @@ class Differences(Report):
                 caption=f"{_LEGEND} Verdicts are of the family of all pairs of a task. {_margin(setting)}",
                 provenance=setting.caption(),
             )
+        for task, on_task in comparison.tasks.items():
+            if len(on_task.means) > 1 and len(setting.seeds) > 1:
+                yield _triangle(task, on_task, setting)
 
 
 _LEGEND = (
@@ -104,11 +108,49 @@ def _pairs(comparison: Comparison) -> Iterator[tuple[dict, dict]]:
             yield values, shown
 
 
+_INCHES = 0.17
+"""The side of a field."""
+
+
+def _triangle(task: str, on_task: OnTask, setting: Setting) -> Figure:
+    """All pairs at a glance, the best mechanism first, so that of two the upper one is the higher one."""
+    order = sorted(on_task.means, key=lambda mechanism: -on_task.means[mechanism])
+    names = [f"{label(mechanism)}  {on_task.means[mechanism]:.1f}" for mechanism in order]
+    size = 0.7 + 0.07 * max(map(len, names)) + _INCHES * len(order)
+    canvas, (axes,) = new_canvas(size, size)
+    pairs = [(row, column) for row in range(len(order)) for column in range(row)]
+    apart = [pair for pair in pairs if on_task.is_apart(*(order[each] for each in pair))]
+    equal = [pair for pair in pairs if _is_equal(on_task.difference(*(order[each] for each in pair)), setting.margin)]
+    for fields, name, look in (
+        (apart, "told apart", {"marker": "s", "c": "#2c6fbb"}),
+        (equal, f"equal within {setting.margin:g}", {"marker": "o", "c": "#d9822b", "s": 14}),
+    ):
+        axes.scatter([column for _, column in fields], [row for row, _ in fields], label=name, **({"s": 60} | look))
+    axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(len(order) - 0.5, -0.5), aspect="equal", title=setting.heading(task))
+    axes.set_xticks(range(len(order)), [label(mechanism) for mechanism in order], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(order)), names, fontsize=7)
+    add_legend(axes)
+    return Figure(
+        name=f"pairs-{task}",
+        title=f"Which mechanisms are told apart on {task}",
+        canvas=canvas,
+        caption=(
+            "The best stands first, with mean test accuracy beside the name. Square: the row is lower than the column, "
+            f"told apart among all pairs of the task; dot: equal within {setting.margin:g} points; empty: open."
+        ),
+        provenance=setting.caption([task]),
+    )
+
+
+def _is_equal(found: Difference | None, margin: float) -> bool:
+    return found is not None and found.margin < margin
+
+
 def verdict(found: Difference, apart: bool, margin: float) -> str:
     """What a difference in points says."""
     if found.seeds < 2:
         return "one seed"
-    equal = found.margin < margin
+    equal = _is_equal(found, margin)
     if apart:
         return ("higher" if found.estimate > 0 else "lower") + (f", but within {margin:g}" if equal else "")
     return f"equal within {margin:g}" if equal else f"open, within {found.margin:.1f}"

@@ -58,20 +58,18 @@ def _table(frame: pd.DataFrame, sizes: pd.DataFrame, tasks: list[str], setting: 
 
 def _figure(frame: pd.DataFrame, sizes: pd.DataFrame, task: str, setting: Setting) -> Figure:
     canvas, (axes,) = new_canvas(7.5, 4)
-    series: dict[Mechanism, list[tuple[float, float, float]]] = {}
-    looks: dict[Mechanism, dict[str, Any]] = {}
+    lines: dict[Mechanism, tuple[dict[str, Any], list[tuple[float, float, float]]]] = {}
     for mechanism in mechanisms(frame):
         own, scores = rows_of(sizes, mechanism).value, setting.scores.get((task, mechanism))
         if own.empty or scores is None:
             continue
         attn, dotf, former = mechanism
+        _, points = lines.setdefault((base_name(attn), dotf, former), (style(frame, mechanism), []))
         spread = scores.accuracies.std(ddof=1) if len(scores.accuracies) > 1 else 0.0
-        point = (max(1.0, own.iloc[0]), float(scores.accuracies.mean()), float(spread))
-        series.setdefault((base_name(attn), dotf, former), []).append(point)
-        looks.setdefault((base_name(attn), dotf, former), style(frame, mechanism))
-    for mechanism, points in series.items():
+        points.append((max(1.0, own.iloc[0]), float(scores.accuracies.mean()), float(spread)))
+    for mechanism, (look, points) in lines.items():
         size, accuracy, spreads = zip(*sorted(points), strict=True)
-        look = looks[mechanism] | {"markersize": 6, "linewidth": 1, "elinewidth": 0.7, "capsize": 2}
+        look |= {"markersize": 6, "linewidth": 1, "elinewidth": 0.7, "capsize": 2}
         axes.errorbar(size, accuracy, yerr=spreads if any(spreads) else None, label=label(mechanism), **look)
     set_log(axes, "x")
     axes.set(xlabel="bytes of state", ylabel="test accuracy (%)", title=setting.heading(task))

@@ -18,12 +18,14 @@ from pipeline import reporting
 from pipeline.grid.cells import Cell, expand, settings_fingerprint
 from pipeline.grid.params import Params, load_params
 from pipeline.reporting._collect import collect
+from pipeline.reporting._comparison import OnTask
 from pipeline.reporting._latex import escape_latex
 from pipeline.reporting._output import Figure
 from pipeline.reporting._table import Table, Text
 from pipeline.reporting.accuracy import Accuracy
 from pipeline.reporting.allocation import Features
 from pipeline.reporting.cost import leads_from
+from pipeline.reporting.differences import Differences
 from pipeline.reporting.findings import Findings
 from pipeline.reporting.published import TASKS, published_accuracies, published_sources
 from pipeline.results import CellResults, Fingerprint
@@ -175,6 +177,37 @@ def test_what_the_numbers_show_is_a_file_to_quote(complete: Path) -> None:
         assert quoted in index
 
 
+def test_the_figure_of_pairs_shows_what_the_table_of_pairs_says(complete: Path) -> None:
+    params = load_params(complete / "params.yaml")
+    frame, setting = collect("cpu", params, complete)
+    made = {each.name: each for each in Differences().make(frame, dataclasses.replace(setting, margin=20.0))}
+    pairs = made["pairs"]
+    assert isinstance(pairs, Table)
+    for task in setting.tasks:
+        figure = made[f"pairs-{task}"]
+        assert isinstance(figure, Figure)
+        (axes,) = figure.canvas.axes
+        names = [text.get_text() for text in axes.get_xticklabels()]
+        drawn = {
+            points.get_label(): {frozenset((names[int(x)], names[int(y)])) for x, y in points.get_offsets()}
+            for points in axes.collections
+        }
+        told = pairs.shown[pairs.shown.task == task]
+        for name, words in (("told apart", "higher|lower"), ("equal within 20", "within 20")):
+            rows = told[told.verdict.str.contains(words)]
+            assert drawn[name] == set(map(frozenset, zip(rows.mechanism, rows.less, strict=True))), name
+        assert drawn["equal within 20"]
+
+
+def test_letters_stand_in_a_table_only_where_they_can_be_read() -> None:
+    def on_task(letters: str) -> OnTask:
+        groups = {(letter, "", "transformer"): letter for letter in letters}
+        return OnTask("lra-text", dict.fromkeys(groups, 50.0), {}, {}, groups)
+
+    assert on_task("abcdef").marks == on_task("abcdef").groups
+    assert on_task("abcdefg").marks == {}
+
+
 ENDS = ("md", "csv", "tex")
 TABLES = (
     "accuracy",
@@ -196,13 +229,15 @@ TABLES = (
 FIGURES = (
     "allocation-32",
     "allocation-error-32",
+    "bench-causal-memory",
+    "bench-causal-time",
+    "bench-features",
+    "bench-memory",
+    "bench-time",
     "curves-lra-listops",
     "curves-lra-text",
-    "bench-time",
-    "bench-memory",
-    "bench-causal-time",
-    "bench-causal-memory",
-    "bench-features",
+    "pairs-lra-listops",
+    "pairs-lra-text",
     "tradeoff-lra-listops",
     "tradeoff-lra-text",
 )
