@@ -117,7 +117,8 @@ def _triangle(task: str, on_task: OnTask, setting: Setting) -> Figure:
     order = sorted(on_task.means, key=lambda mechanism: -on_task.means[mechanism])
     names = [f"{label(mechanism)}  {on_task.means[mechanism]:.1f}" for mechanism in order]
     size = 0.7 + 0.07 * max(map(len, names)) + _INCHES * len(order)
-    canvas, (axes,) = new_canvas(size, size)
+    # The heading stands above the fields alone, and must not be wider than the figure.
+    canvas, (axes,) = new_canvas(max(size, 0.15 * len(setting.heading(task))), size)
     pairs = [(row, column) for row in range(len(order)) for column in range(row)]
     apart = [pair for pair in pairs if on_task.is_apart(*(order[each] for each in pair))]
     equal = [pair for pair in pairs if _is_equal(on_task.difference(*(order[each] for each in pair)), setting.margin)]
