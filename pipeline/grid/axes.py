@@ -5,7 +5,6 @@
 The id of a cell joins its axes, in the order in which dvc.yaml lists them in the names of its stages.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +51,8 @@ class Cell:
 
     @property
     def id(self) -> str:
-        return "-".join(str(value) for value in dataclasses.astuple(self) if value is not None)
+        axes = (self.task, self.attn, self.dotf, self.former, str(self.seed))
+        return "-".join(axis for axis in axes if axis is not None)
 
     def run_folder(self, profile: str) -> Path:
         return Path("runs", profile, self.id)

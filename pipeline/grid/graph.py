@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipeline.grid.axes import Cell
@@ -113,9 +113,9 @@ def read_graph(settings: Mapping[str, Any], path: Path = PIPELINE_FILE) -> Graph
     folders = {dep for stage in stages.values() for dep in stage.deps}
     inside: dict[str, list[str]] = {}
     for out, name in maker.items():
-        for parent in PurePosixPath(out).parents:
-            if str(parent) in folders:
-                inside.setdefault(str(parent), []).append(name)
+        for parent in _parents(out):
+            if parent in folders:
+                inside.setdefault(parent, []).append(name)
     # Most files of code are read by all cells.
     makers = {dep: _maker(dep, maker) for dep in folders}
     needs, gathers, given = {}, {}, {}
@@ -132,7 +132,8 @@ def cell_sources(cell: Cell, command: str, profile: str, path: Path = PIPELINE_F
     axes = {axis: getattr(cell, axis) for axis in _CELL_AXES if getattr(cell, axis) is not None} | {"profile": profile}
     for name, body in _bodies(path).items():
         if set(body.get("matrix") or ()) == set(axes) and body["cmd"].startswith(f"schoenbat-exp {command} "):
-            return [str(_filled(dep, {}, axes, f"{path}: stage {name}")) for dep in body.get("deps") or ()]
+            filling = _filling(axes)
+            return [_form(dep, {}, axes, f"{path}: stage {name}") % filling for dep in body.get("deps") or ()]
     raise UserError(f"{path}: no stage runs schoenbat-exp {command} for a cell of {', '.join(axes)}")
 
 
@@ -162,76 +163,98 @@ def _bodies(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _expand(name: str, body: dict[str, Any], settings: Mapping[str, Any], path: Path) -> Iterator[Stage]:
-    matrix = body.get("matrix")
-    if matrix is None:
-        yield _made(name, body, {}, settings, path)
-        return
-    axes = {}
-    for axis, written in matrix.items():
-        values = _filled(written, settings, {}, f"{path}: stage {name}")
-        if not isinstance(values, list):
-            raise UserError(f"{path}: stage {name}: axis {axis} is no list")
-        axes[axis] = [_filled(value, settings, {}, f"{path}: stage {name}") for value in values]
-    for chosen in itertools.product(*axes.values()):
-        yield _made(name, body, dict(zip(axes, chosen, strict=True)), settings, path)
-
-
-def _made(name: str, body: dict[str, Any], axes: dict[str, Any], settings: Mapping[str, Any], path: Path) -> Stage:
     where = f"{path}: stage {name}"
-    full = f"{name}@{'-'.join(str(value) for value in axes.values())}" if axes else name
+    axes = {}
+    for axis, written in (body.get("matrix") or {}).items():
+        choices = _value(written, settings, where)
+        if not isinstance(choices, list):
+            raise UserError(f"{where}: axis {axis} is no list")
+        axes[axis] = [_value(choice, settings, where) for choice in choices]
 
-    def filled(text: str) -> str:
-        return str(_filled(text, settings, axes, where))
+    def form(text: str) -> str:
+        return _form(text, settings, axes, where)
 
+    command = form(body["cmd"])
+    deps = [form(dep) for dep in body.get("deps") or ()]
     outs: dict[str, Mapping[str, Any]] = {}
     for kind in ("outs", "metrics", "plots"):
         for entry in body.get(kind) or ():
             for written, options in entry.items() if isinstance(entry, dict) else ((entry, {}),):
-                outs[filled(written)] = options or {}
-    params = []
+                outs[form(written)] = options or {}
+    keys = []
     for entry in body.get("params") or ():
         if not isinstance(entry, str):
             raise UserError(f"{where}: params of a file other than {PARAMS_FILE} are not read by this program")
-        key = filled(entry)
-        try:
-            lookup(settings, key)
-        except KeyError:
-            raise UserError(f"{PARAMS_FILE}: missing key {key!r}, which stage {full} of {path} needs") from None
-        params.append(key)
-    return Stage(
-        name=full,
-        command=filled(body["cmd"]),
-        axes=axes,
-        deps=tuple(filled(dep) for dep in body.get("deps") or ()),
-        params=tuple(params),
-        outs=tuple(outs),
-        cached=frozenset(out for out, options in outs.items() if options.get("cache", True)),
-        persistent=frozenset(out for out, options in outs.items() if options.get("persist", False)),
-    )
+        keys.append(form(entry))
+    found: set[str] = set()
+    for chosen in itertools.product(*axes.values()):
+        values = dict(zip(axes, chosen, strict=True))
+        filling = _filling(values)
+        full = f"{name}@{'-'.join(str(value) for value in chosen)}" if axes else name
+        params = tuple(key % filling for key in keys)
+        for key in params:
+            if key not in found:
+                _setting(key, settings, f"stage {full} of {path} needs")
+                found.add(key)
+        yield Stage(
+            name=full,
+            command=command % filling,
+            axes=values,
+            deps=tuple(dep % filling for dep in deps),
+            params=params,
+            outs=tuple(out % filling for out in outs),
+            cached=frozenset(out % filling for out, chosen in outs.items() if chosen.get("cache", True)),
+            persistent=frozenset(out % filling for out, chosen in outs.items() if chosen.get("persist", False)),
+        )
 
 
-def _filled(text: Any, settings: Mapping[str, Any], axes: Mapping[str, Any], where: str) -> Any:
-    """A text with its references replaced; the value itself where the text is one reference."""
-    if not isinstance(text, str) or "${" not in text:
-        return text
+def _form(text: str, settings: Mapping[str, Any], axes: Iterable[str], where: str) -> str:
+    """A text with the settings that it names filled in, and its axes as the operator % wants them.
 
-    def value(match: re.Match[str]) -> Any:
-        key = match[1]
-        if key == "item":
-            # All axes as options, as DVC writes a mapping into a command.
-            return " ".join(f"--{axis} {shlex.quote(str(chosen))}" for axis, chosen in axes.items())
-        try:
-            return axes[key[5:]] if key.startswith("item.") else lookup(settings, key)
-        except KeyError:
-            raise UserError(f"{PARAMS_FILE}: missing key {key!r}, which {where} names") from None
+    There are thousands of stages of one form.
+    """
+    of_axes = {f"item.{axis}": f"%({axis})s" for axis in axes} | {"item": "%(item)s"}
+    pieces = _REFERENCE.split(text)
+    for number, piece in enumerate(pieces):
+        if number % 2 == 0:
+            pieces[number] = piece.replace("%", "%%")
+        elif piece in of_axes:
+            pieces[number] = of_axes[piece]
+        else:
+            pieces[number] = str(_setting(piece, settings, f"{where} names")).replace("%", "%%")
+    return "".join(pieces)
 
-    whole = _REFERENCE.fullmatch(text)
-    return value(whole) if whole else _REFERENCE.sub(lambda match: str(value(match)), text)
+
+def _filling(axes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_form` leaves open: each axis, and all of them as options, as DVC writes a mapping into a command."""
+    return {**axes, "item": " ".join(f"--{axis} {shlex.quote(str(value))}" for axis, value in axes.items())}
+
+
+def _value(written: Any, settings: Mapping[str, Any], where: str) -> Any:
+    """What is written for an axis; the setting itself where it names one."""
+    if not isinstance(written, str):
+        return written
+    whole = _REFERENCE.fullmatch(written)
+    return _setting(whole[1], settings, f"{where} names") if whole else _form(written, settings, (), where) % {}
+
+
+def _setting(key: str, settings: Mapping[str, Any], asked_by: str) -> Any:
+    try:
+        return lookup(settings, key)
+    except KeyError:
+        raise UserError(f"{PARAMS_FILE}: missing key {key!r}, which {asked_by}") from None
 
 
 def _maker(dep: str, maker: Mapping[str, str]) -> str | None:
     """The stage that makes `dep`, or what it lies in."""
-    return next((maker[path] for path in (dep, *map(str, PurePosixPath(dep).parents)) if path in maker), None)
+    return next((maker[path] for path in (dep, *_parents(dep)) if path in maker), None)
+
+
+def _parents(path: str) -> Iterator[str]:
+    """The folders that a path of dvc.yaml lies in."""
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def _ordered(stages: Mapping[str, Stage], before: Mapping[str, tuple[str, ...]], path: Path) -> dict[str, Stage]:

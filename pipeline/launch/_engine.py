@@ -8,15 +8,15 @@ import signal
 import time
 from bisect import insort
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json
 from pipeline.launch._job import Attempt, Backend, Ended, Event, Job, Kind, State
 from pipeline.launch._placement import Load, place
 from pipeline.launch._state import GridState
 from pipeline.lease import GRACE_SECONDS, LEASE_VARIABLE, OUTCOME_VARIABLE, STOPPED, Lease
+from schoenbat.files import write_bytes
 
 DEVICE_VARIABLE = "SCHOENBAT_DEVICE"
 """The device of a stage, in place of `run.device`."""
@@ -205,7 +205,7 @@ class _Engine:
         task.not_started = None
         try:
             # The next grid writes it anew.
-            write_json(file, [asdict(stage) for stage in job.stages], durable=False)
+            write_bytes(file, json.dumps([vars(stage) for stage in job.stages]).encode(), durable=False)
             task.handle = self._backend.start(job, device, attempt)
         except OSError as error:
             task.not_started = Ended(None, f"could not be started: {error}")

@@ -1,9 +1,10 @@
 """What there is to do, as jobs: stages that are due, what they will probably take, and the devices they may have."""
 
+import functools
 import os
 import statistics
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,10 +48,12 @@ def plan_jobs(
     """
     job_of: dict[str, str] = {}
     stages: dict[str, list[Work]] = {}
+    wanted = set(due)
+    value = functools.cache(functools.partial(lookup, settings))
     for name, stage in graph.stages.items():
-        if name in due:
+        if name in wanted:
             job_of[name] = stage.cell or (f"data-{stage.axes['task']}" if "task" in stage.axes else name)
-            stages.setdefault(job_of[name], []).append(_work(stage, graph, settings, hashes))
+            stages.setdefault(job_of[name], []).append(_work(stage, graph, value, hashes))
     known = _Measured(params, cells, device)
     by_id = {cell.id: cell for cell in cells}
     minutes = params.run.timeout_minutes
@@ -76,13 +79,13 @@ def plan_jobs(
     return jobs
 
 
-def _work(stage: Stage, graph: Graph, settings: Mapping[str, Any], hashes: Hashes) -> Work:
-    given = graph.given[stage.name]
+def _work(stage: Stage, graph: Graph, value: Callable[[str], Any], hashes: Hashes) -> Work:
+    given = set(graph.given[stage.name])
     return Work(
         stage.name,
         stage.command,
         deps={dep: hashes.of(dep) if dep in given else None for dep in stage.deps},
-        params={key: lookup(settings, key) for key in stage.params},
+        params={key: value(key) for key in stage.params},
         outs=stage.outs,
         persistent=tuple(stage.persistent),
     )
