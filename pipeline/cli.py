@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn
@@ -50,6 +51,10 @@ def _show_error(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(f"error: {kind.__name__}: {what} ({where}); {commands.PROGRAM} --debug ... shows all of it", file=sys.stderr)
 
 
+def _filter(choices: Callable[..., Any], text: str) -> Any:
+    return typer.Option(autocompletion=choices, rich_help_panel=_FILTERS, help=text)
+
+
 @app.callback()
 def _begin(
     version: Annotated[
@@ -79,39 +84,13 @@ def _begin(
 def run(
     grid: Annotated[bool, typer.Option("--grid", rich_help_panel=_FILTERS, help="All cells of params.yaml.")] = False,
     task: Annotated[
-        list[str] | None,
-        typer.Option(
-            autocompletion=completion.grid_task,
-            rich_help_panel=_FILTERS,
-            help="Only cells of this task; repeat for more, as all below.",
-        ),
+        list[str] | None, _filter(completion.grid_task, "Only cells of this task; repeat for more, as all below.")
     ] = None,
-    attn: Annotated[
-        list[str] | None,
-        typer.Option(
-            autocompletion=completion.grid_attn, rich_help_panel=_FILTERS, help="Only cells with this mechanism."
-        ),
-    ] = None,
-    dotf: Annotated[
-        list[str] | None,
-        typer.Option(
-            autocompletion=completion.grid_dotf, rich_help_panel=_FILTERS, help="Only cells with this kernel."
-        ),
-    ] = None,
-    former: Annotated[
-        list[str] | None,
-        typer.Option(
-            autocompletion=completion.grid_former, rich_help_panel=_FILTERS, help="Only cells with this former."
-        ),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(autocompletion=completion.grid_seed, rich_help_panel=_FILTERS, help="Only cells with this seed."),
-    ] = None,
-    cell: Annotated[
-        list[str] | None,
-        typer.Option(autocompletion=completion.cell, rich_help_panel=_FILTERS, help="Only the cell of this id."),
-    ] = None,
+    attn: Annotated[list[str] | None, _filter(completion.grid_attn, "Only cells with this mechanism.")] = None,
+    dotf: Annotated[list[str] | None, _filter(completion.grid_dotf, "Only cells with this kernel.")] = None,
+    former: Annotated[list[str] | None, _filter(completion.grid_former, "Only cells with this former.")] = None,
+    seed: Annotated[list[int] | None, _filter(completion.grid_seed, "Only cells with this seed.")] = None,
+    cell: Annotated[list[str] | None, _filter(completion.cell, "Only the cell of this id.")] = None,
     jobs: Annotated[
         int | None,
         typer.Option(

@@ -81,7 +81,7 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
     with FileLock(folder / "mlflow.lock"):
         tags = {"kind": "grid", "profile": profile, "checkout": _checkout_id(folder)}
         artifacts = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-        try:
+        with _usable(uri):
             if uri == database.default_uri(root):
                 database.ensure(root, lambda new: _experiment_id(mlflow.MlflowClient(new), artifacts))
             mlflow.set_tracking_uri(uri)
@@ -90,10 +90,6 @@ def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
             run = _only_run(client, experiment, tags, f"grid {profile}")
             if run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
-        except ImportError as error:
-            raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
-        except _errors() as error:
-            raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
     return {TRACKING_URI: uri, EXPERIMENT_ID: experiment, PARENT_RUN_ID: run.info.run_id}
 
 
@@ -104,18 +100,12 @@ def describe_store(root: Path) -> str | None:
         UserError: the tracking server or database cannot be used.
     """
     uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
-    mlflow = import_mlflow()
-    try:
-        _check_database(uri)
-        client = mlflow.MlflowClient(uri)
+    if _is_gone(uri):
+        return None
+    with _usable(uri):
+        client = import_mlflow().MlflowClient(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         runs = client.search_runs([experiment.experiment_id], max_results=_SHOWN_RUNS) if experiment else []
-    except FileNotFoundError:
-        return None
-    except ImportError as error:
-        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
-    except _errors() as error:
-        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
     number = f"{len(runs)} or more runs" if len(runs) == _SHOWN_RUNS else counted(len(runs), "run")
     return f"{number} in {_without_password(uri)}"
 
@@ -126,16 +116,8 @@ def find_experiment(uri: str) -> str:
     Raises:
         UserError: nothing is recorded there yet, or MLflow cannot use it.
     """
-    mlflow = import_mlflow()
-    try:
-        _check_database(uri)
-        experiment = mlflow.MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
-    except FileNotFoundError:
-        experiment = None
-    except ImportError as error:
-        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
-    except _errors() as error:
-        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
+    with _usable(uri):
+        experiment = None if _is_gone(uri) else import_mlflow().MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         raise UserError(f"nothing is recorded in {_without_password(uri)} yet; run a grid first")
     return str(experiment.experiment_id)
@@ -376,11 +358,24 @@ def _curves(evaluation: "Evaluation") -> dict[str, float]:
     return {name: values[name] for name in ordered}
 
 
+def _is_gone(uri: str) -> bool:
+    """Whether there is no such database on this machine: MLflow would begin to make another."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file()
+
+
 def _check_database(uri: str) -> None:
-    """Raise FileNotFoundError for a database of this machine that has gone: MLflow would begin to make another."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    """Raise FileNotFoundError for a database that has gone."""
+    if _is_gone(uri):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri.removeprefix("sqlite:///"))
+
+
+@contextmanager
+def _usable(uri: str) -> Iterator[None]:
+    """What MLflow raises in the block where it cannot be used becomes a UserError."""
+    try:
+        yield
+    except (ImportError, *_errors()) as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
 
 
 def _errors() -> tuple[type[Exception], ...]:

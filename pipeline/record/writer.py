@@ -19,8 +19,9 @@ from schoenbat.files import write_bytes
 _BEFORE = Path(".dvc/tmp/dvc.lock.before")
 _RWLOCK = Path(".dvc/tmp/rwlock")
 _PROGRAMS = ("dvc", "schoenbat-exp", "pipeline.cli", "pytest")
-_PAUSE_FACTOR = 4.0
-"""Between two batches passes so many times what the last one took, so that cells have the machine."""
+_PAUSE_FACTOR = 19.0
+"""Between two batches passes so many times what the last one took: DVC reads and writes all of its lock file for each,
+which takes seconds where that is long, and cells need the machine. What waits has its receipt."""
 _LEAST_PAUSE_SECONDS = 2.0
 _LOCKED_SECONDS = 60.0
 """So long another process of DVC is waited for at the end."""
