@@ -374,7 +374,9 @@ def _usable(uri: str) -> Iterator[None]:
     """What MLflow raises in the block where it cannot be used becomes a UserError."""
     try:
         yield
-    except (ImportError, *_errors()) as error:
+    except ImportError as error:
+        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
+    except _errors() as error:
         raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
 
 
