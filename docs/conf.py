@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
@@ -73,5 +72,3 @@ def setup(app: Sphinx) -> None:
     # Before napoleon, which adds marks that are meant.
     app.connect("autodoc-process-docstring", escape, priority=400)
     app.add_directive("components", Components)
-    # Only forges draw these diagrams.
-    app.add_lexer("mermaid", TextLexer)
