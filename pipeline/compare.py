@@ -10,7 +10,6 @@ that are shown are corrected together, by Holm's method.
 import contextlib
 import dataclasses
 import json
-import subprocess
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +22,9 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from pipeline.files import read_json
+from pipeline.files import git, read_json
 from pipeline.grid.axes import Cell
-from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, read_yaml
+from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
 from pipeline.reporting._statistics import Scores, paired_differences
 from pipeline.results import CellResults, Metrics, Resources, TestScore
 from pipeline.text import counted
@@ -195,7 +194,7 @@ def _side(name: str, stack: ExitStack) -> Side:
         return _cell_side(name, of_profile or profile, cell)
     if name == profile or trained_cells(name):
         return _folder_side(name, f"profile {name}", Path(), name)
-    commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if commit is not None:
         return _revision_side(name, commit, stack)
     profiles = {path.parents[1].name for path in Path("runs").glob("*/*/metrics.json")}
@@ -276,14 +275,6 @@ def _mechanism(cell: Cell) -> str:
 
 def _data(meta: Mapping[str, Any]) -> str:
     return f"{meta['label']} ({meta['fingerprint'][:12]})"
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, by dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in nested.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -374,16 +365,8 @@ def _changed_files(a: Sequence[str], b: Sequence[str]) -> list[str] | None:
     """The files of code that git says differ between the revisions; None where it cannot."""
     if any(len(made) != 1 or made[0] == "none" or made[0].endswith("+") for made in (a, b)):
         return None
-    changed = _git("diff", "--name-only", a[0], b[0], "--", *_CODE)
+    changed = git("diff", "--name-only", a[0], b[0], "--", *_CODE)
     return None if changed is None else changed.splitlines()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _code_lines(found: Comparison) -> list[str]:

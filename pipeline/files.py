@@ -60,14 +60,15 @@ def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
 
 def git_revision() -> str:
     """The short commit of the working folder, with "+" when code differs from it; "none" outside a repository."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
+    commit = git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "none"
-    changed = _git("status", "--porcelain", "--", "schoenbat", "pipeline")
+    changed = git("status", "--porcelain", "--", "schoenbat", "pipeline")
     return f"{commit}+" if changed else commit
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git says; None where it fails or is not there."""
     try:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """params.yaml as plain values, read as DVC reads it: YAML 1.2, by the same library."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,11 @@ def read_yaml(path: Path) -> Any:
             place = f" line {mark.line + 1}" if mark else ""
             problem = error.problem or error.context or problem
         raise UserError(f"{path}{place}: not valid YAML: {' '.join(problem.split())[:200]}") from None
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves

@@ -8,10 +8,11 @@ from pipeline.devices import get_device, prepare_host
 from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
 from pipeline.grid.code import check_code
 from pipeline.grid.params import Params, cell_training
+from pipeline.grid.settings import flat
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, TestScore
-from pipeline.stages.train import description, flat, model_of
+from pipeline.stages.train import description, model_of
 from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
 from schoenbat.training import load_model, predict

@@ -25,6 +25,7 @@ from pipeline.grid.cells import (
 )
 from pipeline.grid.code import check_code
 from pipeline.grid.params import Params, cell_training, load_params, task_section
+from pipeline.grid.settings import flat
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Metrics, Resources
@@ -88,14 +89,6 @@ def description(cell: Cell, params: Params, meta: dict[str, Any]) -> dict[str, A
     """What best.pt says about itself: the cell, its settings and its data."""
     data = {key: meta[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
     return {**dataclasses.asdict(cell), **settings(cell, params), "data": data}
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, by dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in nested.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 class _Training:
