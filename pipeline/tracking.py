@@ -100,9 +100,9 @@ def describe_store(root: Path) -> str | None:
         UserError: the tracking server or database cannot be used.
     """
     uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
-    if _is_gone(uri):
-        return None
     with _usable(uri):
+        if _is_gone(uri):
+            return None
         client = import_mlflow().MlflowClient(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         runs = client.search_runs([experiment.experiment_id], max_results=_SHOWN_RUNS) if experiment else []

@@ -203,8 +203,8 @@ def _expand(name: str, body: dict[str, Any], settings: Mapping[str, Any], path: 
             deps=tuple(dep % filling for dep in deps),
             params=params,
             outs=tuple(out % filling for out in outs),
-            cached=frozenset(out % filling for out, chosen in outs.items() if chosen.get("cache", True)),
-            persistent=frozenset(out % filling for out, chosen in outs.items() if chosen.get("persist", False)),
+            cached=frozenset(out % filling for out, options in outs.items() if options.get("cache", True)),
+            persistent=frozenset(out % filling for out, options in outs.items() if options.get("persist", False)),
         )
 
 
