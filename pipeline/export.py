@@ -71,6 +71,9 @@ def card(trained: TrainedCell, note: str) -> str:
     ]
     rules = [(f"without a model: {rule}", f"{100 * score:.2f} %") for rule, score in meta.get("baselines", {}).items()]
     kernel = f" with kernel `{cell.dotf}`" if cell.dotf else ""
+    needed = f" with kernel `{cell.dotf}` in it" if cell.dotf else ""
+    revision = metrics.git_revision.removesuffix("+")
+    changes = ", with the changes that were not committed then," if revision != metrics.git_revision else ""
     about = [
         ("task", f"`{cell.task}`: {paper.partition(chr(10))[0]}"),
         ("data", f"{meta['label']}; {meta['source']}"),
@@ -112,12 +115,12 @@ classifier = PretrainedClassifier.from_pretrained(".")
 {_use(trained)}
 ```
 
-It needs `schoenbat` and `safetensors`, and no network. `classifier.model` is the torch module; it takes tokens
+It needs `schoenbat`{needed}, and `safetensors`, and no network. `classifier.model` is the torch module; it takes tokens
 [batch, {meta["num_texts"]}, length], in which 0 is padding.
 
 ## Make it again
 
-In a checkout of the project at git revision `{metrics.git_revision.removesuffix("+")}`, with the `{SETTINGS}` of this
+In a checkout of the project at git revision `{revision}`{changes or ","} and with the `{SETTINGS}` of this
 folder in the place of its own:
 
 ```sh

@@ -71,7 +71,10 @@ def load_trained(cell: str, profile: str | None = None) -> TrainedCell:
         known = list_choices(cell, trained_cells(profile))
         raise UserError(f"no trained cell {cell!r} in runs/{profile}; choose one of: {known}")
     if not results.best.is_file():
-        raise UserError(f"no {results.best}; get it with: dvc pull {results.best}")
+        raise UserError(
+            f"no {results.best}; train it: schoenbat-exp run --cell {cell}, or where a remote has it: "
+            f"dvc pull {results.best}"
+        )
     state, described = load_model(results.best)
     axes = Cell(metrics.task, metrics.attn, metrics.dotf, metrics.former, metrics.seed)
     summary = summary_file(profile, axes.task)

@@ -133,7 +133,7 @@ class _Engine:
         for name, task in self._tasks.items():
             if self._state.is_open(name):
                 self._state.set(name, "stopped")
-                yield Event(name, "stopped", "was not started" if not task.began else "")
+                yield Event(name, "stopped", log=self._log(name) if task.began else None)
         self._state.save()
 
     def end(self) -> None:

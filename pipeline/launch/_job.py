@@ -154,7 +154,7 @@ class Event:
         state: "retried" goes back into the queue; "unavailable" is a failure because data cannot be had here;
             "skipped" means that a job before it did not succeed; "stopped" that the grid ended before it did.
         text: the time taken for "done", the device for "started", the reason for the others.
-        log: the file with all output of the job, once it has started.
+        log: the file with all output of the job; None if it was never started.
         cause: for "failed", "unavailable" and "skipped", what did not succeed in the first place: a DVC stage.
     """
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,10 +228,14 @@ class _Run:
         causes = {str(event.cause): event for event in ended.values() if event.state in ("failed", "unavailable")}
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")
-        for cell in self._chosen:
-            broken = ended.get(cell.id)
-            if broken is not None and broken.state == "skipped":
-                print(f"not run: {cell.id}, because {broken.cause} {causes[str(broken.cause)].state}")
+        skipped = Counter(
+            str(ended[cell.id].cause) for cell in self._chosen if cell.id in ended and ended[cell.id].state == "skipped"
+        )
+        for stage, number in skipped.items():
+            print(f"not run, because {stage} {causes[stage].state}: {counted(number, 'cell')}")
+        waiting = sum(event.state == "stopped" and event.log is None for event in ended.values())
+        if waiting:
+            print(f"not started: {counted(waiting, 'job')}")
         for stage, why in self._recorder.failed.items():
             print(f"not on record: {stage}: {why}; the next run sees to it")
         if not ended and not self._recorder.failed:

@@ -45,7 +45,8 @@ def show_grid(profile: str, cells: Sequence[str], state: GridState) -> Iterator[
 
     def say(event: Event | None) -> None:
         nonlocal said
-        if event is not None and event.state != "queued":
+        # Of jobs that were never started there may be hundreds; the end of the run counts them.
+        if event is not None and event.log is not None:
             print(_line(event), flush=True)
         if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
             now = snapshot()

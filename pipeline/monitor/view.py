@@ -1,6 +1,8 @@
 """What a person sees of a grid: a table that is drawn again and again on a terminal, and plain lines elsewhere."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Group
 from rich.table import Table
@@ -30,10 +32,17 @@ def table(snapshot: Snapshot, height: int) -> Group:
 
 
 def lines(snapshot: Snapshot) -> list[str]:
-    """One line per cell, and the summary."""
+    """One line per cell, what several of them have as their reason once beneath, and the summary."""
     rows = [*(row for row in snapshot.others if row.state == "running"), *snapshot.cells]
     width = max((len(row.cell) for row in rows), default=0)
-    return [*(f"{row.cell:{width}}  {_described(row)}" for row in rows), summary(snapshot)]
+    reasons = Counter((row.state, row.reason) for row in rows if row.reason)
+    shared = {key: number for key, number in reasons.items() if number > 1}
+    short = [replace(row, reason="") if (row.state, row.reason) in shared else row for row in rows]
+    return [
+        *(f"{row.cell:{width}}  {_described(row)}" for row in short),
+        *(f"{state}: {counted(number, 'cell')}: {reason}" for (state, reason), number in shared.items()),
+        summary(snapshot),
+    ]
 
 
 def progress_lines(rows: Sequence[Row]) -> list[str]:

@@ -154,6 +154,8 @@ def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
         "nan": "failed",
         "later": "stopped",
     }, ended
+    assert ended["slow"].log is not None
+    assert ended["later"].log is None, "it was never started"
     assert _processes_in(stages) == []
 
 
@@ -304,7 +306,8 @@ def test_the_grid_goes_on_without_a_task_whose_data_cannot_be_had(
     assert (code, err) == (3, "")
     assert "unavailable: download@tiny-lra-text: " in out
     assert "SCHOENBAT_DATA_MIRROR" in out
-    assert "not run: lra-text-mean-transformer-0, because download@tiny-lra-text unavailable" in out
+    assert "not run, because download@tiny-lra-text unavailable: 1 cell" in out
+    assert "lra-text-mean-transformer-0: skipped" not in out
     assert "report: reports/tiny/index.html" in out
     assert Path("reports/tiny/index.md").is_file()
     assert Path("runs/tiny/lra-listops-mean-transformer-0/test.json").is_file()

@@ -85,6 +85,19 @@ def test_of_a_grid_that_has_died_the_files_of_its_cells_tell(lease: Lease) -> No
     }
 
 
+def test_what_many_cells_wait_for_is_said_once(lease: Lease) -> None:
+    lease.end()
+    Path("logs/tiny/data-lra-listops.outcome.json").write_text('{"kind": "unavailable", "message": "no network"}')
+    shown = view.lines(take_snapshot())
+    assert [line.split() for line in shown if "unavailable" in line][:3] == [
+        [SOFTMAX[0], "unavailable"],
+        [MEAN[0], "unavailable"],
+        [MEAN[1], "unavailable"],
+    ]
+    assert [line for line in shown if "no network" in line] == ["unavailable: 3 cells: no network"]
+    assert any(line.startswith(SOFTMAX[1]) and line.endswith("failed: loss is nan") for line in shown)
+
+
 def test_asking_imports_nothing_that_takes_long() -> None:
     modules = "pipeline.cli, pipeline.monitor.status, pipeline.monitor.view"
     code = f"import sys, {modules}; print({{'torch', 'mlflow', 'dvc'}} & set(sys.modules))"
