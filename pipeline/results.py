@@ -9,7 +9,6 @@ resources.json, `Resources`, which differs from run to run.
 import csv
 import dataclasses
 import io
-import json
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from pipeline.files import write_csv, write_json
+from pipeline.files import damaged, read_json, write_csv, write_json
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.registry import build_config
@@ -225,14 +224,12 @@ def read_rows(path: Path, numbers: Iterable[str] | None) -> list[dict[str, Any]]
     return rows
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); delete it, and run again")
-
-
 def _read(kind: type[T], path: Path) -> T | None:
     try:
-        return build_config(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
+        written = read_json(path)
     except FileNotFoundError:
         return None
-    except (ValueError, UserError) as error:
+    try:
+        return build_config(kind, written, str(path))
+    except UserError as error:
         raise damaged(path, error) from None

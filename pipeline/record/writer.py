@@ -17,6 +17,7 @@ from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
 _BEFORE = Path(".dvc/tmp/dvc.lock.before")
+_RUN_CACHE = Path(".dvc/cache/runs")
 _RWLOCK = Path(".dvc/tmp/rwlock")
 _PROGRAMS = ("dvc", "schoenbat-exp", "pipeline.cli", "pytest")
 _PAUSE_FACTOR = 19.0
@@ -102,7 +103,6 @@ def record(names: Sequence[str]) -> dict[str, str]:
     Returns:
         For each stage "" if it is on record, else why it is not: something has changed since, or DVC cannot write.
     """
-    from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
     from dvc.stage import PipelineStage
@@ -120,7 +120,7 @@ def record(names: Sequence[str]) -> dict[str, str]:
             for name in dict.fromkeys(names):
                 try:
                     results[name] = _prepare(stages.get(name), read_receipt(name), ready)
-                except (DvcException, OSError) as error:
+                except Exception as error:  # noqa: BLE001 - what DVC trips over at one stage is no matter of the others
                     results[name] = _reason(error)
             if ready:
                 ready[0].dvcfile.dump_stages(ready, update_pipeline=False)
@@ -191,6 +191,7 @@ def mend_lock() -> None:
     """
     if not _BEFORE.exists():
         return
+    _drop_runs(_BEFORE.stat().st_mtime_ns)
     before = _BEFORE.read_bytes()
     now = LOCK_FILE.read_bytes() if LOCK_FILE.exists() else b""
     try:
@@ -207,6 +208,13 @@ def mend_lock() -> None:
         else:
             LOCK_FILE.unlink(missing_ok=True)
     _BEFORE.unlink()
+
+
+def _drop_runs(since_ns: int) -> None:
+    """Delete what DVC has noted since then in its run cache, where half a note of a stage keeps it off the record."""
+    for note in _RUN_CACHE.glob("*/*/*"):
+        if note.stat().st_mtime_ns >= since_ns:
+            note.unlink()
 
 
 def drop_stale_rwlock(path: Path = _RWLOCK) -> None:

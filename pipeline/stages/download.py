@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
 from pipeline.grid.cells import raw_folder
 from pipeline.grid.params import Params, task_section
-from pipeline.grid.sources import PROVENANCE, named_files
+from pipeline.grid.sources import PROVENANCE, named_files, read_record
 from pipeline.hashes import hash_of
 from pipeline.monitor.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
@@ -33,10 +33,9 @@ def run(params: Params, task: str) -> None:
             provenance = TASKS.get(task)(section.data).download(folder, mirror, params.data.limit_bytes, meter.update)
         except DataUnavailable as error:
             raise DataUnavailable(f"{error}; {TASKS.get(task).how_to_get}") from error
-    record = folder / PROVENANCE
-    before = read_json(record) if record.is_file() else {}
+    before = read_record(folder)
     sources = {path: hash_of(path) for path in named_files(dataclasses.asdict(section.data))}
-    write_json(record, _as_at_first(provenance, before) | ({"sources": sources} if sources else {}))
+    write_json(folder / PROVENANCE, _as_at_first(provenance, before) | ({"sources": sources} if sources else {}))
     print(f"{task}: {'generated, nothing to fetch' if provenance.get('generated') else f'raw files in {folder}'}")
 
 

@@ -127,12 +127,16 @@ def put_on_record() -> bool:
 def lock_and_states() -> object:
     from pipeline.grid.graph import read_graph
     from pipeline.grid.settings import PARAMS_FILE, read_yaml
-    from pipeline.hashes import Hashes
+    from pipeline.hashes import Hashes, hash_of
     from pipeline.record.freshness import stage_states
+    from pipeline.record.lock_file import read_blocks
 
     settings = read_yaml(PARAMS_FILE)
     states = stage_states(read_graph(settings), settings, Hashes(memory=None))
-    return Path("dvc.lock").read_bytes(), {states[name] for name in STAGES}
+    objects = [path for path in Path(".dvc/cache/files/md5").rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    wrong = [path for path in objects if path.parent.name + path.stem != hash_of(str(path))]
+    # In which order stages stand in the lock file follows from the order in which they got there.
+    return read_blocks(), {states[name] for name in STAGES}, wrong
 
 
 def do(job: str) -> Callable[[], bool]:

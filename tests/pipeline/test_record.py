@@ -207,6 +207,33 @@ def test_wherever_dvc_is_killed_while_it_writes_nothing_that_was_on_record_is_lo
         assert not Path(".dvc/tmp/dvc.lock.before").exists()
 
 
+def run_notes() -> list[Path]:
+    return [note for note in Path(".dvc/cache/runs").rglob("*") if note.is_file()]
+
+
+def test_half_a_note_of_dvc_in_its_run_cache_keeps_nothing_off_the_record(made: Path) -> None:
+    writer.record(["first"])
+    (note,) = run_notes()
+    whole = note.read_bytes()
+    for length in range(len(whole)):
+        Path("dvc.lock").unlink(missing_ok=True)
+        Path(".dvc/tmp/dvc.lock.before").touch()
+        note.write_bytes(whole[:length])
+        writer.mend_lock()
+        assert writer.record(["first"]) == {"first": ""}, length
+        assert note.read_bytes() == whole, length
+
+
+def test_a_stage_that_dvc_trips_over_leaves_the_others_alone(made: Path) -> None:
+    writer.record(["first"])
+    (note,) = run_notes()
+    note.write_bytes(note.read_bytes().partition(b"outs:")[0])
+    Path("dvc.lock").unlink()
+    results = writer.record(["first", "second"])
+    assert results["first"]
+    assert results["second"] == ""
+
+
 def test_a_full_disk_leaves_the_record_as_it_was(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 

@@ -12,11 +12,34 @@ from project_folder import ROOT, Project
 
 from pipeline.grid.graph import read_graph
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.grid.sources import is_outdated
 from pipeline.hashes import Hashes
 from pipeline.record.freshness import stage_states
 from schoenbat import registry
 
 Invoke = Callable[..., tuple[int, str, str]]
+
+
+def test_half_a_note_of_where_data_came_from_is_written_anew(project: Project, invoke: Invoke, tmp_path: Path) -> None:
+    assert invoke("download", "--task", "lra-listops")[0] == 0
+    note = Path("data/raw/lra-listops/provenance.json")
+    whole = note.read_bytes()
+    for length in range(len(whole)):
+        note.write_bytes(whole[:length])
+        assert not is_outdated(note.parent, Hashes())
+    assert invoke("download", "--task", "lra-listops")[0] == 0
+    assert note.read_bytes() == whole
+
+
+def test_half_a_description_of_data_is_one_line(project: Project, invoke: Invoke) -> None:
+    for stage in ("download", "preprocess"):
+        assert invoke(stage, "--task", "lra-listops")[0] == 0
+    summary = Path("runs/tiny/data/lra-listops.json")
+    summary.write_bytes(summary.read_bytes()[:30])
+    code, _, err = invoke("report")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{summary} is damaged" in err
+
 
 TASK = '''
 """Reviews of one's own: a table of texts and labels."""
