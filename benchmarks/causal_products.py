@@ -99,7 +99,7 @@ def main() -> None:
                 return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
             def estimated(query: Tensor, key: Tensor, value: Tensor, count: int = count) -> Tensor:
-                return dot_product_kernel_attention(query, key, value, "exp", num_features=count, is_causal=True)
+                return dot_product_kernel_attention(query, key, value, kernel="exp", num_features=count, is_causal=True)
 
             chunks = sorted({64, 128, 256, chunk_length(features)})
             programs = {"exact": trained(exact, length, generator), "ours": trained(estimated, length, generator)}
