@@ -4,6 +4,7 @@ Code of this project that computes is imported by each worker, after the fork, s
 """
 
 import os
+import tempfile
 
 # Asked in the usual way whether there is a GPU, CUDA would start here, and its state does not survive a fork.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -16,3 +17,10 @@ import_mlflow()
 
 import mlflow.pytorch  # noqa: E402
 import mlflow.store.tracking.sqlalchemy_store  # noqa: E402, F401
+
+# With the first model that a process saves, MLflow lists what all installed packages hold, which takes a second: here,
+# and not in each cell.
+with tempfile.TemporaryDirectory() as folder:
+    mlflow.pytorch.save_model(
+        torch.nn.Identity(), folder, serialization_format="pickle", pip_requirements=[f"torch=={torch.__version__}"]
+    )
