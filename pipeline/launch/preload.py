@@ -9,14 +9,14 @@ import tempfile
 # Asked in the usual way whether there is a GPU, CUDA would start here, and its state does not survive a fork.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
-import torch._dynamo  # noqa: F401 - torch.optim imports it when it is first used
+import torch._dynamo  # torch.optim imports it when it is first used
 
 from pipeline.quiet_mlflow import import_mlflow
 
 import_mlflow()
 
 import mlflow.pytorch  # noqa: E402
-import mlflow.store.tracking.sqlalchemy_store  # noqa: E402, F401
+import mlflow.store.tracking.sqlalchemy_store  # noqa: E402
 
 # With the first model that a process saves, MLflow lists what all installed packages hold, which takes a second: here,
 # and not in each cell.
