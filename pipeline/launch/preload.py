@@ -3,6 +3,7 @@
 Code of this project that computes is imported by each worker, after the fork, so that it is the code of that moment.
 """
 
+import contextlib
 import os
 import tempfile
 
@@ -19,8 +20,8 @@ import mlflow.pytorch  # noqa: E402
 import mlflow.store.tracking.sqlalchemy_store  # noqa: E402
 
 # With the first model that a process saves, MLflow lists what all installed packages hold, which takes a second: here,
-# and not in each cell.
-with tempfile.TemporaryDirectory() as folder:
+# and not in each cell. Where the disk is full, cells say so.
+with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
     mlflow.pytorch.save_model(
         torch.nn.Identity(), folder, serialization_format="pickle", pip_requirements=[f"torch=={torch.__version__}"]
     )
