@@ -301,7 +301,7 @@ def refuse():
 
 importlib_metadata.packages_distributions = refuse
 mlflow.pytorch.save_model(
-    torch.nn.Linear(1, 1), {str(tmp_path / "model")!r}, serialization_format="pickle", pip_requirements=["torch"]
+    torch.nn.Linear(1, 1), {str(tmp_path / "model")!r}, serialization_format="pickle", pip_requirements=["torch==0"]
 )
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
