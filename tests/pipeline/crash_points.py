@@ -216,12 +216,14 @@ class Walk:
         self.log = folder / "log.txt"
         self.walked: Counter[str] = Counter()
         self.failures: list[str] = []
-        self._base = folder / "base"
-        self._base.mkdir()
+        self._base, self._work = folder / "base", folder / "work"
 
     def prepare(self) -> None:
-        os.chdir(self._base)
-        make_small(self._base)
+        # MLflow keeps in its database where it puts files, so all is done in one place: what a copy logged elsewhere
+        # would be there for the next.
+        self._work.mkdir()
+        os.chdir(self._work)
+        make_small(self._work)
         import json
         from dataclasses import asdict
 
@@ -240,18 +242,19 @@ class Walk:
         (cell,) = [job for job in jobs if job.name == MEAN]
         Path("cell.json").write_text(json.dumps([asdict(stage) for stage in cell.stages]))
         # MLflow needs seconds to make its database, so it is there.
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self._base / 'mlflow.db'}"
         from pipeline import tracking
 
-        assert forked(lambda: bool(tracking.start_grid("tiny")), self._base, self.log) == 0
+        assert forked(lambda: bool(tracking.start_grid("tiny")), self._work, self.log) == 0
         os.chdir(self._folder)
+        self._work.rename(self._base)
 
     def unit(self, unit: Unit) -> None:
-        whole = self._copy("whole")
+        self._copy()
         points = Points(-1, "")
-        assert forked(unit.work, whole, self.log, points) == 0, self.log.read_text()
-        names = (whole / "points").read_text().splitlines()
-        expected = self._result(unit, whole)
+        assert forked(unit.work, self._work, self.log, points) == 0, self.log.read_text()
+        names = (self._work / "points").read_text().splitlines()
+        expected = self._result(unit)
+        whole = self._work.rename(self._folder / "whole")
         print(f"{unit.name}: {len(names)} points", flush=True)
         walked = self._points if unit.name in self._units else ()
         for number in itertools.takewhile(lambda number: number < len(names), walked):
@@ -264,7 +267,8 @@ class Walk:
         whole.rename(self._base)
 
     def _strike(self, unit: Unit, number: int, kind: str, name: str, expected: object) -> None:
-        folder = self._copy("struck")
+        self._copy()
+        folder = self._work
         where = f"{unit.name}, point {number} ({name}), {kind}"
         status = forked(unit.work, folder, self.log, Points(number, kind))
         if kind in ("kill", "torn") and status == 0:
@@ -283,7 +287,7 @@ class Walk:
             self._fail(f"{where}: done again, it ends with {again}")
             return
         try:
-            found = self._result(unit, folder)
+            found = self._result(unit)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with what is left is a failure
             self._fail(f"{where}: {type(error).__name__}: {error}")
             return
@@ -294,14 +298,12 @@ class Walk:
         self.failures.append(what)
         print(what, flush=True)
 
-    def _copy(self, name: str) -> Path:
-        folder = self._folder / name
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self._base, folder, symlinks=True)
-        return folder
+    def _copy(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.copytree(self._base, self._work, symlinks=True)
 
-    def _result(self, unit: Unit, folder: Path) -> object:
-        with contextlib.chdir(folder):
+    def _result(self, unit: Unit) -> object:
+        with contextlib.chdir(self._work):
             return unit.result()
 
 
