@@ -14,6 +14,10 @@ that draws seeds and examples with replacement, each apart. Row means are stretc
 vary less than S fresh ones, and column means shrunk by sqrt(1 - MS_e / MS_i), as the noise in them is in the row means
 already (Davison and Hinkley, 1997, section 3.8). Intervals are of Student's t, with Satterthwaite's degrees of freedom,
 hardly more than S - 1 where seeds matter: quantiles of so few seeds would be too narrow.
+
+Where d is the same everywhere, as of two mechanisms that get everything right, there is no error to estimate, and yet n
+examples are not all examples: of the others a share up to 1 - LEVEL^(1 / n) may be otherwise, about 3 / n (Hanley and
+Lippman-Hand, 1983, "If nothing goes wrong, is everything all right?"). The interval and the margins are as wide as that.
 """
 
 import dataclasses
@@ -210,19 +214,20 @@ def _difference(layout: _Layout, error: float) -> Difference:
     estimate, df, seeds = float(layout.rows.mean()), layout.degrees(), len(layout.rows)
     reach = float(stats.t.ppf(1 - LEVEL / 2, df)) * error
     one_sided = float(stats.t.ppf(1 - LEVEL, df)) * error
+    unseen = 0.0 if error else 100 * (1 - LEVEL ** (1 / len(layout.columns)))
     whole = layout.seeds_ms + max(0.0, layout.examples_ms - layout.rest_ms)
     return Difference(
         estimate=estimate,
         seeds=seeds,
         error=error,
         df=df,
-        low=estimate - reach,
-        high=estimate + reach,
+        low=estimate - reach - unseen,
+        high=estimate + reach + unseen,
         p=float(2 * stats.t.sf(abs(estimate) / error, df)) if error else float(estimate == 0),
         seed_share=max(0.0, layout.seeds_ms - layout.rest_ms) / whole if whole else 0.0,
         example_share=max(0.0, layout.examples_ms - layout.rest_ms) / whole if whole else 0.0,
-        smallest=_noncentrality(round(df, 2)) * error,
-        margin=abs(estimate) + one_sided,
+        smallest=_noncentrality(round(df, 2)) * error + unseen,
+        margin=abs(estimate) + one_sided + unseen,
     )
 
 

@@ -68,7 +68,10 @@ class Raw:
         if of_examples > of_rest:
             parts += of_examples**2 / (n - 1) + of_rest**2 / ((s - 1) * (n - 1))
         if error == 0:
-            return found | {"error": 0.0}
+            # What a binomial of n draws without a hit leaves possible.
+            unseen = 100 * scipy.stats.beta.ppf(0.95, 1, n)
+            ends = {"low": found["estimate"] - unseen, "high": found["estimate"] + unseen}
+            return found | {"error": 0.0, **ends, "margin": abs(found["estimate"]) + unseen}
         df = (of_seeds + extra) ** 2 / parts
         reach = scipy.stats.t.ppf(0.975, df) * error
         return found | {
@@ -171,7 +174,7 @@ def _pairs(raw: Raw, tables: Path) -> int:
 def _compare(row: dict[Any, Any], expected: dict[str, float]) -> int:
     count = _same(row["estimate"], expected["estimate"]) + _same(row["seeds"], expected["seeds"])
     if expected.get("error") == 0:
-        return count + _same(row["error"], 0)
+        return count + sum(_same(row[name], expected[name]) for name in ("error", "low", "high", "margin"))
     for name in ("df", "seed_share", "example_share"):
         count += _same(row[name], expected.get(name, math.nan))
     noise = NOISE * expected.get("error", 0.0)

@@ -14,6 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from pipeline.reporting._statistics import (
+    MARGIN,
     Difference,
     Scores,
     holm,
@@ -129,6 +130,15 @@ def test_equality_within_a_margin_is_that_of_two_one_sided_tests() -> None:
     # At the least margin the larger of the two p-values is just the level.
     larger = ttost_paired(per_seed, np.zeros(6), -found.margin, found.margin)[0]
     assert larger == pytest.approx(0.05, abs=0.008)
+
+
+def test_what_few_examples_do_not_tell_apart_is_not_equal() -> None:
+    few, many = (difference_of(np.zeros((3, n))) for n in (40, 4000))
+    unseen = 100 * stats.binomtest(0, 40).proportion_ci(0.90, "exact").high
+    assert (few.low, few.high, few.margin) == pytest.approx((-unseen, unseen, unseen))
+    assert few.margin > few.smallest - 1e-9 > MARGIN
+    assert many.margin < MARGIN
+    assert few.p == 1.0
 
 
 def test_holm_is_statsmodels_and_leaves_out_what_has_no_p_value() -> None:
