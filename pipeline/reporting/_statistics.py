@@ -17,7 +17,7 @@ hardly more than S - 1 where seeds matter: quantiles of so few seeds would be to
 
 Where d is the same everywhere, as of two mechanisms that get everything right, there is no error to estimate, and yet n
 examples are not all examples: of the others a share up to 1 - LEVEL^(1 / n) may be otherwise, about 3 / n (Hanley and
-Lippman-Hand, 1983, "If nothing goes wrong, is everything all right?"). The interval and the margins are as wide as that.
+Lippman-Hand, 1983, "If nothing goes wrong, is everything all right?"). Interval and margins are as wide as that.
 """
 
 import dataclasses
