@@ -113,11 +113,15 @@ class Chaos:
         due, reruns = min(self.left, self._moments.randint(1, MOST_AT_ONE_GRID)), 0
         while reruns <= MOST_RERUNS:
             self._runs += 1
-            grid = start_grid(self._folder, *self._options, **variables)
+            # To a file, not a pipe, whose end would come with that of all processes: what is stopped when the parent is
+            # killed is there until the next run ends it.
+            with (self._folder / "said.txt").open("w", encoding="utf-8") as output:
+                grid = start_grid(self._folder, *self._options, output=output, **variables)
             scene = Scene(self._folder, grid, self._moments, server, self._node)
             reruns += due == 0
             due -= self._strike(scene, due)
-            self._told.append(grid.communicate(timeout=GRID_SECONDS)[0])
+            grid.wait(timeout=GRID_SECONDS)
+            self._told.append((self._folder / "said.txt").read_text(encoding="utf-8"))
             if grid.returncode == 0:
                 break
         assert grid.returncode == 0, self._said()
