@@ -234,6 +234,24 @@ def test_processes_end_with_their_lease(tmp_path: Path, how: str) -> None:
     assert _processes_in(tmp_path) == []
 
 
+def test_what_was_stopped_when_its_grid_was_killed_is_ended_by_the_next_of_this_checkout_alone(tmp_path: Path) -> None:
+    def stopped(checkout: str) -> "subprocess.Popen[bytes]":
+        lease = tmp_path / checkout / "lease-1-a"
+        lease.parent.mkdir()
+        lease.touch()
+        process = subprocess.Popen(["sleep", "100"], env={**os.environ, "SCHOENBAT_LEASE": str(lease)})
+        process.send_signal(signal.SIGSTOP)
+        return process
+
+    mine, other = stopped("mine"), stopped("other")
+    LocalBackend([Device("cpu", 2)], tmp_path / "mine").clear()
+    assert not psutil.pid_exists(mine.pid)
+    assert list(tmp_path.rglob("lease-*")) == [tmp_path / "other/lease-1-a"]
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
