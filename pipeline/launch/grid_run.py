@@ -229,7 +229,7 @@ class _Run:
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")
         skipped = Counter(
-            str(ended[cell.id].cause) for cell in self._chosen if cell.id in ended and ended[cell.id].state == "skipped"
+            str(end.cause) for cell in self._chosen if (end := ended.get(cell.id)) and end.state == "skipped"
         )
         for stage, number in skipped.items():
             print(f"not run, because {stage} {causes[stage].state}: {counted(number, 'cell')}")

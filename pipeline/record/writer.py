@@ -187,7 +187,8 @@ def _whole(path: Path) -> Iterator[None]:
 def mend_lock() -> None:
     """Bring back the lock file of before, if a process was killed while DVC wrote it and something is missing.
 
-    What was about to be recorded has its receipt, so nothing is lost.
+    What DVC noted beside it in that moment goes, as it may be half a note; what was about to be
+    recorded has its receipt, so nothing is lost.
     """
     if not _BEFORE.exists():
         return

@@ -20,7 +20,7 @@ from schoenbat import registry
 Invoke = Callable[..., tuple[int, str, str]]
 
 
-def test_half_a_note_of_where_data_came_from_is_written_anew(project: Project, invoke: Invoke, tmp_path: Path) -> None:
+def test_half_a_note_of_where_data_came_from_is_written_anew(project: Project, invoke: Invoke) -> None:
     assert invoke("download", "--task", "lra-listops")[0] == 0
     note = Path("data/raw/lra-listops/provenance.json")
     whole = note.read_bytes()
