@@ -14,18 +14,21 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from pipeline import database, tracking
+from pipeline.launch.session import StopSignals
 from pipeline.trained import current_profile
 from schoenbat.errors import UserError
 
 _STARTING_SECONDS = 120.0
 _ENDING_SECONDS = 10.0
+_LOOKING_SECONDS = 0.25
+_LOG = Path("logs", "mlflow-ui.log")
 
 
 def run(*, profile: str | None, port: int, open_browser: bool) -> None:
-    """Serve the pages until Ctrl-C, and print the address; where a server is there already, print that of its pages.
+    """Serve the pages until Ctrl-C, SIGTERM or SIGHUP, and print the address; of a server that is there, only that.
 
     Raises:
-        UserError: nothing is recorded yet, or the port is taken.
+        UserError: nothing is recorded yet, the port is taken, or the server does not start or ends by itself.
     """
     profile = profile or current_profile()
     uri = os.environ.get(tracking.TRACKING_URI) or database.default_uri(Path.cwd())
@@ -33,11 +36,20 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
     if uri.startswith("http"):
         _show(page(uri.rstrip("/"), experiment, profile), open_browser)
         return
-    with _served(uri, port) as (address, server):
-        _show(page(address, experiment, profile), open_browser)
-        print("Ctrl-C ends it", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.wait()
+    give_up = time.monotonic() + _STARTING_SECONDS
+    with StopSignals() as stopped, _served(uri, port) as server:
+        address = f"http://127.0.0.1:{port}"
+        while not _answers(address) and not stopped():
+            if server.poll() is not None or time.monotonic() > give_up:
+                raise UserError(f"MLflow's server does not start; what it said is in {_LOG}")
+            time.sleep(_LOOKING_SECONDS)
+        if not stopped():
+            _show(page(address, experiment, profile), open_browser)
+            print("Ctrl-C ends it", flush=True)
+        while not stopped():
+            if server.poll() is not None:
+                raise UserError(f"MLflow's server has ended; what it said is in {_LOG}")
+            time.sleep(_LOOKING_SECONDS)
 
 
 def page(address: str, experiment: str, profile: str) -> str:
@@ -62,7 +74,7 @@ def _show(address: str, open_browser: bool) -> None:
 
 
 @contextlib.contextmanager
-def _served(uri: str, port: int) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+def _served(uri: str, port: int) -> Iterator["subprocess.Popen[bytes]"]:
     """A server of MLflow on this machine alone, which neither reports home nor runs jobs."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,9 +85,8 @@ def _served(uri: str, port: int) -> Iterator[tuple[str, "subprocess.Popen[bytes]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     storage = ["--backend-store-uri", uri, "--artifacts-destination", str(Path("mlruns").absolute())]
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    log = Path("logs", "mlflow-ui.log")
-    log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as output:
+    _LOG.parent.mkdir(exist_ok=True)
+    with _LOG.open("wb") as output:
         server = subprocess.Popen(
             [*command, *storage],
             stdin=subprocess.DEVNULL,
@@ -85,23 +96,16 @@ def _served(uri: str, port: int) -> Iterator[tuple[str, "subprocess.Popen[bytes]
             start_new_session=True,
         )
     try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_for(address, server, log)
-        yield address, server
+        yield server
     finally:
         _end(server)
 
 
-def _wait_for(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    give_up = time.monotonic() + _STARTING_SECONDS
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=1).close()
-            return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > give_up:
-                raise UserError(f"MLflow's server does not start; what it said is in {log}") from None
-            time.sleep(0.25)
+def _answers(address: str) -> bool:
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"{address}/health", timeout=1).close()
+        return True
+    return False
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,8 +67,8 @@ def record(cell: Cell, profile: str, number: int) -> None:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address; Ctrl-C ends the program and all that it started."""
+def served(folder: Path, ended_by: signal.Signals = signal.SIGINT) -> Iterator[str]:
+    """The address; the signal ends the program and all that it started."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "pipeline.cli", "ui", "--port", str(free_port())],
         cwd=folder,
@@ -80,16 +80,20 @@ def served(folder: Path) -> Iterator[str]:
     )
     assert process.stdout is not None
     assert process.stderr is not None
+    children: list[psutil.Process] = []
     try:
         line = process.stdout.readline()
         assert line.startswith("MLflow: http://127.0.0.1:"), process.stderr.read()
         children = psutil.Process(process.pid).children(recursive=True)
         yield line.removeprefix("MLflow: ").strip()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ended_by)
         assert process.wait(timeout=60) == 0
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     finally:
         process.kill()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.communicate()
 
 
@@ -158,6 +162,35 @@ def test_the_address_of_a_server_is_shown_without_starting_another(
     code, out, _ = invoke("ui", "--profile", "other")
     assert code == 0
     assert "searchFilter=params.profile%20%3D%20%27other%27&" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_it_ends_with_its_server_when_it_is_asked_to_or_loses_its_terminal(
+    number: signal.Signals, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.start_grid("tiny")
+    monkeypatch.delenv(tracking.TRACKING_URI, raising=False)
+    with served(Path.cwd(), ended_by=number):
+        pass
+
+
+def test_a_server_that_ends_by_itself_is_an_error(
+    project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.start_grid("tiny")
+    monkeypatch.delenv(tracking.TRACKING_URI, raising=False)
+    log, port = Path("logs", "mlflow-ui.log"), str(free_port())
+
+    def end_server(_: str) -> None:
+        for child in psutil.Process().children():
+            if port in child.cmdline():
+                child.kill()
+
+    monkeypatch.setattr("webbrowser.open", end_server)
+    code, out, err = invoke("ui", "--port", port, "--open")
+    assert code == 2
+    assert out.startswith("MLflow: http://127.0.0.1:")
+    assert err == f"error: MLflow's server has ended; what it said is in {log}\n"
 
 
 def test_before_anything_is_recorded_it_is_said(project: Project, invoke: Invoke) -> None:
