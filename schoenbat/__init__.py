@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from schoenbat.attention import ATTENTIONS
+    from schoenbat.calibration import calibrate, calibrate_tensors
     from schoenbat.diagnosis import PoorEstimateWarning, diagnose, diagnose_tensors
     from schoenbat.estimate import Estimate
     from schoenbat.functional import dot_product_kernel_attention
@@ -28,6 +29,8 @@ __all__ = [
     "PoorEstimateWarning",
     "PretrainedClassifier",
     "__version__",
+    "calibrate",
+    "calibrate_tensors",
     "diagnose",
     "diagnose_tensors",
     "dot_product_kernel_attention",
@@ -41,6 +44,8 @@ _HOMES = {
     "MultiheadKernelAttention": "nn.mha",
     "PoorEstimateWarning": "diagnosis",
     "PretrainedClassifier": "pretrained",
+    "calibrate": "calibration",
+    "calibrate_tensors": "calibration",
     "diagnose": "diagnosis",
     "diagnose_tensors": "diagnosis",
     "dot_product_kernel_attention": "functional",

@@ -29,12 +29,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
+from schoenbat.calibration import CALIBRATING, KEPT_AS, Calibrated
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops.linear import State, attend, extend
 
-_INSTALLED = "kernel_features"
 _HARMLESS = {
     "cache_position",
     "logits_to_keep",
@@ -103,7 +103,7 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
             for layer in layers:
                 scale = getattr(layer, "scaling", None)
                 features = estimate.make(_head_dim(layer), scale if isinstance(scale, float) else None, generator)
-                layer.add_module(_INSTALLED, features.to(next(layer.parameters()).device))
+                layer.add_module(KEPT_AS, features.to(next(layer.parameters()).device))
                 layer.kernel_estimate = estimate
     model.set_attn_implementation(name)
     return model
@@ -232,18 +232,25 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
                 raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
             out = _exact(estimate, query, key, value, key_mask, causal, scaling)
         else:
-            features = getattr(module, _INSTALLED, None)
+            itself = _attends_to_itself(module)
+            whole = kernel_state is None and (not causal or query.shape[2] == key.shape[2])
+            for fit in CALIBRATING if whole else ():
+                tensors = (query, key, value, key_mask, causal)
+                fit(module, settings, *tensors, scale=scaling, self_attention=itself)
+            features = getattr(module, KEPT_AS, None)
             if features is not None and module.kernel_estimate != settings:
                 raise UserError(
                     f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
-                    f"asks for {settings}; call install with the new name"
+                    f"asks for {settings}; call install or calibrate with the new name"
                 )
             query, key, scale = estimate.prepare(query, key, scaling, key_mask)
             if features is None:
                 features = estimate.draw(query.shape[-1], scale, query.device)
-            if kernel_state is None and (not causal or query.shape[2] == key.shape[2]):
+            elif isinstance(features, Calibrated):
+                query, key = features.turn(query, key)
+                features = features.features
+            if whole:
                 estimate.observe(query, key, value, key_mask, causal, scale, features)
-            itself = _attends_to_itself(module)
             out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
         return out.transpose(1, 2).contiguous(), None
 

@@ -1,0 +1,439 @@
+r"""An estimate in a basis that fits the data: for each head the directions in which queries and keys vary most.
+
+Attention by f(<q, k>) does not change when query and key of a head are turned alike, but an estimate with fewer
+features than monomials does. `schoenbat.features.sketch` turns at random, which is all one can do where nothing is
+known of the vectors. Those of a trained model vary in few directions. In coordinates in which the sum of E q q^T and
+E k k^T, each divided by its trace, is diagonal, the term in f(<q, k>) of the monomial of degree n with the exponents
+m_1, m_2, ... has the mean square
+
+    (a_n n! / (m_1! m_2! ...))^2  prod_i E (q_i k_i)^(2 m_i),
+
+where each factor of the product is ((2 m_i - 1)!!)^2 s_i^(2 m_i) for Gaussian coordinates, with s_i^2 = E q_i^2
+E k_i^2. The features are the monomials up to some degree for which this is largest, with their Maclaurin coefficients.
+
+A high degree serves arguments that are small in most directions, and a low one arguments that are large. Which degree,
+and whether this is better than the random basis at all, is found on vectors that the basis was not made from; where it
+is not better, the estimate stays as it is.
+"""
+
+import heapq
+import itertools
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from schoenbat.errors import UserError
+from schoenbat.estimate import WATCHERS, Estimate
+from schoenbat.features.plan import FeatureMap, Plan, Run
+from schoenbat.kernels import Kernel
+from schoenbat.nn.mha import MultiheadKernelAttention
+from schoenbat.ops._share import compare_exactly, share_explained
+from schoenbat.ops.linear import attend
+from schoenbat.ops.reference import fill_masked
+
+__all__ = ["CALIBRATING", "Calibrated", "Calibration", "FittedFeatures", "calibrate", "calibrate_tensors"]
+
+KEPT_AS = "kernel_features"
+"""Where a layer of a model of another library has its own features."""
+CALIBRATING: list[Callable[..., None]] = []
+"""Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
+value, key_mask, is_causal, scale, self_attention) before they look at the layer's features."""
+DEGREES = (1, 2, 3, 4, 6, 8, 12)
+
+
+class FittedFeatures(FeatureMap):
+    """phi of vectors whose coordinates are ordered by how much they vary: the monomials that matter most.
+
+    Args:
+        kernel: f.
+        num_features: the budget, at least 1.
+        max_degree: of the monomials.
+        spread: s_1 >= s_2 >= ... >= 0 of the module, one for each coordinate.
+    """
+
+    spread_bits: Tensor
+    near = True
+    is_bounded = True
+
+    def __init__(self, kernel: Kernel, *, num_features: int, max_degree: int, spread: Sequence[float]) -> None:
+        super().__init__(kernel, torch.Generator())
+        self.num_features, self.max_degree = num_features, max_degree
+        self.centres = kernel.is_exponential
+        with torch.device("cpu"):
+            self.register_buffer("spread_bits", torch.tensor(spread, dtype=torch.float64).view(torch.int64))
+        self._store()
+
+    def resample(self, generator: torch.Generator) -> None:
+        """Nothing of this map is drawn."""
+
+    def _pack(self) -> Tensor:
+        """The coordinates in the order in which the runs take them; the plan follows from the spread, so it is set."""
+        spread = self.spread_bits.view(torch.float64).tolist()
+        factors = [self.kernel.coefficient(n) * math.factorial(n) for n in range(self.max_degree + 1)]
+        chosen = list(itertools.islice(_by_size(factors, spread), self.num_features))
+        base = math.sqrt(factors[1]) if any(len(term.monomial) == 1 for term in chosen) else 1.0
+        columns = [i for (i,) in (term.monomial for term in chosen if len(term.monomial) == 1)]
+        num_linear = len(columns)
+        alike: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+        for term in chosen:
+            if len(term.monomial) > 1:
+                alike[tuple(sorted(Counter(term.monomial).values()))].append(term.monomial)
+        runs = []
+        for exponents, monomials in sorted(alike.items()):
+            degree = sum(exponents)
+            offsets = tuple(len(columns) + place * len(monomials) for place in range(degree))
+            columns += [i for place in zip(*monomials, strict=True) for i in place]
+            weight = math.sqrt(factors[degree] / math.prod(map(math.factorial, exponents))) / base**degree
+            runs.append(Run(offsets, len(monomials), weight))
+        has_constant = any(not term.monomial for term in chosen)
+        unit = self._describe(factors, spread, chosen)
+        self.plan = Plan(math.sqrt(factors[0]) if has_constant else 0.0, num_linear, tuple(runs), unit)
+        projection = torch.zeros(len(spread), len(columns), device=self.spread_bits.device)
+        projection[columns, torch.arange(len(columns), device=projection.device)] = base
+        return projection
+
+    def _describe(self, factors: list[float], spread: list[float], chosen: "list[_Term]") -> float:
+        """Say what of the mean square of f is described, of each degree and in all; its root."""
+        described: dict[int, float] = defaultdict(float)
+        for term in chosen:
+            described[len(term.monomial)] += term.size
+        totals = [factor**2 * total for factor, total in zip(factors, _totals(spread, self.max_degree), strict=True)]
+        self.shares = {n: min(1.0, part / totals[n]) for n, part in described.items() if totals[n]}
+        varying = sum(totals[1:])
+        left = max(0.0, varying - sum(part for n, part in described.items() if n))
+        self.unexplained = left / varying if varying else 0.0
+        self.error = math.sqrt(left / (varying + totals[0])) if left else 0.0
+        return math.sqrt(varying + totals[0])
+
+
+class _Term(NamedTuple):
+    """A monomial by its coordinates in ascending order, and the mean square of its term in f."""
+
+    monomial: tuple[int, ...]
+    size: float
+
+
+def _by_size(factors: list[float], spread: list[float]) -> Iterator[_Term]:
+    """All monomials that have a term in f, the largest first."""
+
+    def size(monomial: tuple[int, ...]) -> float:
+        parts = (_moment(count) * spread[i] ** (2 * count) for i, count in Counter(monomial).items())
+        return factors[len(monomial)] ** 2 * math.prod(parts)
+
+    # With coordinates in order no monomial is larger than one that it follows from.
+    first = [(0,) * degree for degree, factor in enumerate(factors) if factor]
+    heap = [(-size(monomial), monomial) for monomial in first]
+    heapq.heapify(heap)
+    seen = set(first)
+    while heap:
+        negative, monomial = heapq.heappop(heap)
+        yield _Term(monomial, -negative)
+        for place, coordinate in enumerate(monomial):
+            if coordinate + 1 < len(spread):
+                other = tuple(sorted((*monomial[:place], coordinate + 1, *monomial[place + 1 :])))
+                if other not in seen:
+                    seen.add(other)
+                    heapq.heappush(heap, (-size(other), other))
+
+
+def _moment(exponent: int) -> float:
+    """((2 m - 1)!! / m!)^2."""
+    return (math.prod(range(1, 2 * exponent, 2)) / math.factorial(exponent)) ** 2
+
+
+def _totals(spread: list[float], max_degree: int) -> list[float]:
+    """For each degree the sum over all monomials of prod_i ((2 m_i - 1)!! / m_i!)^2 s_i^(2 m_i)."""
+    totals = [1.0] + [0.0] * max_degree
+    for s in spread:
+        own = [_moment(m) * s ** (2 * m) for m in range(max_degree + 1)]
+        totals = [sum(totals[n - m] * own[m] for m in range(n + 1)) for n in range(max_degree + 1)]
+    return totals
+
+
+class Calibrated(nn.Module):
+    """Attention through features in a basis of its own for each key head.
+
+    Args:
+        estimate: the settings that it was made for.
+        features: phi of turned vectors.
+        basis: [Hk, d, d], orthonormal, a coordinate a column; None leaves vectors as they are.
+        before, after: the share of the attention explained by the estimate as it was and by this one, on vectors that
+            the basis was not made from.
+    """
+
+    basis_bits: Tensor | None
+
+    def __init__(
+        self, estimate: Estimate, features: FeatureMap, basis: Tensor | None, before: float, after: float
+    ) -> None:
+        super().__init__()
+        self.estimate, self.features, self.before, self.after = estimate, features, before, after
+        # Integers, so that a module that is cast to another dtype keeps its basis.
+        self.register_buffer("basis_bits", None if basis is None else basis.float().contiguous().view(torch.int32))
+
+    @property
+    def max_degree(self) -> int | None:
+        """The highest degree of the monomials; None for the estimate as it was."""
+        return self.features.max_degree if isinstance(self.features, FittedFeatures) else None
+
+    def basis(self) -> Tensor | None:
+        """[Hk, d, d] in float32."""
+        return None if self.basis_bits is None else self.basis_bits.view(torch.float32)
+
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The coordinates in the basis of query [B, H, N, d] and key [B, Hk, M, d], in the dtypes of these."""
+        basis = self.basis()
+        if basis is None:
+            return query, key
+        with torch.autocast(query.device.type, enabled=False):
+            turned = [_turned(x, basis) for x in (query, key)]
+        return turned[0], turned[1]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        self_attention: bool = False,
+    ) -> Tensor:
+        """Attend; arguments and result are those of `schoenbat.Estimate.attend`."""
+        query, key, positive = self.estimate.prepare(query, key, scale, key_mask)
+        query, key = self.turn(query, key)
+        return attend(self.features, query, key, value, key_mask, is_causal, positive, self_attention=self_attention)
+
+
+def _turned(x: Tensor, basis: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) @ basis.to(wide).repeat_interleave(x.shape[1] // len(basis), 0)).to(x.dtype)
+
+
+def calibrate_tensors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    self_attention: bool = False,
+    estimate: Estimate | None = None,
+    current: Calibrated | FeatureMap | None = None,
+) -> Calibrated:
+    """The better of what is used so far and features in a basis that fits these tensors.
+
+    Args:
+        query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`. Half of the examples,
+            or of the tokens where there is one example, make the basis, and the others judge it.
+        estimate: the settings; the default of `Estimate` where it is None.
+        current: what is used so far; the draw of `estimate` where it is None.
+
+    Raises:
+        UserError: an estimate without features, or of the published ones.
+    """
+    estimate = Estimate() if estimate is None else estimate
+    _check(estimate)
+    with torch.no_grad():
+        # A query of 0 has uniform weights, exact and estimated: it has no part in what follows.
+        of_query = key_mask if self_attention or is_causal else None
+        query, key, value = fill_masked(query.detach(), of_query), key.detach(), fill_masked(value.detach(), key_mask)
+        query, key, positive = estimate.prepare(query, key, scale, key_mask)
+        of_itself = self_attention and not is_causal
+        making, judging = _halves(query, key, value, key_mask)
+        # What is prepared has been normalised.
+        plain = replace(estimate, normalize=False)
+        truth, uniform, _, rows, _ = compare_exactly(plain, *judging, is_causal, positive)
+
+        def judge(candidate: Calibrated) -> float:
+            q, k = candidate.turn(*judging[:2])
+            found = attend(candidate.features, q, k, *judging[2:], is_causal, positive, self_attention=self_attention)
+            (share,) = share_explained(found[:, :, rows], truth, uniform, dim=(0, 1, 2, 3), keepdim=True)
+            return share
+
+        if not isinstance(current, Calibrated):
+            drawn = current or estimate.draw(query.shape[-1], positive, query.device)
+            current = Calibrated(estimate, drawn, None, 0.0, 0.0)
+        before = judge(current)
+        degrees = [n for n in DEGREES if n <= estimate.max_degree and estimate.function.coefficient(n)]
+        best, degree = before, None
+        for candidate in degrees:
+            share = judge(_fit(estimate, making, positive, candidate, of_itself))
+            if share > best:
+                best, degree = share, candidate
+        if degree is None:
+            return Calibrated(estimate, current.features, current.basis(), before, before)
+        fitted = _fit(estimate, (query, key, value, key_mask), positive, degree, of_itself)
+        return Calibrated(estimate, fitted.features, fitted.basis(), before, best)
+
+
+def _check(estimate: Estimate) -> None:
+    if estimate.num_features is None:
+        raise UserError("exact attention (num_features None) has nothing to calibrate")
+    if estimate.estimator != "sketch":
+        raise UserError(f"calibration is for the estimator sketch, not {estimate.estimator}")
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _halves(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[_Tensors, _Tensors]:
+    """Every other example, or every other token, and the rest."""
+    if len(query) > 1:
+        parts = [tuple(None if x is None else x[i::2] for x in (query, key, value, key_mask)) for i in range(2)]
+    else:
+        mask = None if key_mask is None else [key_mask[:, i::2] for i in range(2)]
+        parts = [(*(x[:, :, i::2] for x in (query, key, value)), None if mask is None else mask[i]) for i in range(2)]
+    return parts[0], parts[1]  # type: ignore[return-value]
+
+
+def _fit(estimate: Estimate, tensors: _Tensors, scale: float, max_degree: int, self_attention: bool) -> Calibrated:
+    """With features of degree up to `max_degree`, for vectors shifted as `schoenbat.ops.linear` shifts them."""
+    query, key, _, key_mask = tensors
+    kernel, num_features = estimate.function, estimate.num_features
+    assert num_features is not None
+    shifted = kernel.is_exponential and self_attention
+    q = _second_moments(query, key_mask if shifted else None, shifted).unflatten(0, (key.shape[1], -1)).mean(1)
+    k = _second_moments(key, key_mask, kernel.is_exponential)
+    # The eigenvectors of largest eigenvalue come last.
+    basis = torch.linalg.eigh(_to_unit_trace(q) + _to_unit_trace(k)).eigenvectors
+    square = scale**2 * _variances(basis, q) * _variances(basis, k)
+    order = square.argsort(-1, descending=True)
+    basis = basis.gather(2, order[:, None].expand_as(basis))
+    spread = square.gather(1, order).mean(0).sqrt()
+    features = FittedFeatures(kernel, num_features=num_features, max_degree=max_degree, spread=spread.tolist())
+    return Calibrated(estimate, features, basis, 0.0, 0.0).to(query.device)
+
+
+def _second_moments(x: Tensor, mask: Tensor | None, centred: bool) -> Tensor:
+    """E x x^T [H, d, d], in float64 on the CPU, over the tokens of [B, H, N, d], less their mean where `centred`."""
+    x = fill_masked(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+    number = x.new_full((len(x), 1, 1, 1), x.shape[2]) if mask is None else mask.sum(-1)[:, None, None, None]
+    if centred:
+        x = fill_masked(x - x.sum(2, keepdim=True) / number.clamp_min(1), mask)
+    return ((x.mT @ x).sum(0) / number.sum().clamp_min(1)).cpu().double()
+
+
+def _to_unit_trace(x: Tensor) -> Tensor:
+    trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return x / torch.where(trace > 0, trace, 1.0)
+
+
+def _variances(basis: Tensor, moments: Tensor) -> Tensor:
+    """Of the coordinates [H, d] in the basis."""
+    return ((moments @ basis) * basis).sum(-2).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was done with one layer.
+
+    Attributes:
+        layer: the name of the module.
+        before, after: the share of its attention explained by the estimate as it was, and by what it has now, on inputs
+            that the basis was not made from.
+        max_degree: of the monomials; None where the estimate stayed as it was.
+    """
+
+    layer: str
+    before: float
+    after: float
+    max_degree: int | None
+
+    def __str__(self) -> str:
+        if self.max_degree is None:
+            return f"{self.layer}: left as it is, with {self.before:.2f} of the attention explained"
+        return f"{self.layer}: share explained {self.before:.2f}, now {self.after:.2f} (degree {self.max_degree})"
+
+
+def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calibration]:
+    """Give every attention layer the basis that fits what it sees in model(*inputs, **named_inputs), layer after layer.
+
+    Layers are `schoenbat.MultiheadKernelAttention`, whose projections of query and key are turned, so that nothing is
+    added to a call and exact attention stays the same; and those of models of transformers whose attn_implementation
+    was registered by schoenbat, which turn queries and keys in each call. Each layer sees what the layers before it
+    give once they are calibrated. A layer for which the basis does not help stays as it is. `torch.save(model)` keeps
+    the result; a state_dict has the turned projections and the features, and loads into a calibrated model.
+
+    Raises:
+        UserError: the model called no such layer, or one without features, or with normalize=True, after which a basis
+            cannot be a part of the projections.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    done: list[Calibration] = []
+
+    def note(layer: nn.Module, fitted: Calibrated) -> None:
+        done.append(Calibration(names.get(layer, ""), fitted.before, fitted.after, fitted.max_degree))
+
+    def fit_layer(layer: nn.Module, estimate: Estimate, *tensors: Any, scale: Any, self_attention: bool) -> None:
+        current = getattr(layer, KEPT_AS, None)
+        current = current if current is not None and layer.kernel_estimate == estimate else None
+        fitted = calibrate_tensors(
+            *tensors, scale=scale, self_attention=self_attention, estimate=estimate, current=current
+        )
+        layer.add_module(KEPT_AS, fitted)
+        layer.kernel_estimate = estimate  # type: ignore[assignment]
+        note(layer, fitted)
+
+    def fit_module(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert isinstance(layer, MultiheadKernelAttention)
+        note(layer, _turn_projections(layer, arguments, named))
+
+    layers = [module for module in model.modules() if isinstance(module, MultiheadKernelAttention)]
+    handles = [layer.register_forward_pre_hook(fit_module, with_kwargs=True) for layer in layers]
+    CALIBRATING.append(fit_layer)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # How little the estimate explained before is part of the result.
+            warnings.simplefilter("ignore")
+            model(*inputs, **named_inputs)
+    finally:
+        CALIBRATING.remove(fit_layer)
+        for handle in handles:
+            handle.remove()
+    if not done:
+        raise UserError(f"{type(model).__name__} called no attention layer that schoenbat can calibrate")
+    return done
+
+
+def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...], named: dict[str, Any]) -> Calibrated:
+    if layer.estimate.normalize:
+        raise UserError("a layer with normalize=True cannot be calibrated: pre-SBN comes after its projections")
+    _check(layer.estimate)
+    given = dict(zip(("query", "key"), arguments, strict=False)) | named
+    seen: list[tuple[Any, ...]] = []
+    WATCHERS.append(lambda _, *tensors: seen.append(tensors[:-1]))
+    try:
+        layer.forward(*arguments, **named)
+    finally:
+        WATCHERS.pop()
+    *tensors, scale = seen[0]
+    self_attention = given["query"] is given["key"]
+    fitted = calibrate_tensors(
+        *tensors, scale=scale, self_attention=self_attention, estimate=layer.estimate, current=layer.features
+    )
+    basis = fitted.basis()
+    if basis is not None:
+        layer.features = fitted.features
+        for parameter in _query_and_key_parameters(layer):
+            rows = parameter.reshape(layer.num_heads, layer.head_dim, -1)
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            parameter.copy_((basis.mT.to(wide) @ rows.to(wide)).view_as(parameter))
+    return fitted
+
+
+def _query_and_key_parameters(layer: MultiheadKernelAttention) -> list[Tensor]:
+    """Weights and biases whose rows are the coordinates of queries and keys, head after head."""
+    if layer.in_proj_weight is not None:
+        found = [*layer.in_proj_weight.chunk(3)[:2]]
+    else:
+        found = [layer.q_proj_weight, layer.k_proj_weight]
+    return found if layer.in_proj_bias is None else [*found, *layer.in_proj_bias.chunk(3)[:2]]
