@@ -1,8 +1,8 @@
 """What a drop-in costs a model that was trained with softmax: a byte language model, evaluated through each estimate.
 
     python benchmarks/language_model.py train TEXT MODEL      # 3 layers, 2 heads of 64, trained with softmax
-    python benchmarks/language_model.py compare TEXT MODEL    # its loss with uniform attention, estimates, and after
-                                                              # some further training through them
+    python benchmarks/language_model.py compare TEXT MODEL    # its loss with uniform attention and estimates, as they
+                                                              # are and calibrated, and after further training
 
 TEXT is a file of bytes (`.xz` is unpacked); its last tenth is never trained on. Losses are nats per byte.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schoenbat import MultiheadKernelAttention, diagnose
+from schoenbat import MultiheadKernelAttention, calibrate, diagnose
 from schoenbat.estimate import WATCHERS
 
 WIDTH, HEADS, LAYERS, LENGTH = 128, 2, 3, 512
@@ -162,11 +162,16 @@ def main() -> None:
     print(*diagnose(model.switch(num_features=256), sample), sep="\n", flush=True)
     if arguments.vectors:
         torch.save(vectors_of(model, sample[:1]), arguments.vectors)
-    for estimator in ("sketch", "maclaurin"):
+    # Of a text that it was trained on, as it is what a user has.
+    for_basis = batch(training, np.random.default_rng(3), BATCH).to(arguments.device)[:, :-1]
+    for name in ("sketch", "calibrated", "maclaurin"):
         for num_features in arguments.features:
+            estimator = "sketch" if name == "calibrated" else name
             other = model.switch(num_features=num_features, estimator=estimator)
-            line = f"{estimator} {num_features}: {evaluate(other, test):.3f}"
-            if arguments.further and estimator == "sketch":
+            if name == "calibrated":
+                print(*calibrate(other, for_basis), sep="\n", flush=True)
+            line = f"{name} {num_features}: {evaluate(other, test):.3f}"
+            if arguments.further and name != "maclaurin":
                 train(other, training, arguments.further, 5e-4, arguments.seed + 1, arguments.batch_size)
                 line += f", after {arguments.further} further steps {evaluate(other, test):.3f}"
             print(line, flush=True)

@@ -44,6 +44,8 @@ KEPT_AS = "kernel_features"
 CALIBRATING: list[Callable[..., None]] = []
 """Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
 value, key_mask, is_causal, scale, self_attention) before they look at the layer's features."""
+WORTHWHILE = 0.98
+"""A basis is taken if it leaves less than this part of the error: less than that is chance."""
 DEGREES = (1, 2, 3, 4, 6, 8, 12)
 
 
@@ -264,15 +266,12 @@ def calibrate_tensors(
             current = Calibrated(estimate, drawn, None, 0.0, 0.0)
         before = judge(current)
         degrees = [n for n in DEGREES if n <= estimate.max_degree and estimate.function.coefficient(n)]
-        best, degree = before, None
-        for candidate in degrees:
-            share = judge(_fit(estimate, making, positive, candidate, of_itself))
-            if share > best:
-                best, degree = share, candidate
-        if degree is None:
+        shares = {n: judge(_fit(estimate, making, positive, n, of_itself)) for n in degrees}
+        degree = max(shares, key=lambda n: shares[n])
+        if not 1 - shares[degree] < WORTHWHILE * (1 - before):
             return Calibrated(estimate, current.features, current.basis(), before, before)
         fitted = _fit(estimate, (query, key, value, key_mask), positive, degree, of_itself)
-        return Calibrated(estimate, fitted.features, fitted.basis(), before, best)
+        return Calibrated(estimate, fitted.features, fitted.basis(), before, shares[degree])
 
 
 def _check(estimate: Estimate) -> None:

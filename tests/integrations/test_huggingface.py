@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
+from schoenbat import calibrate
 from schoenbat.errors import UserError
 from schoenbat.estimate import ESTIMATORS, Estimate
 from schoenbat.integrations.huggingface import KernelCache, KeyMask, install, register
@@ -46,6 +47,7 @@ register("schoenbat-test-exact", Estimate(num_features=None))
 for _estimator in ESTIMATORS:
     for _size in (64, 4096):
         register(f"schoenbat-test-{_estimator}-{_size}", Estimate(num_features=_size, estimator=_estimator))
+register("schoenbat-test-few", Estimate(num_features=16))
 register("schoenbat-test-inverse", Estimate(kernel="inverse", normalize=True))
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -162,10 +164,48 @@ def test_installed_features_travel_in_the_state_dict(family: str, estimator: str
 def test_installed_features_serve_no_other_settings() -> None:
     model = install(model_of("bert", "eager"), "schoenbat-test-sketch-64")
     model.set_attn_implementation("schoenbat-test-sketch-4096")
-    with pytest.raises(UserError, match="call install with the new name"):
+    with pytest.raises(UserError, match="call install or calibrate with the new name"):
         output_of(model, "bert")
     other = install(model_of("bert", "eager"), "schoenbat-test-sketch-4096")
     assert torch.equal(output_of(install(model, "schoenbat-test-sketch-4096"), "bert"), output_of(other, "bert"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_calibrated_model_is_nearer_to_the_unmodified_one(family: str) -> None:
+    """By what it gave before; 16 features of heads of 8 coordinates, on the text that it was calibrated with."""
+    expected = output_of(model_of(family, "eager"), family, 160)
+    model = model_of(family, "schoenbat-test-few")
+    before = (output_of(model, family, 160) - expected).norm()
+    done = calibrate(model, **inputs_of(family, 160)[0])
+    assert len({one.layer for one in done}) == 2
+    assert all(one.layer in dict(model.named_modules()) for one in done)
+    assert (output_of(model, family, 160) - expected).norm() < before
+    found = {name for name in model.state_dict() if "kernel_features" in name}
+    assert {name.rpartition(".")[2] for name in found} <= {"basis_bits", "spread_bits", "rotation_bits"}
+    assert torch.equal(output_of(copy.deepcopy(model), family, 160), output_of(model, family, 160))
+
+
+def test_a_calibrated_model_generates_as_it_reads() -> None:
+    model = model_of("llama", "schoenbat-test-few", head=True)
+    assert any(one.max_degree for one in calibrate(model, **inputs_of("llama", 160)[0]))
+    tokens = inputs_of("llama", 160)[0]["input_ids"][:1]
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        memory = KernelCache()
+        parts = [model(part, past_key_values=memory).logits for part in (tokens[:, :100], *tokens[:, 100:].split(1, 1))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_calibrated_features_serve_no_other_settings() -> None:
+    model = model_of("bert", "schoenbat-test-few")
+    calibrate(model, **inputs_of("bert", 100)[0])
+    model.set_attn_implementation("schoenbat-test-sketch-64")
+    with pytest.raises(UserError, match="call install or calibrate with the new name"):
+        output_of(model, "bert")
+    calibrate(model, **inputs_of("bert", 100)[0])
+    assert torch.isfinite(output_of(model, "bert")).all()
+    with pytest.raises(UserError, match="BertModel called no attention layer that schoenbat can calibrate"):
+        calibrate(model_of("bert", "eager"), **inputs_of("bert")[0])
 
 
 def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
