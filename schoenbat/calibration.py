@@ -265,10 +265,9 @@ def calibrate_tensors(
             drawn = current or estimate.draw(query.shape[-1], positive, query.device)
             current = Calibrated(estimate, drawn, None, 0.0, 0.0)
         before = judge(current)
-        degrees = [n for n in DEGREES if n <= estimate.max_degree and estimate.function.coefficient(n)]
-        shares = {n: judge(_fit(estimate, making, positive, n, of_itself)) for n in degrees}
-        degree = max(shares, key=lambda n: shares[n])
-        if not 1 - shares[degree] < WORTHWHILE * (1 - before):
+        shares = {n: judge(_fit(estimate, making, positive, n, of_itself)) for n in _degrees(estimate)}
+        degree = max(shares, key=lambda n: shares[n], default=None)
+        if degree is None or not 1 - shares[degree] < WORTHWHILE * (1 - before):
             return Calibrated(estimate, current.features, current.basis(), before, before)
         fitted = _fit(estimate, (query, key, value, key_mask), positive, degree, of_itself)
         return Calibrated(estimate, fitted.features, fitted.basis(), before, shares[degree])
@@ -279,6 +278,15 @@ def _check(estimate: Estimate) -> None:
         raise UserError("exact attention (num_features None) has nothing to calibrate")
     if estimate.estimator != "sketch":
         raise UserError(f"calibration is for the estimator sketch, not {estimate.estimator}")
+
+
+def _degrees(estimate: Estimate) -> list[int]:
+    """Those of DEGREES up to which the kernel has other terms than up to the one before."""
+    return [
+        degree
+        for lower, degree in itertools.pairwise((0, *DEGREES))
+        if degree <= estimate.max_degree and any(estimate.function.coefficient(n) for n in range(lower + 1, degree + 1))
+    ]
 
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]

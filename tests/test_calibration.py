@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from schoenbat import Estimate, MultiheadKernelAttention, calibrate, calibrate_tensors
 from schoenbat.calibration import Calibrated, FittedFeatures
 from schoenbat.errors import UserError
-from schoenbat.kernels import KERNELS
+from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.nn.mha import MultiheadKernelAttention as Layer
 from schoenbat.ops.exact import exact_attention
 
@@ -115,6 +115,14 @@ def test_for_every_kernel_it_explains_no_less_than_before_and_is_finite(dotf: st
     assert fitted.after >= fitted.before
     assert fitted.after > -0.05
     assert fitted(*vectors(1, 8, 0.5)).isfinite().all()
+
+
+@pytest.mark.parametrize("degree", [1, 5, 13])
+def test_a_kernel_of_few_degrees_is_calibrated_or_left_as_it_is(degree: int) -> None:
+    kernel = Kernel.from_callable(lambda x: 1 + x**degree)
+    fitted = calibrate_tensors(*vectors(0, 8, 1.0), estimate=Estimate(kernel, 8))
+    assert fitted.after >= fitted.before
+    assert fitted.max_degree in (None, 1, 6)
 
 
 def test_what_stands_at_masked_places_does_not_matter() -> None:
