@@ -47,6 +47,8 @@ value, key_mask, is_causal, scale, self_attention) before they look at the layer
 WORTHWHILE = 0.98
 """A basis is taken if it leaves less than this part of the error: less than that is chance."""
 DEGREES = (1, 2, 3, 4, 6, 8, 12)
+_LARGEST = 1e9
+"""Spreads beyond it, which no features describe, would overflow in their highest powers."""
 
 
 class FittedFeatures(FeatureMap):
@@ -240,10 +242,12 @@ def calibrate_tensors(
         current: what is used so far; the draw of `estimate` where it is None.
 
     Raises:
-        UserError: an estimate without features, or of the published ones.
+        UserError: an estimate without features, or of the published ones; too few tokens, or some that are not finite.
     """
     estimate = Estimate() if estimate is None else estimate
     _check(estimate)
+    if min(query.shape[0] * query.shape[2], key.shape[0] * key.shape[2]) < 2:
+        raise UserError("one token is too little to calibrate with")
     with torch.no_grad():
         # A query of 0 has uniform weights, exact and estimated: it has no part in what follows.
         of_query = key_mask if self_attention or is_causal else None
@@ -310,12 +314,13 @@ def _fit(estimate: Estimate, tensors: _Tensors, scale: float, max_degree: int, s
     shifted = kernel.is_exponential and self_attention
     q = _second_moments(query, key_mask if shifted else None, shifted).unflatten(0, (key.shape[1], -1)).mean(1)
     k = _second_moments(key, key_mask, kernel.is_exponential)
-    # The eigenvectors of largest eigenvalue come last.
+    if not (q.isfinite().all() and k.isfinite().all()):
+        raise UserError("query or key is not finite, so there is no basis that fits")
     basis = torch.linalg.eigh(_to_unit_trace(q) + _to_unit_trace(k)).eigenvectors
     square = scale**2 * _variances(basis, q) * _variances(basis, k)
     order = square.argsort(-1, descending=True)
     basis = basis.gather(2, order[:, None].expand_as(basis))
-    spread = square.gather(1, order).mean(0).sqrt()
+    spread = square.gather(1, order).mean(0).sqrt().clamp_max(_LARGEST)
     features = FittedFeatures(kernel, num_features=num_features, max_degree=max_degree, spread=spread.tolist())
     return Calibrated(estimate, features, basis, 0.0, 0.0).to(query.device)
 

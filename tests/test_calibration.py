@@ -155,6 +155,13 @@ def test_one_example_is_enough() -> None:
     assert fitted.after > 0.9 > fitted.before
 
 
+@pytest.mark.parametrize("size", [0.0, 1e15])
+def test_vectors_of_any_size_give_a_finite_result(size: float) -> None:
+    query, key, value = vectors(0, 8, 1.0)
+    fitted = calibrate_tensors(size * query, key, value, estimate=Estimate(num_features=8))
+    assert fitted(size * query, key, value).isfinite().all()
+
+
 class Model(nn.Module):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -259,6 +266,8 @@ def test_training_goes_on_through_it() -> None:
             "has nothing to calibrate",
         ),
         (lambda: calibrate_tensors(*vectors(0, 8, 0.0), estimate=Estimate(estimator="maclaurin")), "not maclaurin"),
+        (lambda: calibrate_tensors(*torch.full((3, 2, 1, 9, 8), torch.nan)), "is not finite"),
+        (lambda: calibrate_tensors(*torch.ones(3, 1, 1, 1, 8)), "one token is too little"),
         (lambda: calibrate(Model(normalize=True), tokens(0)), "normalize=True cannot be calibrated"),
         (
             lambda: calibrate(nn.Linear(32, 32), tokens(0)),
