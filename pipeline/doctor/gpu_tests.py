@@ -28,7 +28,7 @@ from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
 TESTS = Path("tests/gpu")
-PARTS = ("contract", "training", "packing", "bench")
+PARTS = ("contract", "calibration", "training", "packing", "bench")
 MEASURING = ("packing", "bench")
 """Parts beside which nothing else may run on the card; the others are spread over processes."""
 PROCESSES = 4
