@@ -11,11 +11,13 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_there_is_one_example_for_each_piece() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert all(len(example.splitlines()) <= 12 for example in EXAMPLES)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["functional", "diagnose", "module", "step", "transformers"])
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=["functional", "diagnose", "module", "calibrate", "step", "transformers"]
+)
 def test_example_runs(example: str) -> None:
     if "transformers" in example and importlib.util.find_spec("transformers") is None:
         pytest.skip("needs the extra schoenbat[hf]")

@@ -66,6 +66,12 @@ def record(cell: Cell, profile: str, number: int) -> None:
         run.log({**best, "num_parameters": 1000 + number, "test_accuracy": reached - 0.01, "test_loss": 0.3})
 
 
+def heed_signals() -> None:
+    """As in a terminal: background jobs of a shell ignore SIGINT, and those of nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextmanager
 def served(folder: Path, ended_by: signal.Signals = signal.SIGINT) -> Iterator[str]:
     """The address; the signal ends the program and all that it started."""
@@ -76,7 +82,7 @@ def served(folder: Path, ended_by: signal.Signals = signal.SIGINT) -> Iterator[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -183,8 +189,9 @@ def test_a_server_that_ends_by_itself_is_an_error(
 
     def end_server(_: str) -> None:
         for child in psutil.Process().children():
-            if port in child.cmdline():
-                child.kill()
+            with suppress(psutil.Error):
+                if port in child.cmdline():
+                    child.kill()
 
     monkeypatch.setattr("webbrowser.open", end_server)
     code, out, err = invoke("ui", "--port", port, "--open")
