@@ -369,8 +369,8 @@ class Calibration:
 def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calibration]:
     """Give every attention layer the basis that fits what it sees in model(*inputs, **named_inputs), layer after layer.
 
-    Layers are `schoenbat.MultiheadKernelAttention`, whose projections of query and key are turned, so that nothing is
-    added to a call and exact attention stays the same; and those of models of transformers whose attn_implementation
+    Layers are `schoenbat.MultiheadKernelAttention`, whose projections of query and key are turned, so that exact
+    attention stays the same; and those of models of transformers whose attn_implementation
     was registered by schoenbat, which turn queries and keys in each call. Each layer sees what the layers before it
     give once they are calibrated. A layer for which the basis does not help stays as it is. `torch.save(model)` keeps
     the result; a state_dict has the turned projections and the features, and loads into a calibrated model.
