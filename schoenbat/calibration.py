@@ -62,16 +62,23 @@ class FittedFeatures(FeatureMap):
     """
 
     spread_bits: Tensor
+    degree: Tensor
     near = True
     is_bounded = True
 
     def __init__(self, kernel: Kernel, *, num_features: int, max_degree: int, spread: Sequence[float]) -> None:
         super().__init__(kernel, torch.Generator())
-        self.num_features, self.max_degree = num_features, max_degree
+        self.num_features = num_features
         self.centres = kernel.is_exponential
         with torch.device("cpu"):
+            self.register_buffer("degree", torch.tensor(max_degree))
             self.register_buffer("spread_bits", torch.tensor(spread, dtype=torch.float64).view(torch.int64))
         self._store()
+
+    @property
+    def max_degree(self) -> int:
+        """Kept as a buffer, so that a state_dict brings it along."""
+        return int(self.degree)
 
     def resample(self, generator: torch.Generator) -> None:
         """Nothing of this map is drawn."""
@@ -107,7 +114,7 @@ class FittedFeatures(FeatureMap):
         described: dict[int, float] = defaultdict(float)
         for term in chosen:
             described[len(term.monomial)] += term.size
-        totals = [factor**2 * total for factor, total in zip(factors, _totals(spread, self.max_degree), strict=True)]
+        totals = [factor**2 * total for factor, total in zip(factors, _totals(spread, len(factors) - 1), strict=True)]
         self.shares = {n: min(1.0, part / totals[n]) for n, part in described.items() if totals[n]}
         varying = sum(totals[1:])
         left = max(0.0, varying - sum(part for n, part in described.items() if n))
@@ -269,11 +276,12 @@ def calibrate_tensors(
             drawn = current or estimate.draw(query.shape[-1], positive, query.device)
             current = Calibrated(estimate, drawn, None, 0.0, 0.0)
         before = judge(current)
-        shares = {n: judge(_fit(estimate, making, positive, n, of_itself)) for n in _degrees(estimate)}
+        fit = _fitting(estimate, making, positive, of_itself)
+        shares = {n: judge(fit(n)) for n in _degrees(estimate)}
         degree = max(shares, key=lambda n: shares[n], default=None)
         if degree is None or not 1 - shares[degree] < WORTHWHILE * (1 - before):
             return Calibrated(estimate, current.features, current.basis(), before, before)
-        fitted = _fit(estimate, (query, key, value, key_mask), positive, degree, of_itself)
+        fitted = _fitting(estimate, (query, key, value, key_mask), positive, of_itself)(degree)
         return Calibrated(estimate, fitted.features, fitted.basis(), before, shares[degree])
 
 
@@ -306,8 +314,8 @@ def _halves(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) 
     return parts[0], parts[1]  # type: ignore[return-value]
 
 
-def _fit(estimate: Estimate, tensors: _Tensors, scale: float, max_degree: int, self_attention: bool) -> Calibrated:
-    """With features of degree up to `max_degree`, for vectors shifted as `schoenbat.ops.linear` shifts them."""
+def _fitting(estimate: Estimate, tensors: _Tensors, scale: float, self_attention: bool) -> Callable[[int], Calibrated]:
+    """What gives, for a degree, features up to it in the basis of vectors shifted as `schoenbat.ops.linear` does."""
     query, key, _, key_mask = tensors
     kernel, num_features = estimate.function, estimate.num_features
     assert num_features is not None
@@ -321,8 +329,12 @@ def _fit(estimate: Estimate, tensors: _Tensors, scale: float, max_degree: int, s
     order = square.argsort(-1, descending=True)
     basis = basis.gather(2, order[:, None].expand_as(basis))
     spread = square.gather(1, order).mean(0).sqrt().clamp_max(_LARGEST)
-    features = FittedFeatures(kernel, num_features=num_features, max_degree=max_degree, spread=spread.tolist())
-    return Calibrated(estimate, features, basis, 0.0, 0.0).to(query.device)
+
+    def fit(max_degree: int) -> Calibrated:
+        features = FittedFeatures(kernel, num_features=num_features, max_degree=max_degree, spread=spread.tolist())
+        return Calibrated(estimate, features, basis, 0.0, 0.0).to(query.device)
+
+    return fit
 
 
 def _second_moments(x: Tensor, mask: Tensor | None, centred: bool) -> Tensor:
@@ -370,10 +382,10 @@ def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calib
     """Give every attention layer the basis that fits what it sees in model(*inputs, **named_inputs), layer after layer.
 
     Layers are `schoenbat.MultiheadKernelAttention`, whose projections of query and key are turned, so that exact
-    attention stays the same; and those of models of transformers whose attn_implementation
-    was registered by schoenbat, which turn queries and keys in each call. Each layer sees what the layers before it
-    give once they are calibrated. A layer for which the basis does not help stays as it is. `torch.save(model)` keeps
-    the result; a state_dict has the turned projections and the features, and loads into a calibrated model.
+    attention stays the same; and those of models of transformers whose attn_implementation was registered by schoenbat,
+    which turn queries and keys in each call. Each layer sees what the layers before it give once they are calibrated. A
+    layer for which the basis does not help stays as it is. `torch.save(model)` keeps the result; a state_dict has the
+    turned projections and the features, and loads into a calibrated model.
 
     Raises:
         UserError: the model called no such layer, or one without features, or with normalize=True, after which a basis

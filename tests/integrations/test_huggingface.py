@@ -181,7 +181,7 @@ def test_a_calibrated_model_is_nearer_to_the_unmodified_one(family: str) -> None
     assert all(one.layer in dict(model.named_modules()) for one in done)
     assert (output_of(model, family, 160) - expected).norm() < before
     found = {name for name in model.state_dict() if "kernel_features" in name}
-    assert {name.rpartition(".")[2] for name in found} <= {"basis_bits", "spread_bits", "rotation_bits"}
+    assert {name.rpartition(".")[2] for name in found} <= {"basis_bits", "degree", "spread_bits", "rotation_bits"}
     assert torch.equal(output_of(copy.deepcopy(model), family, 160), output_of(model, family, 160))
 
 
