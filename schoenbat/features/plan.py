@@ -5,11 +5,13 @@ coordinates of z (the linear features), and runs. A run with the offsets (a, b, 
 
     weight * z_{a+i} z_{b+i} ...,    i = 0 .. n - 1,
 
-a product of a few contiguous slices, one for each offset.
+a product of a few contiguous slices, one for each offset. Sums over keys take the squares of the weights instead
+(`schoenbat.ops._planned`), which saves a pass over all features of queries and one over those of keys.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -43,6 +45,25 @@ class Plan(NamedTuple):
     def num_features(self) -> int:
         return bool(self.constant) + self.num_linear + sum(run.length for run in self.runs)
 
+    @property
+    def weights(self) -> list[float]:
+        """What the products of coordinates are multiplied by."""
+        ones = [1.0] * (bool(self.constant) + self.num_linear)
+        return ones + [run.weight for run in self.runs for _ in range(run.length)]
+
+
+class Products(NamedTuple):
+    """Features of vectors whose dot products get a factor, apart from their weights.
+
+    Attributes:
+        projection: P times the root of the factor.
+        squares: [D, 1], the squares of the weights.
+    """
+
+    projection: Tensor
+    squares: Tensor
+    plan: Plan
+
 
 class FeatureMap(nn.Module):
     """phi: [..., N, head_dim] to [..., N, D] with <phi(x), phi(y)> close to f(<x, y>), the same draw for every head.
@@ -66,6 +87,7 @@ class FeatureMap(nn.Module):
 
     plan: Plan
     projection_bits: Tensor
+    weight_bits: Tensor
     centres = False
     near = False
     is_bounded = False
@@ -78,6 +100,7 @@ class FeatureMap(nn.Module):
         self.kernel = kernel
         self._origin = generator.get_state()
         self.register_buffer("projection_bits", None, persistent=False)
+        self.register_buffer("weight_bits", None, persistent=False)
         self.register_load_state_dict_post_hook(_pack_again)
 
     @property
@@ -103,16 +126,24 @@ class FeatureMap(nn.Module):
         if any(buffer.is_meta for buffer in self.buffers() if buffer is not None):
             return
         self.projection_bits = self._pack().contiguous().view(torch.int32)
+        weights = torch.tensor(self.plan.weights, dtype=torch.float32, device=self.projection_bits.device)
+        self.weight_bits = weights.view(torch.int32)
 
     def projection(self, dtype: torch.dtype) -> Tensor:
         """P in `dtype`."""
         return self.projection_bits.view(torch.float32).to(dtype)
 
+    def products(self, dtype: torch.dtype, scale: float) -> Products:
+        """For vectors whose dot products get the factor `scale`."""
+        weights = self.weight_bits.view(torch.float32).to(dtype)
+        return Products(self.projection(dtype) * math.sqrt(scale), weights.square().unsqueeze(-1), self.plan)
+
     def forward(self, x: Tensor) -> Tensor:
         """Features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return expand(x.to(dtype) @ self.projection(dtype), self.plan)
+            products = expand(x.to(dtype) @ self.projection(dtype), self.plan)
+            return products * self.weight_bits.view(torch.float32).to(dtype)
 
 
 def _pack_again(module: nn.Module, _: Any) -> None:
@@ -121,18 +152,16 @@ def _pack_again(module: nn.Module, _: Any) -> None:
 
 
 def expand(projected: Tensor, plan: Plan) -> Tensor:
-    """The features [..., D] of projected rows [..., P]."""
+    """The features [..., D] of projected rows [..., P], without their weights."""
     parts = [projected.new_full((*projected.shape[:-1], 1), plan.constant)] if plan.constant else []
     if plan.num_linear or not plan.runs:
         parts.append(projected[..., : plan.num_linear])
-    for run in plan.runs:
-        product = functools.reduce(torch.mul, _factors(projected, run))
-        parts.append(product if run.weight == 1 else product * run.weight)
+    parts += [functools.reduce(torch.mul, _factors(projected, run)) for run in plan.runs]
     return torch.cat(parts, -1)
 
 
 def push_forward(projected: Tensor, plan: Plan, tangent: Tensor) -> Tensor:
-    """The directional derivative [..., D] of the features of projected rows along `tangent` [..., P]."""
+    """The directional derivative [..., D] of what `expand` makes of projected rows, along `tangent` [..., P]."""
     parts = [projected.new_zeros((*projected.shape[:-1], 1))] if plan.constant else []
     if plan.num_linear or not plan.runs:
         parts.append(tangent[..., : plan.num_linear])
@@ -142,12 +171,12 @@ def push_forward(projected: Tensor, plan: Plan, tangent: Tensor) -> Tensor:
             own if others is None else own * others
             for own, others in zip(tangents, _others(_factors(projected, run)), strict=True)
         ]
-        parts.append(functools.reduce(torch.add, terms) * run.weight)
+        parts.append(functools.reduce(torch.add, terms))
     return torch.cat(parts, -1)
 
 
 def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
-    """The gradient [..., P] of the projected rows, from `grad` [..., D] of their features."""
+    """The gradient [..., P] of the projected rows, from `grad` [..., D] of what `expand` made of them."""
     width = projected.shape[-1]
     column = 1 if plan.constant else 0
     linear = grad[..., column : column + plan.num_linear]
@@ -156,7 +185,6 @@ def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
     out = None
     for run in plan.runs:
         own = grad[..., column : column + run.length]
-        own = own if run.weight == 1 else own * run.weight
         for offset, others in zip(run.offsets, _others(_factors(projected, run)), strict=True):
             term = own if others is None else own * others
             if out is None:

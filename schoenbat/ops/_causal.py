@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
-from schoenbat.ops._bounds import cooling, least_denominator, log_mass, moments_of, trust
+from schoenbat.ops._bounds import limits_of, log_mass, moments_of, trust
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, sum_keys
 from schoenbat.ops.reference import divide, split, two_point_mean
@@ -139,10 +139,7 @@ def _sum_up(
             centre = far.centre
         assert centre is not None
         key = key - centre.unsqueeze(2)
-    if features is None:
-        sums = key.mT @ extended
-    else:
-        sums = sum_keys(key, extended, features.projection(key.dtype) * math.sqrt(scale), features.plan)
+    sums = key.mT @ extended if features is None else sum_keys(key, extended, features.products(key.dtype, scale))
     moments = None
     if features is not None and features.is_bounded:
         counts = extended[..., -1:]
@@ -214,23 +211,21 @@ def _attend(
 
 def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Numerators and denominators of what lies before, [..., R, v + 1], and the logarithm of a factor to both."""
-    kernel = features.kernel
-    projection = features.projection(query.dtype) * math.sqrt(scale)
+    form = features.products(query.dtype, scale)
     level = query.new_zeros(())
     if far.centre is not None:
         level = scale * (query @ far.centre.mT)
     if far.moments is None:
-        return look_up(query, far.sums, projection, features.plan), level
+        return look_up(query, far.sums, form), level
     count = far.total[..., -1:].clamp_min(1)
     moments = moments_of(query, far.moments[..., :1, :] / count, far.moments[..., 1:, :] / count, count, scale)
-    if kernel.is_exponential:
-        factor = cooling(features, moments)
+    factor, _, least = limits_of(features, moments)
+    if factor is not None:
         spread = (moments.square - moments.mean.square()).clamp_min(torch.finfo(level.dtype).tiny).sqrt()
         level = level + (1 - factor) * moments.mean + log_mass(spread, count) - log_mass(factor * spread, count)
-        query, moments = query * factor, moments.cooled(factor)
-    products = look_up(query, far.sums, projection, features.plan)
+    products = look_up(query, far.sums, form, factor)
     found = products[..., -1:]
-    denominator = torch.maximum(found, count * least_denominator(features, moments))
+    denominator = torch.maximum(found, count * least)
     # Numerators towards those of the mean value, of the same denominator.
     kept = trust(features, count)
     return kept * products + (denominator - kept * found) * (far.total / count), level

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from schoenbat.features.plan import FeatureMap
+from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops import _causal
-from schoenbat.ops._bounds import Moments, cooling, even_excess, least_denominator, moments_of, trust
+from schoenbat.ops._bounds import limits_of, moments_of, trust
 from schoenbat.ops._causal import State
-from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
+from schoenbat.ops._planned import extend_value, quotient
 from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
 
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
@@ -167,8 +167,7 @@ def _through_plan(
     scale: float,
     self_attention: bool,
 ) -> Tensor:
-    projection = features.projection(query.dtype) * math.sqrt(scale)
-    plan, kernel = features.plan, features.kernel
+    products = features.products(query.dtype, scale)
     weight = None if counts is None else counts.expand(*value.shape[:-1], 1)
     if features.centres and not self_attention:
         key = key - _mean(key, counts)
@@ -176,35 +175,36 @@ def _through_plan(
         # torch.compile does not know operations with a forward-mode derivative of their own.
         shift = _Shift.forward if torch.compiler.is_compiling() else _Shift.apply
         query, key, weight = shift(query, key, counts, query_counts, scale)
-    if not features.is_bounded:
-        smallest = SMALLEST * plan.unit
-        if fits_at_once(query, key):
-            return attend_at_once(query, key, value, weight, projection, plan, smallest)
-        products = look_up(query, sum_keys(key, extend_value(value, weight), projection, plan), projection, plan)
-        return divide(*split(products), smallest)
-    extended = extend_value(value, weight)
-    total = extended.sum(-2, keepdim=True)
-    mass = total[..., -1:]
-    share, average = (x / torch.where(mass > 0, mass, 1.0) for x in (extended[..., -1:], total[..., :-1]))
-    moments = _moments(query, key, share, scale)
-    if kernel.is_exponential:
-        factor = cooling(features, moments)
-        query, moments = query * factor, moments.cooled(factor)
-    # The sums of what values differ from their mean, so that single outputs need no more than a quotient.
-    numerator, denominator = split(sum_keys(key, extended, projection, plan))
-    deviation = trust(features, moments.number) * (numerator - denominator * average)
-    deviation, denominator = split(look_up(query, torch.cat([deviation, denominator], -1), projection, plan))
-    if features.centres:
-        denominator = denominator - mass * even_excess(features, moments.square)
-    denominator = torch.maximum(denominator, mass * least_denominator(features, moments))
-    return average + deviation / torch.where(denominator > 0, denominator, 1.0)
+    if features.is_bounded:
+        return _bounded(features, products, query, key, value, weight, scale)
+    return quotient(query, key, extend_value(value, weight), products, SMALLEST * features.plan.unit)
 
 
-def _moments(query: Tensor, key: Tensor, share: Tensor, scale: float) -> Moments:
-    """Moments over keys of which each has the `share` [B, H, M, 1]."""
-    weighted = key * share
-    number = 1 / share.square().sum(-2, keepdim=True).clamp_min(torch.finfo(share.dtype).eps)
-    return moments_of(query, weighted.sum(-2, keepdim=True), weighted.mT @ key, number, scale)
+def _bounded(
+    features: FeatureMap,
+    products: Products,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """As the module says of bounded maps; `weight` [B, H, M, 1] of the keys, or None for ones."""
+    if weight is None:
+        weighted, divisor, average = key, torch.full_like(key[..., :1, :1], key.shape[-2]), value.mean(-2, keepdim=True)
+        mass = number = divisor
+    else:
+        weighted, mass = key * weight, weight.sum(-2, keepdim=True)
+        divisor = torch.where(mass > 0, mass, 1.0)
+        average = (value * weight).sum(-2, keepdim=True) / divisor
+        number = 1 / (weight / divisor).square().sum(-2, keepdim=True).clamp_min(torch.finfo(mass.dtype).eps)
+    # Features of exp see keys whose mean is 0.
+    first = None if features.centres else weighted.sum(-2, keepdim=True) / divisor
+    moments = moments_of(query, first, weighted.mT @ key / divisor, number, scale)
+    factor, excess, least = limits_of(features, moments)
+    extended = extend_value((value - average) * trust(features, number), weight)
+    excess = None if excess is None else mass * excess
+    return average + quotient(query, key, extended, products, mass * least, factor, excess)
 
 
 def _extend(

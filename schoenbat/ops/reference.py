@@ -39,11 +39,6 @@ def away_from_zero(denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
     return torch.where(denominator < 0, denominator.clamp_max(-smallest), denominator.clamp_min(smallest))
 
 
-def is_away_from_zero(moved: Tensor, smallest: float = SMALLEST) -> Tensor:
-    """Whether `away_from_zero` left it where it was."""
-    return moved.abs() > smallest
-
-
 def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
     r"""The mean of f over the two points r and -r that have this mean and mean square:
 

@@ -8,7 +8,7 @@ from schoenbat.features.plan import expand, pull_back, push_forward
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS
 from schoenbat.ops import _planned
-from schoenbat.ops._planned import attend_at_once, extend_value, fits_at_once, look_up, sum_keys
+from schoenbat.ops._planned import extend_value, quotient
 from schoenbat.ops.linear import linear_attention
 from schoenbat.ops.reference import divide
 
@@ -34,12 +34,7 @@ def make(head_dim: int, num_features: int) -> Sketch:
 
 
 def product_attention(query: Tensor, key: Tensor, value: Tensor, features: Sketch, key_weight: Tensor | None) -> Tensor:
-    projection = features.projection(query.dtype)
-    if fits_at_once(query, key):
-        return attend_at_once(query, key, value, key_weight, projection, features.plan, SMALLEST)
-    summed = sum_keys(key, extend_value(value, key_weight), projection, features.plan)
-    products = look_up(query, summed, projection, features.plan)
-    return divide(products[..., :-1], products[..., -1:], SMALLEST)
+    return quotient(query, key, extend_value(value, key_weight), features.products(query.dtype, 1.0), SMALLEST)
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
