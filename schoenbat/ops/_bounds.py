@@ -50,12 +50,17 @@ class Moments(NamedTuple):
     number: Tensor
 
 
-def moments_of(query: Tensor, first: Tensor | None, second: Tensor, number: Tensor, scale: float) -> Moments:
-    """Moments for queries [..., N, d], over keys with the mean `first` [..., 1, d] and E k k^T `second` [..., d, d]."""
+def moments_of(query: Tensor, first: Tensor | None, second: Tensor, number: Tensor) -> Moments:
+    """Moments for queries [..., N, d], of keys k times the scale of their arguments.
+
+    Args:
+        first: their mean [..., 1, d]; None for 0.
+        second: the mean of k k^T, [..., d, d].
+    """
     forms = _Forms.forward if torch.compiler.is_compiling() else _Forms.apply
-    square, length, _ = forms(query, second * scale**2)
-    size = scale**2 / query.shape[-1] * second.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return Moments(None if first is None else scale * (query @ first.mT), square, length * size, number)
+    square, length, _ = forms(query, second)
+    size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return Moments(None if first is None else query @ first.mT, square, length * size, number)
 
 
 class Limits(NamedTuple):
@@ -187,9 +192,9 @@ class _ExpLimits(torch.autograd.Function):
         return factor_by_square * d_square, by[0] * d_square + by[1] * d_isotropic + by[2] * d_number
 
     @staticmethod
-    def backward(ctx: Any, grad_factor: Tensor, grad_least: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_factor: Tensor, grad_least: Tensor) -> tuple[Tensor | None, ...]:
         factor_by_square, *by = _slopes_of_exp(ctx)
-        grad_number = (grad_least * by[2]).sum(-2, keepdim=True)
+        grad_number = (grad_least * by[2]).sum(-2, keepdim=True) if ctx.needs_input_grad[2] else None
         return grad_factor * factor_by_square + grad_least * by[0], grad_least * by[1], grad_number, None, None
 
 

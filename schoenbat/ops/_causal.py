@@ -218,7 +218,8 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
     if far.moments is None:
         return look_up(query, far.sums, form), level
     count = far.total[..., -1:].clamp_min(1)
-    moments = moments_of(query, far.moments[..., :1, :] / count, far.moments[..., 1:, :] / count, count, scale)
+    first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
+    moments = moments_of(query, first, second, count)
     factor, _, least = limits_of(features, moments)
     if factor is not None:
         spread = (moments.square - moments.mean.square()).clamp_min(torch.finfo(level.dtype).tiny).sqrt()

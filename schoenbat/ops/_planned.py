@@ -68,11 +68,9 @@ def quotient(
     return _look_up(query, sum_keys(key, extended, products), products, factor, excess, least)
 
 
-def extend_value(value: Tensor, weight: Tensor | None) -> Tensor:
-    """W [V, 1]: numerators and denominators come out of the same products."""
-    if weight is None:
-        return torch.nn.functional.pad(value, (0, 1), value=1.0)
-    return torch.cat([value * weight, weight], -1)
+def extend_value(value: Tensor) -> Tensor:
+    """[V, 1]: numerators and denominators come out of the same products."""
+    return torch.nn.functional.pad(value, (0, 1), value=1.0)
 
 
 def _look_up(

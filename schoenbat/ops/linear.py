@@ -153,8 +153,10 @@ def _counts(mask: Tensor | None, like: Tensor, repeats: int = 1) -> Tensor | Non
 
 
 def _extended(value: Tensor, key_mask: Tensor | None) -> Tensor:
-    counts = _counts(key_mask, value)
-    return extend_value(value, None if counts is None else counts.expand(*value.shape[:-1], 1))
+    """[V, 1], with 0 for keys that are not there, whose values are 0."""
+    if key_mask is None:
+        return extend_value(value)
+    return torch.cat([value, _counts(key_mask, value).expand(*value.shape[:-1], 1)], -1)
 
 
 def _through_plan(
@@ -177,7 +179,8 @@ def _through_plan(
         query, key, weight = shift(query, key, counts, query_counts, scale)
     if features.is_bounded:
         return _bounded(features, products, query, key, value, weight, scale)
-    return quotient(query, key, extend_value(value, weight), products, SMALLEST * features.plan.unit)
+    extended = extend_value(value) if weight is None else torch.cat([value * weight, weight], -1)
+    return quotient(query, key, extended, products, SMALLEST * features.plan.unit)
 
 
 def _bounded(
@@ -191,20 +194,22 @@ def _bounded(
 ) -> Tensor:
     """As the module says of bounded maps; `weight` [B, H, M, 1] of the keys, or None for ones."""
     if weight is None:
-        weighted, divisor, average = key, torch.full_like(key[..., :1, :1], key.shape[-2]), value.mean(-2, keepdim=True)
-        mass = number = divisor
+        mass = divisor = number = torch.full_like(key[..., :1, :1], key.shape[-2])
+        average, weighted = value.mean(-2, keepdim=True), key
+        extended = extend_value(value - average)
     else:
-        weighted, mass = key * weight, weight.sum(-2, keepdim=True)
+        mass, weighted_value, weighted = weight.sum(-2, keepdim=True), value * weight, key * weight
         divisor = torch.where(mass > 0, mass, 1.0)
-        average = (value * weight).sum(-2, keepdim=True) / divisor
-        number = 1 / (weight / divisor).square().sum(-2, keepdim=True).clamp_min(torch.finfo(mass.dtype).eps)
+        average = weighted_value.sum(-2, keepdim=True) / divisor
+        extended = torch.cat([torch.addcmul(weighted_value, weight, average, value=-1), weight], -1)
+        number = divisor.square() / weight.square().sum(-2, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     # Features of exp see keys whose mean is 0.
-    first = None if features.centres else weighted.sum(-2, keepdim=True) / divisor
-    moments = moments_of(query, first, weighted.mT @ key / divisor, number, scale)
-    factor, excess, least = limits_of(features, moments)
-    extended = extend_value((value - average) * trust(features, number), weight)
+    first = None if features.centres else scale / divisor * weighted.sum(-2, keepdim=True)
+    second = scale**2 / divisor * (weighted.mT @ key)
+    factor, excess, least = limits_of(features, moments_of(query, first, second, number))
     excess = None if excess is None else mass * excess
-    return average + quotient(query, key, extended, products, mass * least, factor, excess)
+    deviation = quotient(query, key, extended, products, mass * least, factor, excess)
+    return torch.addcmul(average, trust(features, number), deviation)
 
 
 def _extend(
