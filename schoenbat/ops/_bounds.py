@@ -233,15 +233,47 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return out
 
 
-def log_mass(spread: Tensor, count: Tensor) -> Tensor:
-    """log of the mean of exp(x) over `count` independent x from N(0, spread^2), to leading order.
+def lost_mass(variance: Tensor, factor: Tensor, count: Tensor) -> Tensor:
+    """L(s) - L(factor s) for the log L(s) of the mean of exp(x) over `count` independent x from N(0, s^2).
 
-    s^2 / 2 for s^2 < 2 log n, and s sqrt(2 log n) - log n beyond (Derrida 1981, "Random-energy model",
-    Phys. Rev. B 24).
+    To leading order L is s^2 / 2 for s^2 < 2 log n, and s sqrt(2 log n) - log n beyond (Derrida 1981, "Random-energy
+    model", Phys. Rev. B 24).
     """
-    edge = (2 * count.clamp_min(2).log()).sqrt()
-    inside = torch.minimum(spread, edge)
-    return inside.square() / 2 + (spread - inside) * edge
+    lost = _LostMass.forward if torch.compiler.is_compiling() else _LostMass.apply
+    return lost(variance, factor, (2 * count.clamp_min(2).log()).sqrt())
+
+
+class _LostMass(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(variance: Tensor, factor: Tensor, edge: Tensor) -> Tensor:
+        spread = _root(variance)
+        beyond = (spread - edge).clamp_min(0).square() - (factor * spread - edge).clamp_min(0).square()
+        return (spread.square() * (1 - factor.square()) - beyond) / 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, d_variance: Tensor | None, d_factor: Tensor | None, _: Any) -> Tensor:
+        by_variance, by_factor = _slopes_of_lost_mass(*ctx.saved_tensors)
+        by_variance = by_variance * (0.0 if d_variance is None else d_variance)
+        return by_variance + by_factor * (0.0 if d_factor is None else d_factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        by_variance, by_factor = _slopes_of_lost_mass(*ctx.saved_tensors)
+        return grad * by_variance, grad * by_factor, None
+
+
+def _slopes_of_lost_mass(variance: Tensor, factor: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+    spread = _root(variance)
+    cooled = torch.minimum(factor * spread, edge)
+    by_variance = (torch.minimum(spread, edge) - factor * cooled) / (2 * spread)
+    return by_variance * (variance > torch.finfo(variance.dtype).tiny), -spread * cooled
 
 
 def _root(x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
-from schoenbat.ops._bounds import limits_of, log_mass, moments_of, trust
+from schoenbat.ops._bounds import limits_of, lost_mass, moments_of, trust
+from schoenbat.ops._merge import merge
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, sum_keys
 from schoenbat.ops.reference import divide, split, two_point_mean
@@ -187,49 +188,48 @@ def _attend(
         products = scores.masked_fill(~lower, 0.0) @ extended
         products = products if far is None else products + query @ far.sums
         return divide(*split(products))
+    near, top = _near(features, query * scale, key, extended, lower)
+    if far is None:
+        numerator, total = split(near)
+        return numerator / torch.where(total > 0, total, 1.0)
+    return merge(near, top, *_far(features, far, query, scale))
+
+
+def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators [..., R, v + 1] by f itself, over e^t, and t."""
     kernel = features.kernel
     if kernel.is_exponential:
-        products, top = near_of_exp(query * scale, key, extended, lower)
-        if far is not None:
-            found, level = _far(features, far, query, scale)
-            level = torch.where(far.total[..., -1:] > 0, level, LOWEST)
-            highest = torch.maximum(top, level.detach())
-            products = torch.exp(top - highest) * products + torch.exp(level - highest) * found
-    else:
-        scores = (query * scale) @ key.mT
-        allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
-        weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
-        products = weights @ extended
-        if kernel.is_signed:
-            products = products + _lacking_near(features, products, scores, allowed, extended)
-        if far is not None:
-            found, _ = _far(features, far, query, scale)
-            products = products + found
-    numerator, total = split(products)
-    return numerator / torch.where(total > 0, total, 1.0)
+        return near_of_exp(query, key, extended, lower)
+    scores = query @ key.mT
+    allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
+    weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
+    products = weights @ extended
+    if kernel.is_signed:
+        products = products + _lacking_near(features, products, scores, allowed, extended)
+    return products, torch.zeros_like(products[..., :1])
 
 
-def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators of what lies before, [..., R, v + 1], and the logarithm of a factor to both."""
+def _far(
+    features: FeatureMap, far: Far, query: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What `merge` needs of what lies before."""
+    level = query.new_zeros(()) if far.centre is None else scale * (query @ far.centre.mT)
     form = features.products(query.dtype, scale)
-    level = query.new_zeros(())
-    if far.centre is not None:
-        level = scale * (query @ far.centre.mT)
-    if far.moments is None:
-        return look_up(query, far.sums, form), level
-    count = far.total[..., -1:].clamp_min(1)
-    first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
-    moments = moments_of(query, first, second, count)
-    factor, _, least = limits_of(features, moments)
-    if factor is not None:
-        spread = (moments.square - moments.mean.square()).clamp_min(torch.finfo(level.dtype).tiny).sqrt()
-        level = level + (1 - factor) * moments.mean + log_mass(spread, count) - log_mass(factor * spread, count)
-    products = look_up(query, far.sums, form, factor)
-    found = products[..., -1:]
-    denominator = torch.maximum(found, count * least)
-    # Numerators towards those of the mean value, of the same denominator.
-    kept = trust(features, count)
-    return kept * products + (denominator - kept * found) * (far.total / count), level
+    # The column of ones has no use for a gradient.
+    total = far.total[..., -1:].detach()
+    factor = least = kept = average = None
+    if far.moments is not None:
+        count = total.clamp_min(1)
+        first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
+        moments = moments_of(query, first, second, count)
+        factor, _, least = limits_of(features, moments)
+        if factor is not None:
+            assert moments.mean is not None
+            variance = moments.square - moments.mean.square()
+            level = level + (1 - factor) * moments.mean + lost_mass(variance, factor, count)
+        least, kept, average = count * least, trust(features, count), far.total[..., :-1] / count
+    level = torch.where(total > 0, level, LOWEST)
+    return look_up(query, far.sums, form, factor), level, least, kept, average
 
 
 def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:
