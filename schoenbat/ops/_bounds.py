@@ -19,7 +19,7 @@ and the truth.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,10 +57,10 @@ def moments_of(query: Tensor, first: Tensor | None, second: Tensor, number: Tens
         first: their mean [..., 1, d]; None for 0.
         second: the mean of k k^T, [..., d, d].
     """
-    forms = _Forms.forward if torch.compiler.is_compiling() else _Forms.apply
-    square, length, _ = forms(query, second)
+    square = ((query @ second) * query).sum(-1, keepdim=True).clamp_min(0)
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return Moments(None if first is None else query @ first.mT, square, length * size, number)
+    isotropic = query.square().sum(-1, keepdim=True) * size
+    return Moments(None if first is None else query @ first.mT, square, isotropic, number)
 
 
 class Limits(NamedTuple):
@@ -83,15 +83,27 @@ def limits_of(features: FeatureMap, moments: Moments) -> Limits:
     """What keeps the output."""
     if not features.kernel.is_exponential:
         return Limits(None, None, _least_denominator(features, moments))
-    reach = max(1.0, features.reach)
-    described = [0.0] * (max(features.shares) + 1)
-    for degree, share in features.shares.items():
-        described[degree] = share / math.factorial(degree)
-    limit = _ExpLimits.forward if torch.compiler.is_compiling() else _ExpLimits.apply
-    factor, least = limit(moments.square, moments.isotropic, moments.number, reach, tuple(described))
+    limit = max(1.0, features.reach)
+    cooled = limit / moments.square.clamp_min(limit)
+    factor = cooled.sqrt()
+    # E exp(2 x) and the part of it that the features describe, by degrees of Hermite's polynomials.
+    variance = moments.isotropic * cooled
+    grown = variance.exp()
+    noise = (grown - _described(features, variance)).clamp_min(0) * grown
+    least = (STANDARD_ERRORS * _root(noise / moments.number)).clamp_min(1)
     if moments.mean is not None:
         return Limits(factor, None, torch.exp(moments.mean * factor) * least)
-    return Limits(factor, _even_excess(features, moments.square.clamp_max(reach)), least)
+    return Limits(factor, _even_excess(features, moments.square.clamp_max(limit)), least)
+
+
+def _described(features: FeatureMap, variance: Tensor) -> Tensor:
+    """The sum over degrees of share variance^degree / degree!, by Horner's rule."""
+    degrees = range(max(features.shares), -1, -1)
+    highest, *lower = (features.shares.get(degree, 0.0) / math.factorial(degree) for degree in degrees)
+    total = torch.full_like(variance, highest)
+    for coefficient in lower:
+        total = total * variance + coefficient
+    return total
 
 
 def _even_excess(features: FeatureMap, square: Tensor) -> Tensor | None:
@@ -126,154 +138,15 @@ def trust(features: FeatureMap, number: Tensor) -> Tensor:
     return number / (number + FEW_KEYS * features.unexplained)
 
 
-class _Forms(torch.autograd.Function):
-    """q^T S q, |q|^2 and S q for queries [..., N, d] and a symmetric S [..., d, d]; the last without a gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(query: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        turned = query @ second
-        square = (turned * query).sum(-1, keepdim=True).clamp_min(0)
-        return square, query.square().sum(-1, keepdim=True), turned
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, output[2])
-        ctx.save_for_forward(*inputs, output[2])
-        ctx.mark_non_differentiable(output[2])
-
-    @staticmethod
-    def jvp(ctx: Any, d_query: Tensor | None, d_second: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        query, _, turned = ctx.saved_tensors
-        d_query = torch.zeros_like(query) if d_query is None else d_query
-        d_square = 2 * (turned * d_query).sum(-1, keepdim=True)
-        if d_second is not None:
-            d_square = d_square + ((query @ d_second) * query).sum(-1, keepdim=True)
-        return d_square, 2 * (query * d_query).sum(-1, keepdim=True), None
-
-    @staticmethod
-    def backward(ctx: Any, grad_square: Tensor, grad_length: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        query, second, turned = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            turned = query @ second
-        grad_second = (query * grad_square).mT @ query
-        return torch.addcmul(2 * grad_square * turned, query, grad_length, value=2), grad_second
-
-
-class _ExpLimits(torch.autograd.Function):
-    """Factor and floor for exp, of the mean square argument, that of isotropic keys, and the number of keys.
-
-    Args:
-        reach: what the factor keeps the mean square argument at.
-        described: of E exp(2 x) for a Gaussian x of variance s^2 the part that the features describe, as the
-            coefficients of a polynomial in s^2.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        square: Tensor, isotropic: Tensor, number: Tensor, reach: float, described: tuple[float, ...]
-    ) -> tuple[Tensor, Tensor]:
-        cooled = reach / square.clamp_min(reach)
-        return cooled.sqrt(), _error_of_exp(isotropic * cooled, number, described)[0].clamp_min(1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.reach, ctx.described = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        d_square, d_isotropic, d_number = (0.0 if x is None else x for x in tangents[:3])
-        factor_by_square, *by = _slopes_of_exp(ctx)
-        return factor_by_square * d_square, by[0] * d_square + by[1] * d_isotropic + by[2] * d_number
-
-    @staticmethod
-    def backward(ctx: Any, grad_factor: Tensor, grad_least: Tensor) -> tuple[Tensor | None, ...]:
-        factor_by_square, *by = _slopes_of_exp(ctx)
-        grad_number = (grad_least * by[2]).sum(-2, keepdim=True) if ctx.needs_input_grad[2] else None
-        return grad_factor * factor_by_square + grad_least * by[0], grad_least * by[1], grad_number, None, None
-
-
-def _error_of_exp(variance: Tensor, number: Tensor, described: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Three standard errors of a denominator for Gaussian arguments, and what it is made of."""
-    grown = variance.exp()
-    left = (grown - _polynomial(variance, described)).clamp_min(0)
-    return STANDARD_ERRORS * _root(left * grown / number), grown, left
-
-
-def _slopes_of_exp(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The derivatives of the factor by the square, and of the floor by square, isotropic and number."""
-    square, isotropic, number = ctx.saved_tensors
-    most = square.clamp_min(ctx.reach)
-    cooled = ctx.reach / most
-    variance = isotropic * cooled
-    error, grown, left = _error_of_exp(variance, number, ctx.described)
-    slopes = tuple(degree * x for degree, x in enumerate(ctx.described))[1:]
-    by_noise = (error > 1) * STANDARD_ERRORS**2 / (2 * error * number)
-    by_variance = by_noise * (left > 0) * grown * (left + grown - _polynomial(variance, slopes))
-    is_cooled = square > ctx.reach
-    factor_by_square = -0.5 * is_cooled * cooled.sqrt() / most
-    return (
-        factor_by_square,
-        by_variance * -variance * is_cooled / most,
-        by_variance * cooled,
-        -by_noise * left * grown / number,
-    )
-
-
-def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """By Horner's rule, the constant first."""
-    out = torch.zeros_like(x) if not coefficients else torch.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        out = out * x + coefficient
-    return out
-
-
 def lost_mass(variance: Tensor, factor: Tensor, count: Tensor) -> Tensor:
     """L(s) - L(factor s) for the log L(s) of the mean of exp(x) over `count` independent x from N(0, s^2).
 
     To leading order L is s^2 / 2 for s^2 < 2 log n, and s sqrt(2 log n) - log n beyond (Derrida 1981, "Random-energy
     model", Phys. Rev. B 24).
     """
-    lost = _LostMass.forward if torch.compiler.is_compiling() else _LostMass.apply
-    return lost(variance, factor, (2 * count.clamp_min(2).log()).sqrt())
-
-
-class _LostMass(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(variance: Tensor, factor: Tensor, edge: Tensor) -> Tensor:
-        spread = _root(variance)
-        beyond = (spread - edge).clamp_min(0).square() - (factor * spread - edge).clamp_min(0).square()
-        return (spread.square() * (1 - factor.square()) - beyond) / 2
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, d_variance: Tensor | None, d_factor: Tensor | None, _: Any) -> Tensor:
-        by_variance, by_factor = _slopes_of_lost_mass(*ctx.saved_tensors)
-        by_variance = by_variance * (0.0 if d_variance is None else d_variance)
-        return by_variance + by_factor * (0.0 if d_factor is None else d_factor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        by_variance, by_factor = _slopes_of_lost_mass(*ctx.saved_tensors)
-        return grad * by_variance, grad * by_factor, None
-
-
-def _slopes_of_lost_mass(variance: Tensor, factor: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
-    spread = _root(variance)
-    cooled = torch.minimum(factor * spread, edge)
-    by_variance = (torch.minimum(spread, edge) - factor * cooled) / (2 * spread)
-    return by_variance * (variance > torch.finfo(variance.dtype).tiny), -spread * cooled
+    edge, spread = (2 * count.clamp_min(2).log()).sqrt(), _root(variance)
+    beyond = (spread - edge).clamp_min(0).square() - (factor * spread - edge).clamp_min(0).square()
+    return (variance * (1 - factor.square()) - beyond) / 2
 
 
 def _root(x: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops._bounds import limits_of, lost_mass, moments_of, trust
-from schoenbat.ops._merge import merge
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, sum_keys
 from schoenbat.ops.reference import divide, split, two_point_mean
@@ -189,10 +188,12 @@ def _attend(
         products = products if far is None else products + query @ far.sums
         return divide(*split(products))
     near, top = _near(features, query * scale, key, extended, lower)
-    if far is None:
-        numerator, total = split(near)
-        return numerator / torch.where(total > 0, total, 1.0)
-    return merge(near, top, *_far(features, far, query, scale))
+    if far is not None:
+        found, level = _far(features, far, query, scale)
+        highest = torch.maximum(top, level.detach())
+        near = torch.exp(top - highest) * near + torch.exp(level - highest) * found
+    numerator, total = split(near)
+    return numerator / torch.where(total > 0, total, 1.0)
 
 
 def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,27 +210,30 @@ def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lo
     return products, torch.zeros_like(products[..., :1])
 
 
-def _far(
-    features: FeatureMap, far: Far, query: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """What `merge` needs of what lies before."""
+def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators of what lies before, [..., R, v + 1], over e^l, and l."""
     level = query.new_zeros(()) if far.centre is None else scale * (query @ far.centre.mT)
-    form = features.products(query.dtype, scale)
+    products = features.products(query.dtype, scale)
     # The column of ones has no use for a gradient.
     total = far.total[..., -1:].detach()
-    factor = least = kept = average = None
-    if far.moments is not None:
-        count = total.clamp_min(1)
-        first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
-        moments = moments_of(query, first, second, count)
-        factor, _, least = limits_of(features, moments)
-        if factor is not None:
-            assert moments.mean is not None
-            variance = moments.square - moments.mean.square()
-            level = level + (1 - factor) * moments.mean + lost_mass(variance, factor, count)
-        least, kept, average = count * least, trust(features, count), far.total[..., :-1] / count
-    level = torch.where(total > 0, level, LOWEST)
-    return look_up(query, far.sums, form, factor), level, least, kept, average
+    if far.moments is None:
+        return look_up(query, far.sums, products), torch.where(total > 0, level, LOWEST)
+    count = total.clamp_min(1)
+    first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
+    moments = moments_of(query, first, second, count)
+    factor, _, least = limits_of(features, moments)
+    if factor is not None:
+        assert moments.mean is not None
+        level = level + (1 - factor) * moments.mean
+        level = level + lost_mass(moments.square - moments.mean.square(), factor, count)
+        query = query * factor
+    products = look_up(query, far.sums, products)
+    found = products[..., -1:]
+    denominator = torch.maximum(found, count * least)
+    # Numerators towards those of the mean value, of the same denominator.
+    kept = trust(features, count)
+    found = torch.addcmul(kept * products, denominator - kept * found, far.total / count)
+    return found, torch.where(total > 0, level, LOWEST)
 
 
 def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:

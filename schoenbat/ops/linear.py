@@ -30,7 +30,7 @@ from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops import _causal
 from schoenbat.ops._bounds import limits_of, moments_of, trust
 from schoenbat.ops._causal import State
-from schoenbat.ops._planned import extend_value, quotient
+from schoenbat.ops._planned import attend_plainly, extend_value
 from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
 
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
@@ -180,7 +180,7 @@ def _through_plan(
     if features.is_bounded:
         return _bounded(features, products, query, key, value, weight, scale)
     extended = extend_value(value) if weight is None else torch.cat([value * weight, weight], -1)
-    return quotient(query, key, extended, products, SMALLEST * features.plan.unit)
+    return divide(*split(attend_plainly(query, key, extended, products)), SMALLEST * features.plan.unit)
 
 
 def _bounded(
@@ -207,9 +207,12 @@ def _bounded(
     first = None if features.centres else scale / divisor * weighted.sum(-2, keepdim=True)
     second = scale**2 / divisor * (weighted.mT @ key)
     factor, excess, least = limits_of(features, moments_of(query, first, second, number))
-    excess = None if excess is None else mass * excess
-    deviation = quotient(query, key, extended, products, mass * least, factor, excess)
-    return torch.addcmul(average, trust(features, number), deviation)
+    query = query if factor is None else query * factor
+    deviation, denominator = split(attend_plainly(query, key, extended, products))
+    denominator = torch.maximum(denominator if excess is None else denominator - mass * excess, mass * least)
+    # Where no key is there, all is 0.
+    denominator = torch.where(denominator > 0, denominator, 1.0)
+    return torch.addcmul(average, trust(features, number), deviation / denominator)
 
 
 def _extend(
