@@ -31,8 +31,11 @@ from schoenbat.ops.reference import two_point_mean
 STANDARD_ERRORS = 3.0
 FEW_KEYS = 4.0
 """So many keys cancel as a rule, by trial over random kernels (benchmarks/bounds.py)."""
-_NODES, _WEIGHTS = (torch.tensor(x) for x in np.polynomial.hermite_e.hermegauss(8))
-"""Nodes and weights, up to a factor, of E g(x) for a standard normal x, exact for polynomials of degree up to 15."""
+_NODES = tuple(
+    (float(node), float(weight / math.sqrt(2 * math.pi)))
+    for node, weight in zip(*np.polynomial.hermite_e.hermegauss(8), strict=True)
+)
+"""Nodes and weights of E g(x) for a standard normal x, exact for polynomials of degree up to 15."""
 
 
 class Moments(NamedTuple):
@@ -125,12 +128,13 @@ def _least_denominator(features: FeatureMap, moments: Moments) -> Tensor:
     mean, square, isotropic, number = moments
     assert mean is not None
     largest = min(0.99 * kernel.radius, torch.finfo(mean.dtype).max)
-    nodes, weights = _NODES.to(mean), (_WEIGHTS / _WEIGHTS.sum()).to(mean).unsqueeze(-1)
-    values = kernel((_root(isotropic) * nodes).clamp(-largest, largest))
-    expected = values @ weights
+    spread = _root(isotropic)
+    values = [(weight, kernel((node * spread).clamp(-largest, largest))) for node, weight in _NODES]
+    expected = sum(weight * value for weight, value in values)
+    mean_square = sum(weight * value.square() for weight, value in values)
     typical = two_point_mean(kernel, mean, square)
     typical = typical + features.error * (expected - typical).clamp_min(0)
-    return torch.maximum(typical, STANDARD_ERRORS * features.error * _root(values.square() @ weights / number))
+    return torch.maximum(typical, STANDARD_ERRORS * features.error * _root(mean_square / number))
 
 
 def trust(features: FeatureMap, number: Tensor) -> Tensor:

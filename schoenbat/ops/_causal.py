@@ -227,12 +227,11 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         level = level + (1 - factor) * moments.mean
         level = level + lost_mass(moments.square - moments.mean.square(), factor, count)
         query = query * factor
-    products = look_up(query, far.sums, products)
-    found = products[..., -1:]
-    denominator = torch.maximum(found, count * least)
+    found = look_up(query, far.sums, products)
+    denominator = torch.maximum(found[..., -1:], count * least)
     # Numerators towards those of the mean value, of the same denominator.
     kept = trust(features, count)
-    found = torch.addcmul(kept * products, denominator - kept * found, far.total / count)
+    found = torch.addcmul(kept * found, denominator - kept * found[..., -1:], far.total / count)
     return found, torch.where(total > 0, level, LOWEST)
 
 

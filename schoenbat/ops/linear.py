@@ -154,9 +154,8 @@ def _counts(mask: Tensor | None, like: Tensor, repeats: int = 1) -> Tensor | Non
 
 def _extended(value: Tensor, key_mask: Tensor | None) -> Tensor:
     """[V, 1], with 0 for keys that are not there, whose values are 0."""
-    if key_mask is None:
-        return extend_value(value)
-    return torch.cat([value, _counts(key_mask, value).expand(*value.shape[:-1], 1)], -1)
+    counts = _counts(key_mask, value)
+    return extend_value(value) if counts is None else torch.cat([value, counts.expand(*value.shape[:-1], 1)], -1)
 
 
 def _through_plan(
@@ -194,8 +193,8 @@ def _bounded(
 ) -> Tensor:
     """As the module says of bounded maps; `weight` [B, H, M, 1] of the keys, or None for ones."""
     if weight is None:
-        mass = divisor = number = torch.full_like(key[..., :1, :1], key.shape[-2])
-        average, weighted = value.mean(-2, keepdim=True), key
+        mass = divisor = number = key.new_full((1, 1), max(1, key.shape[-2]))
+        average, weighted = value.sum(-2, keepdim=True) / divisor, key
         extended = extend_value(value - average)
     else:
         mass, weighted_value, weighted = weight.sum(-2, keepdim=True), value * weight, key * weight

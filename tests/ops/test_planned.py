@@ -8,9 +8,9 @@ from schoenbat.features.plan import expand, pull_back, push_forward
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS
 from schoenbat.ops import _planned
-from schoenbat.ops._planned import extend_value, quotient
+from schoenbat.ops._planned import attend_plainly
 from schoenbat.ops.linear import linear_attention
-from schoenbat.ops.reference import divide
+from schoenbat.ops.reference import divide, split
 
 SMALLEST = 1e-6
 
@@ -34,7 +34,9 @@ def make(head_dim: int, num_features: int) -> Sketch:
 
 
 def product_attention(query: Tensor, key: Tensor, value: Tensor, features: Sketch, key_weight: Tensor | None) -> Tensor:
-    return quotient(query, key, extend_value(value, key_weight), features.products(query.dtype, 1.0), SMALLEST)
+    weight = torch.ones_like(key[..., :1]) if key_weight is None else key_weight
+    products = attend_plainly(query, key, torch.cat([value * weight, weight], -1), features.products(query.dtype, 1.0))
+    return divide(*split(products), SMALLEST)
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
