@@ -10,7 +10,7 @@ import pickle
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,6 +32,8 @@ BEST_AFTER = 0.2
 CLIP_VALUE = 1.0
 REPORT_EVERY = 10
 """Losses are fetched from the device, checked and reported once in so many steps."""
+TOKENS_AT_ONCE = {"cpu": 2**15}
+"""What is worked through at a time where `micro_batch` is null: on a CPU, activations of more leave the cache."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class TrainingConfig:
 
     Attributes:
         micro_batch: a batch is worked through so many examples at a time, each time padded to their own longest text
-            only, and the gradients are added up; null for all at once. Without dropout the update is the same up to
-            rounding; with it, other units are dropped.
+            only, and the gradients are added up; null for as many as have 32,768 tokens on a CPU, for all elsewhere.
+            Without dropout the update is the same up to rounding; with it, other units are dropped.
     """
 
     batch_size: int
@@ -278,17 +280,15 @@ class _Run:
     def update(self, indices: np.ndarray) -> None:
         """One step of the optimiser on these training examples."""
         self.model.train()
-        parts = [self.dataset.batch("train", part) for part in _cut(indices, self.config.micro_batch)]
-        num_labels = sum(part.num_labels for part in parts)
+        parts = [self.dataset.batch("train", indices)]
+        size = self.config.micro_batch or examples_at_once(parts[0].tokens, self.device)
+        if size < len(indices):
+            cuts = range(0, len(indices), size)
+            parts = [self.dataset.batch("train", indices[start : start + size]) for start in cuts]
         # Dropout is the only user of torch's global generator here.
         torch.manual_seed((self.seed * 1_000_003 + self.state.step) % 2**63)
         self.optimizer.zero_grad(set_to_none=True)
-        figures = torch.zeros(2, device=self.device)
-        for part in parts:
-            loss_sum, correct = _score(self.model, part, self.device)
-            loss = loss_sum / num_labels
-            loss.backward()
-            figures = figures + torch.stack([loss.detach(), correct / num_labels])
+        figures = add_gradients(self.model, parts, self.device)
         nn.utils.clip_grad_value_(self.model.parameters(), CLIP_VALUE)
         self.optimizer.step()
         self.schedule.step()
@@ -465,11 +465,6 @@ def _remaining_batches(
                 step += 1
 
 
-def _cut(indices: np.ndarray, size: int | None) -> list[np.ndarray]:
-    """`indices` in pieces of `size`, the last one smaller where it does not divide them; one piece for None."""
-    return [indices] if size is None else [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
 def _in_order(
     model: nn.Module,
     dataset: Dataset,
@@ -487,6 +482,24 @@ def _in_order(
         done += len(indices)
         if on_batch is not None:
             on_batch(done, total)
+
+
+def examples_at_once(tokens: Tensor, device: torch.device) -> int:
+    """How many examples of a batch [B, num_texts, N] are worked through at a time where nothing says so; at least 1."""
+    limit = TOKENS_AT_ONCE.get(device.type)
+    return len(tokens) if limit is None else min(len(tokens), max(1, limit // max(1, tokens[0].numel())))
+
+
+def add_gradients(model: nn.Module, parts: Sequence[Batch], device: torch.device) -> Tensor:
+    """Add the gradients of the mean loss over all labels of `parts`; that loss and the accuracy, left on the device."""
+    num_labels = sum(part.num_labels for part in parts)
+    figures = torch.zeros(2, device=device)
+    for part in parts:
+        loss_sum, correct = _score(model, part, device)
+        loss = loss_sum / num_labels
+        loss.backward()
+        figures = figures + torch.stack([loss.detach(), correct / num_labels])
+    return figures
 
 
 def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

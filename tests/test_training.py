@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from schoenbat import training
 from schoenbat.data.arrays import IGNORED, Dataset, batches, write_dataset
 from schoenbat.errors import TrainingFailed, TrainingStopped, UserError
 from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
@@ -348,6 +349,20 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
         assert one.dev_accuracy == other.dev_accuracy
         assert one.train_accuracy == pytest.approx(other.train_accuracy, abs=1e-6)
     assert pieces.tokens <= whole.tokens
+
+
+@pytest.mark.parametrize("limit", [1, 130, 10**6])
+def test_where_nothing_is_said_a_batch_is_worked_through_as_many_tokens_at_a_time_as_the_cache_holds(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setitem(training.TOKENS_AT_ONCE, "cpu", limit)
+    net = model()
+    seen: list[int] = []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()) if net.training else None)
+    fit(net, dataset, CONFIG, seed=3, device=CPU)
+    longest = max(len(dataset.batch("train", np.array([i])).tokens[0, 0]) for i in range(90))
+    assert max(seen) <= max(limit, longest)
+    assert (len(seen) == CONFIG.steps) == (limit == 10**6)
 
 
 def test_dropout_differs_between_micro_batches(dataset: Dataset) -> None:

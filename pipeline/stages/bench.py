@@ -45,13 +45,14 @@ from pipeline.files import git_revision, write_csv
 from pipeline.grid.params import Params
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, KernelAttention
+from schoenbat.data.arrays import Batch
 from schoenbat.errors import TrainingFailed
 from schoenbat.kernels import KERNELS
 from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
 from schoenbat.nn.multihead import FormerConfig
 from schoenbat.norm import pre_sbn
 from schoenbat.registry import build_config
-from schoenbat.training import autocast
+from schoenbat.training import add_gradients, examples_at_once
 
 COLUMNS = (
     "attn",
@@ -346,6 +347,9 @@ def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
     tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
     labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)
     key_mask = torch.ones_like(tokens, dtype=torch.bool)
+    size = examples_at_once(tokens, device)
+    split = zip(tokens.split(size), key_mask.split(size), labels.split(size), strict=True)
+    parts = [Batch(some, mask, truth, len(truth)) for some, mask, truth in split]
 
     def step(attn: str) -> Callable[[], None]:
         model = _step_model(params, attn).to(device)
@@ -353,9 +357,7 @@ def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
 
         def call() -> None:
             optimiser.zero_grad()
-            with autocast(device):
-                logits = model(tokens, key_mask)
-            F.cross_entropy(logits.float(), labels).backward()
+            add_gradients(model, parts, device)
             optimiser.step()
 
         return call
