@@ -133,17 +133,22 @@ class FeatureMap(nn.Module):
         """P in `dtype`."""
         return self.projection_bits.view(torch.float32).to(dtype)
 
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """W [D] in `dtype`."""
+        return self.weight_bits.view(torch.float32).to(dtype)
+
     def products(self, dtype: torch.dtype, scale: float) -> Products:
         """For vectors whose dot products get the factor `scale`."""
-        weights = self.weight_bits.view(torch.float32).to(dtype)
-        return Products(self.projection(dtype) * math.sqrt(scale), weights.square().unsqueeze(-1), self.plan)
+        squares = self.weights(dtype).square().unsqueeze(-1)
+        return Products(self.projection(dtype) * math.sqrt(scale), squares, self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             products = expand(x.to(dtype) @ self.projection(dtype), self.plan)
-            return products * self.weight_bits.view(torch.float32).to(dtype)
+            is_weighted = any(run.weight != 1 for run in self.plan.runs)
+            return products * self.weights(dtype) if is_weighted else products
 
 
 def _pack_again(module: nn.Module, _: Any) -> None:
