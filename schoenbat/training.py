@@ -280,11 +280,7 @@ class _Run:
     def update(self, indices: np.ndarray) -> None:
         """One step of the optimiser on these training examples."""
         self.model.train()
-        parts = [self.dataset.batch("train", indices)]
-        size = self.config.micro_batch or examples_at_once(parts[0].tokens, self.device)
-        if size < len(indices):
-            cuts = range(0, len(indices), size)
-            parts = [self.dataset.batch("train", indices[start : start + size]) for start in cuts]
+        parts = self._cut(indices)
         # Dropout is the only user of torch's global generator here.
         torch.manual_seed((self.seed * 1_000_003 + self.state.step) % 2**63)
         self.optimizer.zero_grad(set_to_none=True)
@@ -295,6 +291,16 @@ class _Run:
         self.state.step += 1
         self.state.tokens += sum(part.tokens.numel() for part in parts)
         self.pending.append(figures)
+
+    def _cut(self, indices: np.ndarray) -> list[Batch]:
+        """The batch in the parts that are worked through one after another."""
+        size = self.config.micro_batch
+        if size is None:
+            whole = self.dataset.batch("train", indices)
+            size = examples_at_once(whole.tokens, self.device)
+            if size == len(indices):
+                return [whole]
+        return [self.dataset.batch("train", indices[start : start + size]) for start in range(0, len(indices), size)]
 
     def fetch(self) -> None:
         """Take the pending figures from the device; raises TrainingFailed where a loss is not finite."""
