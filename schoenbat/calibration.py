@@ -22,7 +22,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from schoenbat.estimate import WATCHERS, Estimate
 from schoenbat.features.plan import FeatureMap, Plan, Run
 from schoenbat.kernels import Kernel
 from schoenbat.nn.mha import MultiheadKernelAttention
-from schoenbat.ops._share import compare_exactly, share_explained
+from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import fill_masked
 
@@ -80,12 +80,22 @@ class FittedFeatures(FeatureMap):
         """Kept as a buffer, so that a state_dict brings it along."""
         return int(self.degree)
 
+    @property
+    def spread(self) -> list[float]:
+        """s_1, s_2, ... of the module."""
+        return self.spread_bits.view(torch.float64).tolist()
+
+    def resized(self, num_features: int) -> "FittedFeatures":
+        """Features of another number in the same basis, on the same device."""
+        other = FittedFeatures(self.kernel, num_features=num_features, max_degree=self.max_degree, spread=self.spread)
+        return other.to(self.spread_bits.device)
+
     def resample(self, generator: torch.Generator) -> None:
         """Nothing of this map is drawn."""
 
     def _pack(self) -> Tensor:
         """The coordinates in the order in which the runs take them; the plan follows from the spread, so it is set."""
-        spread = self.spread_bits.view(torch.float64).tolist()
+        spread = self.spread
         factors = [self.kernel.coefficient(n) * math.factorial(n) for n in range(self.max_degree + 1)]
         chosen = list(itertools.islice(_by_size(factors, spread), self.num_features))
         base = math.sqrt(factors[1]) if any(len(term.monomial) == 1 for term in chosen) else 1.0
@@ -262,14 +272,12 @@ def calibrate_tensors(
         query, key, positive = estimate.prepare(query, key, scale, key_mask)
         of_itself = self_attention and not is_causal
         making, judging = _halves(query, key, value, key_mask)
-        # What is prepared has been normalised.
-        plain = replace(estimate, normalize=False)
-        truth, uniform, _, rows, _ = compare_exactly(plain, *judging, is_causal, positive)
+        exact = compare_exactly(estimate.function, *judging, is_causal, positive, self_attention)
 
         def judge(candidate: Calibrated) -> float:
             q, k = candidate.turn(*judging[:2])
             found = attend(candidate.features, q, k, *judging[2:], is_causal, positive, self_attention=self_attention)
-            (share,) = share_explained(found[:, :, rows], truth, uniform, dim=(0, 1, 2, 3), keepdim=True)
+            (share,) = exact.share_explained(found, dim=(0, 1, 2, 3), keepdim=True)
             return share
 
         if not isinstance(current, Calibrated):
@@ -432,18 +440,14 @@ def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...
     if layer.estimate.normalize:
         raise UserError("a layer with normalize=True cannot be calibrated: pre-SBN comes after its projections")
     _check(layer.estimate)
-    given = dict(zip(("query", "key"), arguments, strict=False)) | named
-    seen: list[tuple[Any, ...]] = []
-    WATCHERS.append(lambda _, *tensors: seen.append(tensors[:-1]))
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    WATCHERS.append(lambda _, *tensors, features, **how: calls.append((tensors, how)))
     try:
         layer.forward(*arguments, **named)
     finally:
         WATCHERS.pop()
-    *tensors, scale = seen[0]
-    self_attention = given["query"] is given["key"]
-    fitted = calibrate_tensors(
-        *tensors, scale=scale, self_attention=self_attention, estimate=layer.estimate, current=layer.features
-    )
+    ((tensors, how),) = calls
+    fitted = calibrate_tensors(*tensors, **how, estimate=layer.estimate, current=layer.features)
     basis = fitted.basis()
     if basis is not None:
         layer.features = fitted.features

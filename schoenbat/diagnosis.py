@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from schoenbat.attention import KernelAttention
+from schoenbat.calibration import FittedFeatures
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHERS, Estimate
+from schoenbat.features.plan import FeatureMap
 from schoenbat.nn.mha import MultiheadKernelAttention
-from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly, share_explained
+from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import fill_masked
 
@@ -75,6 +77,7 @@ def diagnose_tensors(
     is_causal: bool = False,
     *,
     scale: float | None = None,
+    self_attention: bool = False,
     estimate: Estimate | None = None,
     num_features: tuple[int, ...] = NUM_FEATURES,
     layer: str = "",
@@ -82,30 +85,53 @@ def diagnose_tensors(
     """The share that `estimate` would explain of the attention of these tensors, per head, for each budget.
 
     Args:
-        query, key, value, key_mask, is_causal, scale: as for `Estimate.attend`.
+        query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`.
         estimate: the settings, whose `num_features` is not used; the default of `Estimate` where it is None.
         num_features: the budgets.
     """
     estimate = Estimate() if estimate is None else estimate
+    query, key, positive = estimate.prepare(query, key, scale, key_mask)
+    given = (query, key, value, key_mask, is_causal)
+    return _look(layer, num_features, estimate, *given, scale=positive, self_attention=self_attention)
+
+
+def _look(
+    layer: str,
+    num_features: tuple[int, ...],
+    estimate: Estimate,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    *,
+    scale: float,
+    self_attention: bool,
+    features: FeatureMap | None = None,
+) -> list[Head]:
+    """As `diagnose_tensors`, of what `schoenbat.estimate.WATCHERS` are shown."""
     with torch.no_grad():
         query, key, value = query.detach(), key.detach(), fill_masked(value.detach(), key_mask)
-        truth, uniform, scores, rows, allowed = compare_exactly(estimate, query, key, value, key_mask, is_causal, scale)
-        counts = allowed.sum(-1).clamp_min(1)
+        exact = compare_exactly(estimate.function, query, key, value, key_mask, is_causal, scale, self_attention)
+        scores, seen = exact.scores, exact.allowed.any(-1)
+        counts = exact.allowed.sum(-1).clamp_min(1)
         mean = scores.sum(-1) / counts
-        variance = (scores.square().sum(-1) / counts - mean.square()).clamp_min(0)
+        deviation = (scores.square().sum(-1) / counts - mean.square()).clamp_min(0).sqrt()
         largest = scores.abs().amax((0, 2, 3)).tolist()
-        spread = variance.sqrt().mean((0, 2)).tolist()
+        spread = (deviation.sum((0, 2)) / seen.sum().clamp_min(1)).tolist()
         shares: dict[int, list[float]] = {}
-        q, k, positive = estimate.prepare(query, key, scale, key_mask)
         for budget in num_features:
-            features = replace(estimate, num_features=budget).draw(query.shape[-1], positive, query.device)
-            found = attend(features, q, k, value, key_mask, is_causal, positive)
-            shares[budget] = share_explained(found[:, :, rows], truth, uniform, dim=(0, 2, 3))
+            if isinstance(features, FittedFeatures):
+                own: FeatureMap = features.resized(budget)
+            else:
+                own = replace(estimate, num_features=budget).draw(query.shape[-1], scale, query.device)
+            found = attend(own, query, key, value, key_mask, is_causal, scale, self_attention=self_attention)
+            shares[budget] = exact.share_explained(found, dim=(0, 2, 3))
     heads = []
     for head in range(query.shape[1]):
-        own = {budget: values[head] for budget, values in shares.items()}
-        needed = next((budget for budget in sorted(own) if own[budget] >= ENOUGH), None)
-        heads.append(Head(layer, head, largest[head], spread[head], own, needed))
+        of_head = {budget: values[head] for budget, values in shares.items()}
+        needed = next((budget for budget in sorted(of_head) if of_head[budget] >= ENOUGH), None)
+        heads.append(Head(layer, head, largest[head], spread[head], of_head, needed))
     return heads
 
 
@@ -116,16 +142,15 @@ def diagnose(
 
     Looked at are torch's nn.MultiheadAttention, `schoenbat.MultiheadKernelAttention`, the kernelised mechanisms of
     `schoenbat.attention`, and models of transformers whose attn_implementation was registered by schoenbat. A layer of
-    torch is taken for softmax attention.
+    torch is taken for softmax attention, and a calibrated layer is looked at in its basis.
 
     Raises:
         UserError: the model called no such layer.
     """
     found: list[Head] = []
 
-    def take(layer: str, estimate: Estimate, *tensors: Any, scale: float | None = None) -> None:
-        heads = diagnose_tensors(*tensors, scale=scale, estimate=estimate, num_features=num_features, layer=layer)
-        found.extend(heads)
+    def take(layer: str, *tensors: Any, **how: Any) -> None:
+        found.extend(_look(layer, num_features, *tensors, **how))
 
     handles = []
     inside: list[str] = []
@@ -138,11 +163,7 @@ def diagnose(
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
             handles.append(module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True))
     try:
-        WATCHERS.append(
-            lambda estimate, q, k, v, mask, causal, scale, _: take(
-                inside[-1] if inside else "", replace(estimate, normalize=False), q, k, v, mask, causal, scale=scale
-            )
-        )
+        WATCHERS.append(lambda *tensors, **how: take(inside[-1] if inside else "", *tensors, **how))
         with torch.no_grad():
             model(*inputs, **named_inputs)
     finally:
@@ -171,7 +192,7 @@ def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:
         kept = {name: given[name] for name in ("key_padding_mask", "attn_mask") if given.get(name) is not None}
         is_causal = bool(named.get("is_causal", False))
         others = WATCHERS[:]
-        WATCHERS[:] = [lambda estimate, q, k, v, mask, causal, scale, _: take(layer, Estimate(), q, k, v, mask, causal)]
+        WATCHERS[:] = [lambda _, *tensors, **how: take(layer, Estimate(), *tensors, **how)]
         try:
             twin.to(given["query"].device)(given["query"], given["key"], given["value"], is_causal=is_causal, **kept)
         finally:
@@ -182,6 +203,10 @@ def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:
 
 def _of_mechanism(layer: str, take: Callable[..., None]) -> Callable[..., None]:
     def hook(module: KernelAttention, arguments: tuple[Any, ...]) -> None:
-        take(layer, Estimate(module.kernel), *arguments)
+        query, key, value, key_mask, is_causal = (*arguments, None, False)[:5]
+        estimate = Estimate(module.kernel)
+        query, key, scale = estimate.prepare(query, key, None, key_mask)
+        # The layers of our models attend to their own tokens.
+        take(layer, estimate, query, key, value, key_mask, is_causal, scale=scale, self_attention=True)
 
     return hook

@@ -24,7 +24,7 @@ from schoenbat.ops.linear import attend
 
 ESTIMATORS = ("sketch", "maclaurin")
 WATCHERS: list[Callable[..., None]] = []
-"""Called with (estimate, query, key, value, key_mask, is_causal, scale, features) before attention is computed."""
+"""Called with (estimate, query, key, value, key_mask, is_causal, scale=, self_attention=, features=), all prepared."""
 
 
 @dataclass(frozen=True)
@@ -166,28 +166,33 @@ class Estimate:
         q, k, positive = self.prepare(query, key, scale, key_mask)
         if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], positive, query.device)
-        self.observe(q, k, value, key_mask, is_causal, positive, features)
         if features is None:
-            return self._exact(q, k, value, key_mask, is_causal, positive)
-        return attend(features, q, k, value, key_mask, is_causal, positive, block, self_attention)
+            out = self._exact(q, k, value, key_mask, is_causal, positive)
+        else:
+            out = attend(features, q, k, value, key_mask, is_causal, positive, block, self_attention)
+        self.observe(out, q, k, value, key_mask, is_causal, positive, self_attention, features)
+        return out
 
     def observe(
         self,
+        out: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         key_mask: Tensor | None,
         is_causal: bool,
         scale: float,
+        self_attention: bool,
         features: FeatureMap | None,
     ) -> None:
-        """Show prepared tensors to `schoenbat.diagnose`, and warn once if little of this attention is explained."""
+        """Show prepared tensors to `schoenbat.diagnose`, and warn once if `out` explains little of this attention."""
         if torch.compiler.is_compiling():
             return
         for watcher in WATCHERS:
-            watcher(self, query, key, value, key_mask, is_causal, scale, features)
+            tensors = (query, key, value, key_mask, is_causal)
+            watcher(self, *tensors, scale=scale, self_attention=self_attention, features=features)
         if features is not None:
-            warn_if_poor(self, query, key, value, key_mask, is_causal, scale, features)
+            warn_if_poor(self, out, query, key, value, key_mask, is_causal, scale, self_attention)
 
     def _exact(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float

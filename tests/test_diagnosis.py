@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import schoenbat
-from schoenbat import Estimate, MultiheadKernelAttention, PoorEstimateWarning, diagnose, diagnose_tensors
+from schoenbat import Estimate, MultiheadKernelAttention, PoorEstimateWarning, calibrate, diagnose, diagnose_tensors
 from schoenbat.errors import UserError
 from schoenbat.ops._share import _SEEN
 
@@ -45,6 +45,73 @@ def test_arguments_are_described() -> None:
     for head in (0, 1):
         assert found[head].largest <= float(scores[:, head].abs().max())
         assert found[head].spread == pytest.approx(float(scores[:, head].std(-1).mean()), rel=0.1)
+
+
+def test_self_attention_of_vectors_that_share_a_mean_is_looked_at_as_it_is_computed() -> None:
+    """Without that, the estimate around the mean query, which explains most, would be told to explain little."""
+    torch.manual_seed(0)
+    layer = MultiheadKernelAttention(64, 1, batch_first=True)
+    with torch.no_grad():
+        layer.in_proj_bias.normal_(std=4.0)
+    x = torch.randn(2, 150, 64)
+    others = torch.randn(2, 150, 64)
+    for key, least, most in ((x, 0.75, 1.0), (others, -0.05, 0.4)):
+        seen, outputs = [], []
+        handle = layer.out_proj.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        (head,) = diagnose(layer, x, key, key, num_features=(256,))
+        handle.remove()
+        exact = MultiheadKernelAttention(64, 1, batch_first=True, num_features=None)
+        exact.load_state_dict(layer.state_dict(), strict=False)
+        handle = exact.out_proj.register_forward_pre_hook(lambda _, given, outputs=outputs: outputs.append(given[0]))
+        exact(x, key, key)
+        handle.remove()
+        uniform = exact._project(x, key, key)[2].mean(1, keepdim=True)
+        error, distance = ((outputs[0] - other).square().sum() for other in (seen[0], uniform))
+        assert head.shares[256] == pytest.approx(float(1 - error / distance), abs=0.1)
+        assert least < head.shares[256] < most
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_queries_that_are_padding_are_not_looked_at(is_causal: bool) -> None:
+    query, key, value = tensors()
+    mask = torch.arange(200).expand(2, -1) < torch.tensor([[200], [140]])
+    how = {"key_mask": mask, "is_causal": is_causal, "self_attention": True, "num_features": (64,)}
+    clean = diagnose_tensors(query, key, value, **how)
+    soiled = (x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (query, key, value))
+    assert diagnose_tensors(*soiled, **how) == clean
+    assert all(0 < head.shares[64] < 1 for head in clean)
+
+
+def test_a_normalised_layer_is_looked_at_with_its_own_draw() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 100, 32)
+    layer = MultiheadKernelAttention(32, 1, batch_first=True, kernel="inverse", normalize=True, num_features=32)
+    (head,) = diagnose(layer, x, x, x, num_features=(32,))
+    q, k, v = (part.unsqueeze(1) for part in layer._project(x, x, x))
+    expected = diagnose_tensors(q, k, v, self_attention=True, estimate=layer.estimate, num_features=(32,))
+    exact, found = (Estimate("inverse", n, normalize=True).attend(q, k, v, self_attention=True) for n in (None, 32))
+    share = 1 - (found - exact).square().sum() / (exact - v.mean(2, keepdim=True)).square().sum()
+    assert head.shares[32] == pytest.approx(float(share), abs=0.05)
+    assert head.shares == expected[0].shares
+
+
+def test_a_calibrated_layer_is_looked_at_in_its_basis() -> None:
+    torch.manual_seed(0)
+    layer = MultiheadKernelAttention(64, 2, batch_first=True, num_features=16)
+    with torch.no_grad():
+        layer.in_proj_weight[:128] *= 10
+    x = torch.randn(4, 150, 64) * torch.arange(1, 65) ** -0.75
+    before = diagnose(layer, x, x, x, num_features=(16, 32))
+    (done,) = calibrate(layer, x, x, x)
+    assert done.max_degree is not None
+    assert done.after > done.before + 0.2
+    after = diagnose(layer, x, x, x, num_features=(16, 32))
+    for a, b in zip(before, after, strict=True):
+        assert b.shares[16] > a.shares[16] + 0.1
+        assert b.shares[32] >= b.shares[16] - 0.05
+        assert b.largest == pytest.approx(a.largest, rel=1e-3)
+    mean = sum(head.shares[16] for head in after) / 2
+    assert mean == pytest.approx(done.after, abs=0.1)
 
 
 def test_padding_does_not_matter() -> None:
@@ -92,6 +159,28 @@ def test_a_poor_drop_in_warns_once() -> None:
         schoenbat.dot_product_kernel_attention(*tensors(0.5), num_features=128)
 
 
+def test_no_warning_where_self_attention_is_explained() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, means = torch.randn(4, 1, 2, 200, 64, generator=generator).unbind(0)
+    query, key = query + 3 * means[:, :, :1], key + 3 * means[:, :, 1:2]
+    _SEEN.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schoenbat.dot_product_kernel_attention(query, key, value, self_attention=True)
+    _SEEN.clear()
+    with pytest.warns(PoorEstimateWarning):
+        schoenbat.dot_product_kernel_attention(query, key, value)
+
+
+def test_padding_hides_no_warning() -> None:
+    query, key, value = tensors(8.0, length=400)
+    mask = torch.arange(400).expand(2, -1) < 300
+    soiled = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (query, key, value)]
+    _SEEN.clear()
+    with pytest.warns(PoorEstimateWarning, match="256 features explain"):
+        schoenbat.dot_product_kernel_attention(*soiled, key_mask=mask, self_attention=True)
+
+
 def test_models_of_transformers_are_looked_at_through_our_attention() -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
     importlib.import_module("schoenbat.integrations.huggingface")
@@ -102,3 +191,27 @@ def test_models_of_transformers_are_looked_at_through_our_attention() -> None:
     found = diagnose(model, torch.randint(0, 60, (2, 90)), num_features=(64,))
     assert [head.layer for head in found] == [f"model.layers.{i}.self_attn" for i in (0, 1) for _ in range(4)]
     assert all(head.needed == 64 for head in found)
+
+
+def test_a_calibrated_model_of_transformers_is_looked_at_in_its_bases() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
+    module = importlib.import_module("schoenbat.integrations.huggingface")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=60, **sizes)
+    module.register("diagnosed", Estimate(num_features=16))
+    model = transformers.AutoModel.from_config(config, attn_implementation="diagnosed").eval()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            for part in (layer.attention.self.query, layer.attention.self.key):
+                part.weight.mul_(60 * torch.arange(1, 65) ** -1.0)
+    ids = torch.randint(0, 60, (4, 90))
+    before = diagnose(model, ids, num_features=(16,))
+    done = calibrate(model, ids)
+    after = diagnose(model, ids, num_features=(16,))
+    assert all(layer.max_degree is not None for layer in done)
+    assert len(before) == len(after) == 4
+    for number, layer in enumerate(done):
+        own = [head.shares[16] for head in after[2 * number : 2 * number + 2]]
+        assert sum(own) / 2 == pytest.approx(layer.after, abs=0.1)
+    assert sum(head.shares[16] for head in after) > sum(head.shares[16] for head in before)

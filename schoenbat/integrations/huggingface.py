@@ -249,9 +249,9 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
             elif isinstance(features, Calibrated):
                 query, key = features.turn(query, key)
                 features = features.features
-            if whole:
-                estimate.observe(query, key, value, key_mask, causal, scale, features)
             out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
+            if whole:
+                estimate.observe(out, query, key, value, key_mask, causal, scale, itself, features)
         return out.transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward

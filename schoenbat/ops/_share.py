@@ -1,14 +1,12 @@
 """The share of exact attention that an estimate explains, on some queries (see `schoenbat.diagnosis`)."""
 
 import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from schoenbat.features.plan import FeatureMap
-from schoenbat.ops.linear import attend
+from schoenbat.kernels import Kernel
 from schoenbat.ops.reference import fill_masked
 
 if TYPE_CHECKING:
@@ -26,26 +24,24 @@ class PoorEstimateWarning(UserWarning):
 
 def warn_if_poor(
     estimate: "Estimate",
+    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     is_causal: bool,
     scale: float,
-    features: FeatureMap,
+    self_attention: bool,
 ) -> None:
-    """Warn, once for each Estimate, if the first batch shows that it explains less than half of the attention."""
+    """Warn, once for each Estimate, if `out`, of its first batch, explains less than half of the attention."""
     if estimate in _SEEN:
         return
     _SEEN.add(estimate)
     with torch.no_grad():
-        query, key, value = query.detach(), key.detach(), fill_masked(value.detach(), key_mask)
-        # A prepared query has been normalised.
-        plain = replace(estimate, normalize=False)
-        truth, uniform, _, rows, _ = compare_exactly(plain, query, key, value, key_mask, is_causal, scale)
-        found = attend(features, query, key, value, key_mask, is_causal, scale)[:, :, rows]
+        out, query, key, value = (x.detach() for x in (out, query, key, value))
+        exact = compare_exactly(estimate.function, query, key, value, key_mask, is_causal, scale, self_attention)
         try:
-            (share,) = share_explained(found, truth, uniform, dim=(0, 1, 2, 3), keepdim=True)
+            (share,) = exact.share_explained(out, dim=(0, 1, 2, 3), keepdim=True)
         except RuntimeError:
             # Under vmap tensors have no values to look at.
             return
@@ -59,20 +55,46 @@ def warn_if_poor(
         )
 
 
+class Exact(NamedTuple):
+    """What is compared with: exact attention and uniform weights, of some queries.
+
+    Attributes:
+        truth, uniform: outputs [B, H, n, v].
+        scores: the kernel's arguments [B, H, n, M], 0 where a query may not attend.
+        allowed: bool [B, 1, n, M], where it may; nowhere for a query that is padding.
+        rows: [n], which queries.
+    """
+
+    truth: Tensor
+    uniform: Tensor
+    scores: Tensor
+    allowed: Tensor
+    rows: Tensor
+
+    def share_explained(self, out: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> list[float]:
+        """By `out` [B, H, N, v] of all queries, over the dimensions `dim`."""
+        seen = self.allowed.any(-1, keepdim=True)
+        error = (out[:, :, self.rows].to(self.truth.dtype) - self.truth).masked_fill(~seen, 0.0)
+        error, distance, size = (x.square().sum(dim, keepdim) for x in (error, self.truth - self.uniform, self.truth))
+        # Attention that is uniform is explained by anything.
+        share = 1 - error / distance.clamp_min(torch.finfo(distance.dtype).tiny)
+        return torch.where(error <= 1e-10 * size, 1.0, share).flatten().tolist()
+
+
 def compare_exactly(
-    estimate: "Estimate",
+    kernel: Kernel,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of some queries: exact and uniform outputs, the kernel's arguments [B, H, n, M], which queries, what they see."""
-    q, k, positive = estimate.prepare(query, key, scale, key_mask)
+    scale: float,
+    self_attention: bool,
+) -> Exact:
+    """Exact attention of some queries; arguments as `schoenbat.Estimate.prepare` leaves them."""
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
-    k, v = (fill_masked(x.to(wide), key_mask).repeat_interleave(groups, 1) for x in (k, value))
+    k, v = (fill_masked(x.to(wide), key_mask).repeat_interleave(groups, 1) for x in (key, value))
     length, keys = query.shape[2], key.shape[2]
     rows = torch.linspace(0, length - 1, min(_QUERIES, length), device=query.device).long()
     allowed = torch.ones(len(rows), keys, dtype=torch.bool, device=query.device)
@@ -81,17 +103,8 @@ def compare_exactly(
     allowed = allowed.expand(query.shape[0], 1, len(rows), keys)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
-    scores = positive * (q[:, :, rows].to(wide) @ k.mT).masked_fill(~allowed, 0.0)
-    truth = estimate.function.normalise(scores, allowed) @ v
+        if self_attention or is_causal:
+            allowed = allowed & key_mask[:, None, rows, None]
+    scores = scale * (query[:, :, rows].to(wide) @ k.mT).masked_fill(~allowed, 0.0)
     counts = allowed.sum(-1, keepdim=True).clamp_min(1)
-    return truth, allowed.to(wide) @ v / counts, scores, rows, allowed
-
-
-def share_explained(
-    found: Tensor, truth: Tensor, uniform: Tensor, dim: tuple[int, ...], keepdim: bool = False
-) -> list[float]:
-    error = (found.to(truth.dtype) - truth).square().sum(dim, keepdim)
-    distance = (truth - uniform).square().sum(dim, keepdim)
-    # Attention that is uniform is explained by anything.
-    share = 1 - error / distance.clamp_min(torch.finfo(truth.dtype).tiny)
-    return torch.where(error <= 1e-10 * truth.square().sum(dim, keepdim), 1.0, share).flatten().tolist()
+    return Exact(kernel.normalise(scores, allowed) @ v, allowed.to(wide) @ v / counts, scores, allowed, rows)
