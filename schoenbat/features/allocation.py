@@ -49,7 +49,7 @@ class Share:
     Attributes:
         degree: of the monomials that are its features.
         num_features: how many there are.
-        of: how many there could be: C(d, degree) products of different coordinates, or, where `exact`, all monomials.
+        of: how many describe the degree: N_degree harmonics, or, where `exact`, all monomials.
         exact: whether the degree's Maclaurin term comes out exactly, for all vectors.
         weight: the factor of a feature x_1 x_2 ... with different coordinates; sqrt(1 / m!) comes on top for a
             coordinate that is repeated m times.
@@ -200,13 +200,14 @@ def _allocate_rest(
         count = min(budget, capacity)
         # Below that it is rounding.
         if count and gains[degree] > 1e-26 * total:
-            share = count / num_harmonics(head_dim, degree)
+            harmonics = num_harmonics(head_dim, degree)
+            share = count / harmonics
             boost = min(0.5 + 3 * share, 1 + share, 1 / share)
             enlarged = boost * used[degree]
             gain = 2 * projections[degree] * enlarged - enlarged**2
             complete = degree <= 1 and count == capacity
             weight = math.sqrt(boost * weights[degree])
-            shares.append(Share(degree, count, capacity, complete, weight, gain / total))
+            shares.append(Share(degree, count, harmonics, complete, weight, gain / total))
             left -= count * gain
             budget -= count
     shares.sort(key=lambda share: share.degree)
