@@ -44,7 +44,7 @@ KEPT_AS = "kernel_features"
 CALIBRATING: list[Callable[..., None]] = []
 """Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
 value, key_mask, is_causal, scale, self_attention) before they look at the layer's features."""
-WORTHWHILE = 0.98
+WORTHWHILE = 0.97
 """A basis is taken if it leaves less than this part of the error: less than that is chance."""
 DEGREES = (1, 2, 3, 4, 6, 8, 12)
 _LARGEST = 1e9

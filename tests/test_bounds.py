@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from bounds import made_up, measure, points
+from bounds import LIMIT, made_up, measure, points
 from random_kernels import unsigned_kernels
 
-from schoenbat import Kernel
+from schoenbat import Estimate, Kernel
 
 KERNELS = unsigned_kernels(0)
 ALWAYS = ("x^2", "x^4", "0.001 + x^2", "0.01 + x^2", "yat", "exp(x - 20)", "1e-8 exp")
@@ -36,3 +38,35 @@ def test_the_example_whose_error_grew_with_the_number_of_features() -> None:
     assert rows
     assert not any(row.is_bad for row in rows)
     assert rows[-1].error < 1e-4
+
+
+def apart(head_dim: int, seed: int, length: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys that each vary in few directions of their own, as random projections of tokens do."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(1, 1, length, 64, generator=generator) * torch.arange(1, 65) ** -1.5
+    tokens = 8 * tokens / tokens.square().sum(-1).mean().sqrt()
+    query, key, value = (tokens @ torch.randn(64, head_dim, generator=generator) / 8 for _ in range(3))
+    return query / 2, key, value
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("dotf", "head_dim"), [("exp", 8), ("exp", 64), ("inverse", 64), ("sqrt", 8)])
+def test_where_queries_and_keys_vary_in_different_directions_it_is_no_worse_than_the_mean_value(
+    dotf: str, head_dim: int, is_causal: bool
+) -> None:
+    """Over eight draws for each of three sets of vectors, so that one draw decides nothing; all seeds are fixed."""
+    for seed in range(3):
+        query, key, value = apart(head_dim, seed)
+        longest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
+        scale = head_dim**-0.5 if dotf == "exp" else 0.9 / longest
+        exact = Estimate(dotf, None).attend(query, key, value, is_causal=is_causal, scale=scale)
+        counts = torch.arange(1, 257)[:, None] if is_causal else 256
+        uniform = (value.cumsum(2) if is_causal else value.sum(2, keepdim=True)) / counts
+        distance = (exact - uniform).square().sum()
+        for num_features in (4, 16, 31, 48, 330, 1024):
+            found = [
+                Estimate(dotf, num_features, seed=draw).attend(query, key, value, is_causal=is_causal, scale=scale)
+                for draw in range(8)
+            ]
+            error = torch.stack([(out - exact).square().sum() for out in found]).mean()
+            assert error < LIMIT**2 * distance, (num_features, seed)

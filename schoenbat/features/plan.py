@@ -51,6 +51,13 @@ class Plan(NamedTuple):
         ones = [1.0] * (bool(self.constant) + self.num_linear)
         return ones + [run.weight for run in self.runs for _ in range(run.length)]
 
+    def split(self, degree: int) -> tuple["Plan", "Plan"]:
+        """The features below `degree`, which come first, and the others."""
+        low = tuple(run for run in self.runs if len(run.offsets) < degree)
+        linear = self.num_linear if degree > 1 else 0
+        rest = Plan(0.0, self.num_linear - linear, self.runs[len(low) :], self.unit)
+        return Plan(self.constant, linear, low, self.unit), rest
+
 
 class Products(NamedTuple):
     """Features of vectors whose dot products get a factor, apart from their weights.
@@ -63,6 +70,12 @@ class Products(NamedTuple):
     projection: Tensor
     squares: Tensor
     plan: Plan
+
+    def split(self, degree: int) -> tuple["Products", "Products"]:
+        """As `Plan.split`."""
+        low, rest = self.plan.split(degree)
+        cut = low.num_features
+        return Products(self.projection, self.squares[:cut], low), Products(self.projection, self.squares[cut:], rest)
 
 
 class FeatureMap(nn.Module):
@@ -79,6 +92,7 @@ class FeatureMap(nn.Module):
         plan: which products the features are.
         centres: whether f is exp and attention shifts queries and keys to where the estimate is best.
         near: whether causal attention evaluates f itself within a chunk of tokens.
+        sketched: the lowest degree of which a random part is described; None where there is no such degree.
         is_bounded: whether the output is kept from being further off than that of uniform weights.
         error: expected relative error of the kernel on isotropic vectors, from 0 to 1.
         unexplained: the part of the variance of f over isotropic vectors that is not described, from 0 to 1.
@@ -90,6 +104,7 @@ class FeatureMap(nn.Module):
     weight_bits: Tensor
     centres = False
     near = False
+    sketched: int | None = None
     is_bounded = False
     error = 1.0
     unexplained = 1.0

@@ -78,6 +78,7 @@ class Sketch(FeatureMap):
         self.error = self.allocation.expected_error
         self.unexplained = self.allocation.unexplained
         self.shares = {0: 1.0, **{share.degree: share.num_features / share.of for share in self.allocation.shares}}
+        self.sketched = min((degree for degree, share in self.shares.items() if share < 1), default=None)
         with torch.device("cpu"):
             self.register_buffer("rotation_bits", torch.zeros(head_dim, head_dim, dtype=torch.int32))
         self.resample(generator)

@@ -11,7 +11,8 @@ a denominator that is too large only takes the output on the straight way to the
 
 That holds on average over many keys. Few may cancel, so that an N that is a sketch of little has more variance than it
 stands for: it is multiplied by n / (n + 4 u), with n the number of keys and u the part of the variance of f that the
-features do not describe (`trust`).
+features do not describe (`trust`). And it holds for isotropic vectors: where queries and keys vary in different
+directions, queries are cooled for what the features describe in part (`sketch_factor`).
 
 Moments are exact and cost one product of queries with a d x d matrix. A query of exp whose arguments spread further
 than the features describe is cooled: multiplied by a factor below 1, with which the output lies between the mean value
@@ -97,6 +98,39 @@ def limits_of(features: FeatureMap, moments: Moments) -> Limits:
     if moments.mean is not None:
         return Limits(factor, None, torch.exp(moments.mean * factor) * least)
     return Limits(factor, _even_excess(features, moments.square.clamp_max(limit)), least)
+
+
+def sketch_factor(
+    features: FeatureMap, projection: Tensor, query: Tensor, first: Tensor | None, second: Tensor, moments: Moments
+) -> Tensor | None:
+    """What queries are multiplied by for the degrees of which a random part is described; None for 1.
+
+    Queries and keys that vary in different directions have smaller arguments than isotropic vectors of these lengths,
+    while the noise of a random part of a degree is what it is for those. With r the mean square argument over the
+    isotropic one, up to 1, and s the share, r^n / (s r^n + 1 - s) is the factor of least expected error for the degree
+    n, and r / (s r + 1 - s) one for queries that comes close. A random part of the linear degree, which decides alone,
+    gets its own factor of least error: the covariance of what it says with the arguments, over its variance.
+
+    Args:
+        projection: of the features, [d, ...].
+        query, first, second: as for `moments_of`.
+    """
+    degree = features.sketched
+    if degree is None:
+        return None
+    tiny = torch.finfo(query.dtype).tiny
+    if degree > 1:
+        share = features.shares[degree]
+        ratio = (moments.square / moments.isotropic.clamp_min(tiny)).clamp_max(1)
+        return ratio / (share * ratio + 1 - share)
+    linear = projection[:, : features.plan.num_linear]
+    linear = linear / linear[:, :1].norm()
+    # A mean argument alone changes no weights.
+    covariance = linear.mT @ (second if first is None else second - first.mT @ first)
+    coordinates = query @ linear
+    common = ((coordinates @ covariance) * query).sum(-1, keepdim=True)
+    own = ((coordinates @ (covariance @ linear)) * coordinates).sum(-1, keepdim=True)
+    return (common / own.clamp_min(tiny)).clamp(0, 1)
 
 
 def _described(features: FeatureMap, variance: Tensor) -> Tensor:

@@ -83,3 +83,12 @@ def test_values_out_of_range_are_refused(changed: dict[str, float], message: str
     arguments = {"head_dim": 4, "num_features": 10, "scale": 0.5, "max_degree": 5, "fixed_norm": True} | changed
     with pytest.raises(ValueError, match=message):
         allocate(KERNELS.get("log")(), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_degree_is_described_by_as_many_features_as_it_has_harmonics() -> None:
+    """Of 8 coordinates there are C(8, 5) products of 5 different ones; C(12, 5) - C(10, 3) harmonics have degree 5."""
+    allocation = allocate(
+        KERNELS.get("exp")(), head_dim=8, num_features=330, scale=1.0, max_degree=20, fixed_norm=False
+    )
+    (share,) = [share for share in allocation.shares if share.degree == 5]
+    assert (share.num_features, share.of) == (56, 672)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from schoenbat.features.maclaurin import RandomMaclaurin
+from schoenbat.features.plan import expand
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
 
@@ -170,3 +171,25 @@ def test_a_saved_draw_can_be_loaded(num_features: int) -> None:
     assert not torch.equal(first(x), second(x))
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize(("num_features", "degree"), [(5, 1), (60, 2), (200, 3)])
+def test_features_come_in_two_parts_at_the_degree_that_is_sketched(num_features: int, degree: int) -> None:
+    features = Sketch(
+        KERNELS.get("exp")(),
+        head_dim=12,
+        num_features=num_features,
+        max_degree=8,
+        scale=1.0,
+        fixed_norm=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert features.sketched == degree
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+    products = features.products(torch.float32, 1.0)
+    parts = products.split(degree)
+    projected = x @ products.projection
+    whole, *both = (expand(projected, part.plan) for part in (products, *parts))
+    assert torch.equal(whole, torch.cat(both, -1))
+    assert torch.equal(products.squares, torch.cat([part.squares for part in parts]))
+    assert torch.allclose(expand(2 * projected, parts[1].plan)[:, -1], 2 ** max(features.shares) * whole[:, -1])
