@@ -6,8 +6,8 @@
 Query, key and value are random projections of the same tokens, whose i-th of 64 coordinates has the size i^-decay, or
 the value is independent of them; 256 tokens, two examples, three sets of vectors, three draws of features for each. For
 exp attention is computed with and without `self_attention`, its scale is 1 / sqrt(head_dim), and a query is `size`
-times as long as a key; for other kernels the largest argument is 0.9 times the lesser of the radius and 1. Printed are, for
-each kernel and number of features, the largest norm of the output's error over its norm for uniform weights, pooled
+times as long as a key; for other kernels the largest argument is 0.9 times the lesser of the radius and 1. Printed are,
+for each kernel and number of features, the largest norm of the output's error over its norm for uniform weights, pooled
 over draws, and how many points are above 1.05.
 """
 
