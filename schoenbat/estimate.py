@@ -105,7 +105,7 @@ class Estimate:
         expected = scale if self.normalize else min(1.0, kernel.radius / 2)
         features = Sketch(kernel, **sizes, scale=expected, fixed_norm=fixed, generator=generator)
         if self.normalize:
-            features.is_bounded = varies_much(kernel, scale)
+            features.is_bounded = varies_much(kernel, scale) or features.sketched == 1
         return features
 
     def draw(self, head_dim: int, scale: float | None = None, device: torch.device | None = None) -> FeatureMap:

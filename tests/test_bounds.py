@@ -50,23 +50,24 @@ def apart(head_dim: int, seed: int, length: int = 256) -> tuple[Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("dotf", "head_dim"), [("exp", 8), ("exp", 64), ("inverse", 64), ("sqrt", 8)])
+@pytest.mark.parametrize(
+    ("dotf", "head_dim", "normalize"),
+    [("exp", 8, False), ("exp", 64, False), ("inverse", 64, False), ("sqrt", 8, False), ("exp", 64, True)],
+)
 def test_where_queries_and_keys_vary_in_different_directions_it_is_no_worse_than_the_mean_value(
-    dotf: str, head_dim: int, is_causal: bool
+    dotf: str, head_dim: int, normalize: bool, is_causal: bool
 ) -> None:
     """Over eight draws for each of three sets of vectors, so that one draw decides nothing; all seeds are fixed."""
     for seed in range(3):
         query, key, value = apart(head_dim, seed)
         longest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
-        scale = head_dim**-0.5 if dotf == "exp" else 0.9 / longest
-        exact = Estimate(dotf, None).attend(query, key, value, is_causal=is_causal, scale=scale)
+        how = {"is_causal": is_causal, "scale": head_dim**-0.5 if dotf == "exp" else 0.9 / longest}
+        exact = Estimate(dotf, None, normalize=normalize).attend(query, key, value, **how)
         counts = torch.arange(1, 257)[:, None] if is_causal else 256
         uniform = (value.cumsum(2) if is_causal else value.sum(2, keepdim=True)) / counts
         distance = (exact - uniform).square().sum()
         for num_features in (4, 16, 31, 48, 330, 1024):
-            found = [
-                Estimate(dotf, num_features, seed=draw).attend(query, key, value, is_causal=is_causal, scale=scale)
-                for draw in range(8)
-            ]
+            estimates = (Estimate(dotf, num_features, seed=draw, normalize=normalize) for draw in range(8))
+            found = [estimate.attend(query, key, value, **how) for estimate in estimates]
             error = torch.stack([(out - exact).square().sum() for out in found]).mean()
             assert error < LIMIT**2 * distance, (num_features, seed)
