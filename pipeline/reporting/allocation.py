@@ -100,7 +100,7 @@ def _degrees_table(allocations: dict[Key, Allocation], chosen: int, circumstance
         title=f"Features of each degree at {chosen:,} features",
         values=values,
         shown=pd.DataFrame(shown),
-        caption="of: how many there could be; exact: all of them, so that this term of the series comes out exactly "
+        caption="of: how many describe all of it; exact: they do, so that this term of the series comes out exactly "
         "for all vectors; gain: what the degree takes off the expected squared error, relative to the mean of f^2. "
         "Harmonics of low degrees are part of higher powers, so that a kernel whose series lacks a degree may have "
         f"features of it. {circumstances} Other numbers of features: CSV.",
