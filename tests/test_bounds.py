@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from apart import vectors
 from bounds import LIMIT, made_up, measure, points
 from random_kernels import unsigned_kernels
 
@@ -40,15 +40,6 @@ def test_the_example_whose_error_grew_with_the_number_of_features() -> None:
     assert rows[-1].error < 1e-4
 
 
-def apart(head_dim: int, seed: int, length: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys that each vary in few directions of their own, as random projections of tokens do."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 1, length, 64, generator=generator) * torch.arange(1, 65) ** -1.5
-    tokens = 8 * tokens / tokens.square().sum(-1).mean().sqrt()
-    query, key, value = (tokens @ torch.randn(64, head_dim, generator=generator) / 8 for _ in range(3))
-    return query / 2, key, value
-
-
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("dotf", "head_dim", "normalize"),
@@ -59,7 +50,7 @@ def test_where_queries_and_keys_vary_in_different_directions_it_is_no_worse_than
 ) -> None:
     """Over eight draws for each of three sets of vectors, so that one draw decides nothing; all seeds are fixed."""
     for seed in range(3):
-        query, key, value = apart(head_dim, seed)
+        query, key, value = vectors(seed, head_dim, decay=1.5, size=0.5, is_alike=True)
         longest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
         how = {"is_causal": is_causal, "scale": head_dim**-0.5 if dotf == "exp" else 0.9 / longest}
         exact = Estimate(dotf, None, normalize=normalize).attend(query, key, value, **how)
