@@ -12,7 +12,7 @@ a denominator that is too large only takes the output on the straight way to the
 That holds on average over many keys. Few may cancel, so that an N that is a sketch of little has more variance than it
 stands for: it is multiplied by n / (n + 4 u), with n the number of keys and u the part of the variance of f that the
 features do not describe (`trust`). And it holds for isotropic vectors: where queries and keys vary in different
-directions, queries are cooled for what the features describe in part (`sketch_factor`).
+directions, queries are cooled for what the features describe in part (`cooled_parts`).
 
 Moments are exact and cost one product of queries with a d x d matrix. A query of exp whose arguments spread further
 than the features describe is cooled: multiplied by a factor below 1, with which the output lies between the mean value
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schoenbat.features.plan import FeatureMap
+from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops.reference import two_point_mean
 
 STANDARD_ERRORS = 3.0
@@ -100,10 +100,10 @@ def limits_of(features: FeatureMap, moments: Moments) -> Limits:
     return Limits(factor, _even_excess(features, moments.square.clamp_max(limit)), least)
 
 
-def sketch_factor(
-    features: FeatureMap, projection: Tensor, query: Tensor, first: Tensor | None, second: Tensor, moments: Moments
-) -> Tensor | None:
-    """What queries are multiplied by for the degrees of which a random part is described; None for 1.
+def cooled_parts(
+    features: FeatureMap, products: Products, query: Tensor, first: Tensor | None, second: Tensor, moments: Moments
+) -> list[tuple[Tensor, Products]]:
+    """The products, lowest degrees first, with the queries that they see: cooler ones where a random part is described.
 
     Queries and keys that vary in different directions have smaller arguments than isotropic vectors of these lengths,
     while the noise of a random part of a degree is what it is for those. With r the mean square argument over the
@@ -112,25 +112,35 @@ def sketch_factor(
     gets its own factor of least error: the covariance of what it says with the arguments, over its variance.
 
     Args:
-        projection: of the features, [d, ...].
         query, first, second: as for `moments_of`.
     """
     degree = features.sketched
     if degree is None:
-        return None
+        return [(query, products)]
     tiny = torch.finfo(query.dtype).tiny
     if degree > 1:
         share = features.shares[degree]
         ratio = (moments.square / moments.isotropic.clamp_min(tiny)).clamp_max(1)
-        return ratio / (share * ratio + 1 - share)
-    linear = projection[:, : features.plan.num_linear]
+        factor = ratio / (share * ratio + 1 - share)
+    else:
+        factor = _linear_factor(products, query, second if first is None else second - first.mT @ first)
+    low, rest = products.split(degree)
+    return [(query, low), (query * factor, rest)]
+
+
+def _linear_factor(products: Products, query: Tensor, covariance: Tensor) -> Tensor:
+    """As `cooled_parts` says, where the linear degree is incomplete.
+
+    Args:
+        covariance: of the keys, [..., d, d]: a mean argument alone changes no weights.
+    """
+    linear = products.projection[:, : products.plan.num_linear]
     linear = linear / linear[:, :1].norm()
-    # A mean argument alone changes no weights.
-    covariance = linear.mT @ (second if first is None else second - first.mT @ first)
+    covariance = linear.mT @ covariance
     coordinates = query @ linear
     common = ((coordinates @ covariance) * query).sum(-1, keepdim=True)
     own = ((coordinates @ (covariance @ linear)) * coordinates).sum(-1, keepdim=True)
-    return (common / own.clamp_min(tiny)).clamp(0, 1)
+    return (common / own.clamp_min(torch.finfo(query.dtype).tiny)).clamp(0, 1)
 
 
 def _described(features: FeatureMap, variance: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap
-from schoenbat.ops._bounds import limits_of, lost_mass, moments_of, sketch_factor, trust
+from schoenbat.ops._bounds import cooled_parts, limits_of, lost_mass, moments_of, trust
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, look_up_in_parts, sum_keys
 from schoenbat.ops.reference import divide, split, two_point_mean
@@ -227,9 +227,7 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         level = level + (1 - factor) * moments.mean
         level = level + lost_mass(moments.square - moments.mean.square(), factor, count)
         query = query * factor
-    cooler = sketch_factor(features, products.projection, query, first, second, moments)
-    cooled = None if cooler is None else query * cooler
-    found = look_up_in_parts(query, cooled, far.sums, products, features.sketched)
+    found = look_up_in_parts(cooled_parts(features, products, query, first, second, moments), far.sums)
     denominator = torch.maximum(found[..., -1:], count * least)
     # Numerators towards those of the mean value, of the same denominator.
     kept = trust(features, count)

@@ -52,32 +52,25 @@ def attend_plainly(query: Tensor, key: Tensor, extended: Tensor, products: Produ
     return look_up(query, sum_keys(key, extended, products), products)
 
 
-def attend_in_parts(
-    query: Tensor, cooled: Tensor | None, key: Tensor, extended: Tensor, products: Products, degree: int | None
-) -> Tensor:
-    """As `attend_plainly`; features of `degree` and above see the queries `cooled`."""
-    if degree is None or cooled is None:
-        return attend_plainly(query, key, extended, products)
-    low, rest = products.split(degree)
-    out = attend_plainly(cooled, key, extended, rest)
-    if low.plan.runs:
-        return out + attend_plainly(query, key, extended, low)
-    if low.plan.num_linear:
-        # All coordinates in an orthogonal basis: dot products themselves, times the square of its vectors' length.
-        slope = products.projection[:, 0].square().sum()
-        out = out + query @ (key.mT @ extended * slope)
-    return out + low.plan.constant**2 * extended.sum(-2, keepdim=True)
+def attend_in_parts(parts: list[tuple[Tensor, Products]], key: Tensor, extended: Tensor) -> Tensor:
+    """As `attend_plainly`, with queries for each part of the products; a part before the last has complete degrees."""
+    *complete, (query, rest) = parts
+    out = attend_plainly(query, key, extended, rest)
+    for query, products in complete:
+        if products.plan.runs:
+            out = out + attend_plainly(query, key, extended, products)
+            continue
+        if products.plan.num_linear:
+            # All coordinates in an orthogonal basis: dot products themselves, times the square of its vectors' length.
+            out = out + query @ (key.mT @ extended * products.projection[:, 0].square().sum())
+        out = out + products.plan.constant**2 * extended.sum(-2, keepdim=True)
+    return out
 
 
-def look_up_in_parts(
-    query: Tensor, cooled: Tensor | None, summed: Tensor, products: Products, degree: int | None
-) -> Tensor:
-    """As `look_up`; features of `degree` and above see the queries `cooled`."""
-    if degree is None or cooled is None:
-        return look_up(query, summed, products)
-    low, rest = products.split(degree)
-    cut = low.plan.num_features
-    return look_up(query, summed[..., :cut, :], low) + look_up(cooled, summed[..., cut:, :], rest)
+def look_up_in_parts(parts: list[tuple[Tensor, Products]], summed: Tensor) -> Tensor:
+    """As `look_up`, with queries for each part of the products."""
+    sums = summed.split([products.plan.num_features for _, products in parts], -2)
+    return _total([look_up(query, own, products) for (query, products), own in zip(parts, sums, strict=True)])
 
 
 def extend_value(value: Tensor) -> Tensor:

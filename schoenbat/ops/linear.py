@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops import _causal
-from schoenbat.ops._bounds import limits_of, moments_of, sketch_factor, trust
+from schoenbat.ops._bounds import cooled_parts, limits_of, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_in_parts, attend_plainly, extend_value
 from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
@@ -208,10 +208,8 @@ def _bounded(
     moments = moments_of(query, first, second, number)
     factor, excess, least = limits_of(features, moments)
     query = query if factor is None else query * factor
-    cooler = sketch_factor(features, products.projection, query, first, second, moments)
-    cooled = None if cooler is None else query * cooler
-    products_of_all = attend_in_parts(query, cooled, key, extended, products, features.sketched)
-    deviation, denominator = split(products_of_all)
+    parts = cooled_parts(features, products, query, first, second, moments)
+    deviation, denominator = split(attend_in_parts(parts, key, extended))
     denominator = torch.maximum(denominator if excess is None else denominator - mass * excess, mass * least)
     # Where no key is there, all is 0.
     denominator = torch.where(denominator > 0, denominator, 1.0)
