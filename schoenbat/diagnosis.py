@@ -145,7 +145,8 @@ def diagnose(
     torch is taken for softmax attention, and a calibrated layer is looked at in its basis.
 
     Raises:
-        UserError: the model called no such layer.
+        UserError: the model called no such layer, or one whose attention schoenbat does not have, such as that of
+            nn.MultiheadAttention with add_bias_kv or a mask of pairs of tokens.
     """
     found: list[Head] = []
 
@@ -162,12 +163,16 @@ def diagnose(
         else:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
             handles.append(module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True))
+    # torch's encoder would hand nested tensors to its layers, for a fused form that hooks keep it from.
+    was_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    WATCHERS.append(lambda *tensors, **how: take(inside[-1] if inside else "", *tensors, **how))
     try:
-        WATCHERS.append(lambda *tensors, **how: take(inside[-1] if inside else "", *tensors, **how))
         with torch.no_grad():
             model(*inputs, **named_inputs)
     finally:
         WATCHERS.pop()
+        torch.backends.mha.set_fastpath_enabled(was_fused)
         for handle in handles:
             handle.remove()
     if not found:
@@ -183,9 +188,13 @@ def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:
             module.embed_dim,
             module.num_heads,
             bias=module.in_proj_bias is not None,
+            add_bias_kv=module.bias_k is not None,
+            add_zero_attn=module.add_zero_attn,
             kdim=module.kdim,
             vdim=module.vdim,
             batch_first=module.batch_first,
+            device=module.out_proj.weight.device,
+            dtype=module.out_proj.weight.dtype,
             num_features=None,
         )
         twin.load_state_dict(module.state_dict())
@@ -194,7 +203,7 @@ def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:
         others = WATCHERS[:]
         WATCHERS[:] = [lambda _, *tensors, **how: take(layer, Estimate(), *tensors, **how)]
         try:
-            twin.to(given["query"].device)(given["query"], given["key"], given["value"], is_causal=is_causal, **kept)
+            twin(given["query"], given["key"], given["value"], is_causal=is_causal, **kept)
         finally:
             WATCHERS[:] = others
 

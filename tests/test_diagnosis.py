@@ -143,6 +143,34 @@ def test_layers_of_torch_and_their_replacements_are_found_by_name() -> None:
     assert "can be replaced with 64 features" in str(before[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_of_torch_in_any_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True), torch.randn(2, 80, 32)
+    expected = diagnose(layer, x, num_features=(64,))
+    found = diagnose(layer.to(dtype), x.to(dtype), num_features=(64,))
+    for a, b in zip(expected, found, strict=True):
+        assert a.shares[64] == pytest.approx(b.shares[64], abs=0.02)
+
+
+def test_a_trained_encoder_of_torch_with_padding_is_looked_at_as_it_is() -> None:
+    """In eval mode it makes nested tensors of padded inputs, which no layer takes that is watched."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True), torch.randn(2, 80, 32)
+    padding = torch.arange(80) >= torch.tensor([[80], [50]])
+    expected = diagnose(model, x, src_key_padding_mask=padding, num_features=(64,))
+    assert diagnose(model.eval(), x, src_key_padding_mask=padding, num_features=(64,)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_attention_of_torch_that_schoenbat_does_not_have_is_an_error(option: str) -> None:
+    layer, x = nn.MultiheadAttention(32, 4, batch_first=True, **{option: True}), torch.randn(2, 80, 32)
+    with pytest.raises(UserError, match="add_bias_kv and add_zero_attn are not supported"):
+        diagnose(layer, x, x, x)
+
+
 def test_a_model_without_attention_is_an_error() -> None:
     with pytest.raises(UserError, match="Linear called no attention layer that schoenbat knows"):
         diagnose(nn.Linear(2, 2), torch.ones(1, 2))
