@@ -381,9 +381,10 @@ class Calibration:
     max_degree: int | None
 
     def __str__(self) -> str:
+        name = self.layer or "the layer"
         if self.max_degree is None:
-            return f"{self.layer}: left as it is, with {self.before:.2f} of the attention explained"
-        return f"{self.layer}: share explained {self.before:.2f}, now {self.after:.2f} (degree {self.max_degree})"
+            return f"{name}: left as it is, with {self.before:.2f} of the attention explained"
+        return f"{name}: share explained {self.before:.2f}, now {self.after:.2f} (degree {self.max_degree})"
 
 
 def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calibration]:

@@ -196,6 +196,7 @@ def test_a_calibrated_model_is_nearer_to_exact_attention_which_stays_the_same() 
     assert torch.allclose(of_exact(model, new), truth, atol=1e-4)
     assert (model(new) - truth).norm() < 0.5 * before
     assert str(done[0]).startswith("layers.0: share explained 0.")
+    assert str(calibrate(model.layers[0], *[tokens(0)] * 3)[0]).startswith("the layer: ")
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"kdim": 24, "vdim": 40}])
