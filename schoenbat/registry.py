@@ -49,8 +49,8 @@ class Registry(Generic[T]):
     Args:
         kind: what an unknown name is called in an error, such as "task".
         package: the package whose files are the components; files that begin with an underscore are not, and neither
-            are links that lead out of the package, which stand for components of other distributions (see
-            `pipeline.grid.components`).
+            are those of variants, or links that lead out of the package, which stand for components of other
+            distributions (see `pipeline.grid.components`).
         base: the class that each component derives from.
         has_variants: `get` takes names of variants, too, as the components have settings.
     """
@@ -117,7 +117,7 @@ class Registry(Generic[T]):
         return {
             path.stem: path
             for path in folder.glob("*.py")
-            if not path.stem.startswith("_") and (not path.is_symlink() or path.resolve() == home / path.name)
+            if _NAME.fullmatch(path.stem) and (not path.is_symlink() or path.resolve() == home / path.name)
         }
 
     def _load(self, entry: EntryPoint) -> type[T]:
