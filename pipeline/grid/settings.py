@@ -39,7 +39,8 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     try:
-        return YAML(typ="safe").load(text)
+        # In Python, whose messages tell more than those of the parser in C.
+        return YAML(typ="safe", pure=True).load(text)
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except (YAMLError, ValueError, KeyError) as error:
