@@ -155,7 +155,9 @@ def test_a_link_that_leads_elsewhere_is_no_component_of_this_package(tmp_path: P
 
 
 def test_an_installation_from_a_checkout_with_variants_has_no_component_more(tmp_path: Path) -> None:
-    shutil.copytree(Path(registry.__file__).parent, tmp_path / "schoenbat", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(registry.__file__).parent, tmp_path / "schoenbat", ignore=shutil.ignore_patterns("__pycache__")
+    )
     expected = listed(tmp_path)
     # An installer copies the file that a link leads to.
     shutil.copy(tmp_path / "schoenbat/attention/rmfa.py", tmp_path / "schoenbat/attention/rmfa+wide.py")
