@@ -178,12 +178,17 @@ class _Run:
         cells = [cell.id for cell in self._chosen]
         options = Options(folder, environment, at_once, params.run.retries, self._wishes.fail_fast, self._holds)
         try:
-            with session.StopSignals() as stops, show_grid(params.profile, cells, state) as show:
+            with session.StopSignals() as stops:
                 try:
-                    with contextlib.closing(run_jobs(self._jobs, backend, lease, options, state, stops)) as events:
+                    with (
+                        show_grid(params.profile, cells, state) as show,
+                        contextlib.closing(run_jobs(self._jobs, backend, lease, options, state, stops)) as events,
+                    ):
                         for event in events:
                             show(event)
                             self._note(event)
+                    # Before the record of it, for which DVC may take a minute.
+                    self._show_report()
                 finally:
                     lease.end()
                     self._recorded(self._recorder.finish(patient=stops() < 2))
@@ -213,6 +218,12 @@ class _Run:
     def _recorded(self, names: Sequence[str]) -> None:
         _drop_checkpoints(self._params, self._graph, names)
 
+    def _show_report(self) -> None:
+        reports = [job.name for job in self._jobs if any(self._graph.gathers[stage.name] for stage in job.stages)]
+        if reports and not any(name in self._ended for name in reports):
+            print()
+            _show_results(self._params)
+
     def _close(self, backend: Backend) -> None:
         try:
             backend.close()
@@ -221,10 +232,6 @@ class _Run:
 
     def _summarise(self) -> int:
         profile, ended = self._params.profile, self._ended
-        reports = [job.name for job in self._jobs if any(self._graph.gathers[stage.name] for stage in job.stages)]
-        if reports and not any(name in ended for name in reports):
-            print()
-            _show_results(self._params)
         causes = {str(event.cause): event for event in ended.values() if event.state in ("failed", "unavailable")}
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")
