@@ -50,7 +50,7 @@ class Options:
         jobs: how many run at once, on all devices together.
         retries: how often a job that crashed or ran out of memory is tried again.
         fail_fast: the first failure stops the grid.
-        holds: says of an exclusive job, which is about to start, whether it has to wait for something else.
+        holds: whether exclusive jobs, which are about to start, have to wait for something else.
     """
 
     logs: Path
@@ -58,7 +58,7 @@ class Options:
     jobs: int = 1
     retries: int = 2
     fail_fast: bool = False
-    holds: Callable[[Job], bool] = lambda job: False
+    holds: Callable[[], bool] = lambda: False
 
 
 def run_jobs(
@@ -163,7 +163,7 @@ class _Engine:
             exclusive = task.job.exclusive
             blocked = any(running.job.exclusive for running in self._running.values())
             last = exclusive and (
-                bool(self._running) or self._unfinished > self._count_exclusive() or self._options.holds(task.job)
+                bool(self._running) or self._unfinished > self._count_exclusive() or self._options.holds()
             )
             load = None if full or blocked or last else place(task.job, self._loads, alone=task.alone or exclusive)
             if load is None:

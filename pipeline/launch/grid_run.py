@@ -159,6 +159,8 @@ class _Run:
         self._params, self._graph, self._chosen = params, graph, chosen
         self._jobs, self._wishes, self._recorder = jobs, wishes, recorder
         self._stages = {job.name: [stage.name for stage in job.stages] for job in jobs}
+        self._exclusive = {job.name for job in jobs if job.exclusive}
+        self._only_exclusive = False
         self._ended: dict[str, Event] = {}
 
     def run(self, backend: Backend, at_once: int) -> int:
@@ -209,11 +211,13 @@ class _Run:
             self._recorder.add(stage for stage in self._stages[event.job] if receipt_file(stage).exists())
         if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
             self._ended[event.job] = event
-        self._recorded(self._recorder.poll())
+        self._only_exclusive |= event is not None and event.state == "started" and event.job in self._exclusive
+        if not self._only_exclusive:
+            self._recorded(self._recorder.poll())
 
-    def _holds(self, job: Job) -> bool:
-        """What gathers results reads files that DVC touches when it records them."""
-        return not self._recorder.is_idle() and any(self._graph.gathers[stage.name] for stage in job.stages)
+    def _holds(self) -> bool:
+        """DVC takes a core from what measures time, and touches files that are gathered: not beside it."""
+        return not self._only_exclusive and not self._recorder.is_idle()
 
     def _recorded(self, names: Sequence[str]) -> None:
         _drop_checkpoints(self._params, self._graph, names)

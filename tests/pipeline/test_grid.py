@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, RMFA, make_small, numbers, processes_of, start_grid, tracked_runs
+
+from pipeline.record import writer
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -67,6 +69,29 @@ def test_in_parallel_as_one_after_another_and_dvc_has_nothing_to_do(small: Proje
 
     found = numbers(small.folder)
     assert one_after_another(small.folder, invoke) == found
+
+
+def test_dvc_records_nothing_beside_what_measures_time(
+    small: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.set("grid.kernel.attn", [])
+    measuring, report = Path("logs/tiny/bench@tiny.job.json"), Path("reports/tiny/index.html")
+    seen: list[tuple[bool, bool]] = []
+    record = writer.record
+
+    def record_slowly(names: Sequence[str]) -> dict[str, str]:
+        before = measuring.exists()
+        time.sleep(1)
+        results = record(names)
+        seen.append((before, measuring.exists()))
+        assert report.exists() == before
+        return results
+
+    monkeypatch.setattr(writer, "record", record_slowly)
+    code, out, _ = invoke("run", "--grid")
+    assert code == 0, out
+    assert set(seen) == {(False, False), (True, True)}
+    assert seen.count((True, True)) == 1
 
 
 def state_of(cell: str, invoke: Invoke) -> str:
