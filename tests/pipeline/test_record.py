@@ -256,8 +256,11 @@ def test_a_list_of_readers_and_writers_is_dropped_when_it_is_damaged_or_nobody_i
     writer.drop_stale_rwlock(path)
     assert not path.exists()
     for arguments, stays in (([], False), (["dvc"], True)):
-        command = [sys.executable, "-c", "input()", *arguments]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=tmp_path) as process:
+        command = [sys.executable, "-c", "print(flush=True); input()", *arguments]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:  # type: ignore[call-overload]
+            # Before it runs it has no command yet.
+            process.stdout.readline()
             holder = {"pid": process.pid, "cmd": "dvc repro"}
             path.write_text(json.dumps({"write": {"a": holder}, "read": {"b": [holder]}}))
             writer.drop_stale_rwlock(path)
