@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from schoenbat import MultiheadKernelAttention, calibrate, diagnose
 from schoenbat.estimate import WATCHERS
 
-WIDTH, HEADS, LAYERS, LENGTH = 128, 2, 3, 512
+WIDTH, HEADS, LAYERS = 128, 2, 3
 BATCH, TEST_BATCHES = 8, 32
+ESTIMATES = ("sketch", "calibrated", "maclaurin")
 
 
 class Uniform(nn.Module):
@@ -31,7 +32,7 @@ class Uniform(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: object) -> tuple[Tensor, None]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: object) -> tuple[Tensor, None]:
         _, _, v = self.attention._project(query, key, value)
         counts = torch.arange(1, v.shape[1] + 1, device=v.device)[:, None]
         return self.attention.out_proj(v.cumsum(1) / counts), None
@@ -40,10 +41,10 @@ class Uniform(nn.Module):
 class LanguageModel(nn.Module):
     """Bytes [B, N] to logits [B, N, 256] of the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(256, WIDTH)
-        self.positions = nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.02)
+        self.positions = nn.Parameter(torch.randn(length, WIDTH) * 0.02)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * LAYERS + 1))
         self.attentions = nn.ModuleList(
             MultiheadKernelAttention(WIDTH, HEADS, batch_first=True, num_features=None) for _ in range(LAYERS)
@@ -63,13 +64,13 @@ class LanguageModel(nn.Module):
 
     def switch(self, **settings: object) -> "LanguageModel":
         """The same weights with other attention: arguments of MultiheadKernelAttention, or `uniform`."""
-        other = LanguageModel()
+        other = LanguageModel(len(self.positions))
         for i in range(LAYERS):
             if settings != {"uniform": True}:
                 other.attentions[i] = MultiheadKernelAttention(WIDTH, HEADS, batch_first=True, **settings)  # type: ignore[arg-type]
         # Weights alone: the draw of the features is that of the settings.
         other.load_state_dict(self.state_dict(), strict=False)
-        other.to(device_of(self))
+        other.to(self.positions.device)
         if settings == {"uniform": True}:
             other.attentions = nn.ModuleList(Uniform(attention) for attention in other.attentions)  # type: ignore[arg-type]
         return other
@@ -84,27 +85,26 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return data[:cut], data[cut:]
 
 
-def batch(data: np.ndarray, generator: np.random.Generator, size: int) -> Tensor:
-    starts = generator.integers(0, len(data) - LENGTH - 1, size)
-    return torch.from_numpy(np.stack([data[s : s + LENGTH + 1] for s in starts]).astype(np.int64))
+def batch(model: LanguageModel, data: np.ndarray, generator: np.random.Generator, size: int) -> Tensor:
+    """Bytes [size, length + 1], where the model is."""
+    length = len(model.positions)
+    starts = generator.integers(0, len(data) - length - 1, size)
+    chosen = np.stack([data[s : s + length + 1] for s in starts]).astype(np.int64)
+    return torch.from_numpy(chosen).to(model.positions.device)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def train(model: nn.Module, data: np.ndarray, steps: int, rate: float, seed: int, batch_size: int) -> None:
+def train(model: LanguageModel, data: np.ndarray, steps: int, rate: float, seed: int, batch_size: int) -> None:
     generator = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     began = time.perf_counter()
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, batch(data, generator, batch_size).to(device_of(model)))
+        loss = loss_of(model, batch(model, data, generator, batch_size))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -114,9 +114,9 @@ def train(model: nn.Module, data: np.ndarray, steps: int, rate: float, seed: int
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: np.ndarray) -> float:
+def evaluate(model: LanguageModel, data: np.ndarray) -> float:
     generator = np.random.default_rng(1)
-    batches = (batch(data, generator, BATCH).to(device_of(model)) for _ in range(TEST_BATCHES))
+    batches = (batch(model, data, generator, BATCH) for _ in range(TEST_BATCHES))
     return float(torch.stack([loss_of(model, x) for x in batches]).mean())
 
 
@@ -125,7 +125,7 @@ def vectors_of(model: LanguageModel, x: Tensor) -> list[Tensor]:
     """Query, key and value [B, H, N, d] of the second layer, in float64."""
     seen: list[list[Tensor]] = []
 
-    def watch(estimate: object, query: Tensor, key: Tensor, value: Tensor, *_: object) -> None:
+    def watch(estimate: object, query: Tensor, key: Tensor, value: Tensor, *_: object, **settings: object) -> None:
         seen.append([tensor.double().cpu() for tensor in (query, key, value)])
 
     WATCHERS.append(watch)
@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--further", type=int, default=0, help="steps of further training through each estimate")
+    parser.add_argument("--length", type=int, default=512, help="bytes that the model sees")
+    parser.add_argument("--estimates", nargs="*", default=ESTIMATES, choices=ESTIMATES)
     parser.add_argument("--features", type=int, nargs="*", default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=BATCH)
@@ -149,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     training, test = read(arguments.text)
-    model = LanguageModel().to(arguments.device)
+    model = LanguageModel(arguments.length).to(arguments.device)
     if arguments.what == "train":
         train(model, training, arguments.steps, 2e-3, arguments.seed, arguments.batch_size)
         torch.save(model.state_dict(), arguments.model)
@@ -158,13 +160,13 @@ def main() -> None:
     model.load_state_dict(torch.load(arguments.model, map_location=arguments.device))
     print(f"softmax: {evaluate(model, test):.3f}", flush=True)
     print(f"uniform: {evaluate(model.switch(uniform=True), test):.3f}", flush=True)
-    sample = batch(test, np.random.default_rng(2), BATCH).to(arguments.device)[:, :-1]
+    sample = batch(model, test, np.random.default_rng(2), BATCH)[:, :-1]
     print(*diagnose(model.switch(num_features=256), sample), sep="\n", flush=True)
     if arguments.vectors:
         torch.save(vectors_of(model, sample[:1]), arguments.vectors)
     # Of a text that it was trained on, as it is what a user has.
-    for_basis = batch(training, np.random.default_rng(3), BATCH).to(arguments.device)[:, :-1]
-    for name in ("sketch", "calibrated", "maclaurin"):
+    for_basis = batch(model, training, np.random.default_rng(3), BATCH)[:, :-1]
+    for name in arguments.estimates:
         for num_features in arguments.features:
             estimator = "sketch" if name == "calibrated" else name
             other = model.switch(num_features=num_features, estimator=estimator)
