@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from schoenbat.attention import ATTENTIONS
     from schoenbat.calibration import calibrate, calibrate_tensors
     from schoenbat.diagnosis import PoorEstimateWarning, diagnose, diagnose_tensors
+    from schoenbat.errors import UserError
     from schoenbat.estimate import Estimate
     from schoenbat.functional import dot_product_kernel_attention
     from schoenbat.kernels import KERNELS, Kernel
@@ -28,6 +29,7 @@ __all__ = [
     "MultiheadKernelAttention",
     "PoorEstimateWarning",
     "PretrainedClassifier",
+    "UserError",
     "__version__",
     "calibrate",
     "calibrate_tensors",
@@ -44,6 +46,7 @@ _HOMES = {
     "MultiheadKernelAttention": "nn.mha",
     "PoorEstimateWarning": "diagnosis",
     "PretrainedClassifier": "pretrained",
+    "UserError": "errors",
     "calibrate": "calibration",
     "calibrate_tensors": "calibration",
     "diagnose": "diagnosis",

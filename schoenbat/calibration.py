@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHERS, Estimate
 from schoenbat.features.plan import FeatureMap, Plan, Run
+from schoenbat.functional import check_shapes
 from schoenbat.kernels import Kernel
 from schoenbat.nn.mha import MultiheadKernelAttention
 from schoenbat.ops._share import compare_exactly
@@ -259,17 +260,19 @@ def calibrate_tensors(
         current: what is used so far; the draw of `estimate` where it is None.
 
     Raises:
-        UserError: an estimate without features, or of the published ones; too few tokens, or some that are not finite.
+        UserError: an estimate without features, or of the published ones; too few tokens, or some that are not finite;
+            shapes that do not fit together.
     """
     estimate = Estimate() if estimate is None else estimate
     _check(estimate)
+    check_shapes(query, key, value)
     if min(query.shape[0] * query.shape[2], key.shape[0] * key.shape[2]) < 2:
         raise UserError("one token is too little to calibrate with")
     with torch.no_grad():
+        query, key, positive = estimate.prepare(query.detach(), key.detach(), scale, key_mask)
         # A query of 0 has uniform weights, exact and estimated: it has no part in what follows.
         of_query = key_mask if self_attention or is_causal else None
-        query, key, value = fill_masked(query.detach(), of_query), key.detach(), fill_masked(value.detach(), key_mask)
-        query, key, positive = estimate.prepare(query, key, scale, key_mask)
+        query, value = fill_masked(query, of_query), fill_masked(value.detach(), key_mask)
         of_itself = self_attention and not is_causal
         making, judging = _halves(query, key, value, key_mask)
         exact = compare_exactly(estimate.function, *judging, is_causal, positive, self_attention)

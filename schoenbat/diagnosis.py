@@ -8,7 +8,7 @@ over the outputs of some queries: 1 is exact, 0 is what uniform weights reach, a
 knowing nothing. A relative error does not tell these apart, as attention may be close to uniform anyway.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from schoenbat.calibration import FittedFeatures
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHERS, Estimate
 from schoenbat.features.plan import FeatureMap
+from schoenbat.functional import check_shapes
 from schoenbat.nn.mha import MultiheadKernelAttention
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.linear import attend
@@ -88,11 +89,21 @@ def diagnose_tensors(
         query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`.
         estimate: the settings, whose `num_features` is not used; the default of `Estimate` where it is None.
         num_features: the budgets.
+
+    Raises:
+        UserError: no budgets, or shapes that do not fit together.
     """
+    _check_budgets(num_features)
+    check_shapes(query, key, value)
     estimate = Estimate() if estimate is None else estimate
     query, key, positive = estimate.prepare(query, key, scale, key_mask)
     given = (query, key, value, key_mask, is_causal)
     return _look(layer, num_features, estimate, *given, scale=positive, self_attention=self_attention)
+
+
+def _check_budgets(num_features: Sequence[int]) -> None:
+    if not isinstance(num_features, Sequence) or not num_features or None in num_features:
+        raise UserError(f"num_features must be the numbers of features to try, such as (64, 256), not {num_features!r}")
 
 
 def _look(
@@ -145,9 +156,10 @@ def diagnose(
     torch is taken for softmax attention, and a calibrated layer is looked at in its basis.
 
     Raises:
-        UserError: the model called no such layer, or one whose attention schoenbat does not have, such as that of
-            nn.MultiheadAttention with add_bias_kv or a mask of pairs of tokens.
+        UserError: no budgets; the model called no such layer, or one whose attention schoenbat does not have, such as
+            that of nn.MultiheadAttention with add_bias_kv or a mask of pairs of tokens.
     """
+    _check_budgets(num_features)
     found: list[Head] = []
 
     def take(layer: str, *tensors: Any, **how: Any) -> None:

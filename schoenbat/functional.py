@@ -65,7 +65,8 @@ def dot_product_kernel_attention(
     if block is not None and block < 1:
         raise UserError(f"block must be at least 1 token, not {block}")
     query, key, value, has_heads = _with_heads(query, key, value)
-    _check_shapes(query, key, value, is_causal, enable_gqa)
+    check_shapes(query, key, value)
+    _check_use(query, key, is_causal, enable_gqa)
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
     if features is None or isinstance(features, FeatureMap):
         kernel = kernel if features is None else features.kernel
@@ -100,15 +101,23 @@ def _with_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return query, key, value, True
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> None:
-    fits = query.shape[0] == key.shape[0] and query.shape[-1] == key.shape[-1] and key.shape[:3] == value.shape[:3]
-    if not fits:
-        raise UserError(f"query {_shape(query)}, key {_shape(key)} and value {_shape(value)} do not fit together")
+def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise a UserError unless these are [B, H, L, d], [B, Hk, S, d] and [B, Hk, S, v], with H a multiple of Hk."""
+    fits = query.ndim == key.ndim == 4 and query.shape[0] == key.shape[0] and query.shape[-1] == key.shape[-1]
+    if not fits or key.shape[:3] != value.shape[:-1]:
+        raise UserError(
+            f"query {_shape(query)}, key {_shape(key)} and value {_shape(value)} do not fit together as "
+            "[batch, heads, length, width]"
+        )
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads % key_heads:
+        raise UserError(f"the {heads} heads of query are no multiple of the {key_heads} heads of key")
+
+
+def _check_use(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> None:
     heads, key_heads = query.shape[1], key.shape[1]
     if heads != key_heads and not enable_gqa:
         raise UserError(f"query has {heads} heads and key {key_heads}; set enable_gqa to share key heads")
-    if heads % key_heads:
-        raise UserError(f"the {heads} heads of query are no multiple of the {key_heads} heads of key")
     if is_causal and query.shape[-2] != key.shape[-2]:
         raise UserError(f"is_causal needs as many queries as keys, not {query.shape[-2]} and {key.shape[-2]}")
 

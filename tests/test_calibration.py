@@ -272,6 +272,8 @@ def test_training_goes_on_through_it() -> None:
         (lambda: calibrate_tensors(*vectors(0, 8, 0.0), estimate=Estimate(estimator="maclaurin")), "not maclaurin"),
         (lambda: calibrate_tensors(*torch.full((3, 2, 1, 9, 8), torch.nan)), "is not finite"),
         (lambda: calibrate_tensors(*torch.ones(3, 1, 1, 1, 8)), "one token is too little"),
+        (lambda: calibrate_tensors(*torch.ones(3, 2, 9, 8)), "do not fit together as .batch, heads, length, width."),
+        (lambda: calibrate_tensors(*torch.ones(3, 2, 1, 9, 8), torch.ones(2, 9)), "key_mask must be bool .2, 9."),
         (lambda: calibrate(Model(normalize=True), tokens(0)), "normalize=True cannot be calibrated"),
         (
             lambda: calibrate(nn.Linear(32, 32), tokens(0)),

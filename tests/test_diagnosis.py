@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,21 @@ def test_attention_of_torch_that_schoenbat_does_not_have_is_an_error(option: str
 def test_a_model_without_attention_is_an_error() -> None:
     with pytest.raises(UserError, match="Linear called no attention layer that schoenbat knows"):
         diagnose(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("num_features", [64, (), (64, None)])
+def test_budgets_are_numbers_of_features(num_features: Any) -> None:
+    message = "num_features must be the numbers of features to try"
+    with pytest.raises(UserError, match=message):
+        diagnose_tensors(*tensors(), num_features=num_features)
+    with pytest.raises(UserError, match=message):
+        diagnose(MultiheadKernelAttention(8, 1), *torch.ones(3, 1, 9, 8), num_features=num_features)
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    query, key, value = tensors()
+    with pytest.raises(UserError, match="do not fit together"):
+        diagnose_tensors(query[0], key[0], value[0])
 
 
 def test_a_poor_drop_in_warns_once() -> None:

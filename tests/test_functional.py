@@ -302,6 +302,8 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         dot_product_kernel_attention(query, key[:, :3], value[:, :3], enable_gqa=True)
     with pytest.raises(UserError, match="do not fit together"):
         dot_product_kernel_attention(query, key[..., :7], value)
+    with pytest.raises(UserError, match="do not fit together"):
+        dot_product_kernel_attention(query, key, value[:, :, :7])
     with pytest.raises(UserError, match="must all be"):
         dot_product_kernel_attention(query, key[0], value)
 
