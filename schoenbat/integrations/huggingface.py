@@ -112,9 +112,9 @@ def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
 class KernelCache(Cache):
     """The sums that causal attention through features needs of all tokens so far, whatever their number.
 
-    `model.generate(..., past_key_values=KernelCache())`; one cache serves one batch of sequences, and `reset` empties
-    it. Tokens cannot be taken out again, so assisted generation is refused; so are models some of whose layers keep a
-    state of another kind.
+    `model.generate(..., cache=KernelCache())`; one cache serves one batch of sequences, and `reset` empties it. Tokens
+    cannot be taken out again, so assisted generation is refused; so are models some of whose layers keep a state of
+    another kind.
     """
 
     def __init__(self) -> None:

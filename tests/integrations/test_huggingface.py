@@ -192,7 +192,7 @@ def test_a_calibrated_model_generates_as_it_reads() -> None:
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
         memory = KernelCache()
-        parts = [model(part, past_key_values=memory).logits for part in (tokens[:, :100], *tokens[:, 100:].split(1, 1))]
+        parts = [model(part, cache=memory).logits for part in (tokens[:, :100], *tokens[:, 100:].split(1, 1))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-3)
 
 
