@@ -162,9 +162,12 @@ class _Layout:
         of_columns = num_seeds * float(((columns - mean) ** 2).sum())
         rest = max(0.0, float(((table - mean) ** 2).sum()) - of_rows - of_columns)
         seeds, examples = num_seeds - 1, max(1, num_examples - 1)
-        seeds_ms, rest_ms = of_rows / seeds, rest / (seeds * examples)
+        seeds_ms, examples_ms, rest_ms = of_rows / seeds, of_columns / examples, rest / (seeds * examples)
+        # Equal where differences in two seeds are not correlated: rounding must not choose the degrees of freedom then.
+        if np.isclose(examples_ms, rest_ms, rtol=1e-9, atol=0.0):
+            examples_ms = rest_ms
         lacking = max(0.0, rest_ms - seeds_ms)
-        return _Layout(rows, columns, seeds_ms + lacking, of_columns / examples, rest_ms, lacking)
+        return _Layout(rows, columns, seeds_ms + lacking, examples_ms, rest_ms, lacking)
 
     @property
     def stretch(self) -> float:

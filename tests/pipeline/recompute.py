@@ -63,6 +63,7 @@ class Raw:
         residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
         of_rest = (residual**2).sum() / ((s - 1) * (n - 1))
         of_seeds = max(of_seeds, of_rest)
+        of_examples = of_rest if math.isclose(of_examples, of_rest, rel_tol=1e-9) else of_examples
         extra = max(0.0, of_examples - of_rest)
         error = math.sqrt((of_seeds + extra) / (s * n))
         parts = of_seeds**2 / (s - 1)

@@ -87,6 +87,16 @@ def test_seeds_that_agree_by_luck_do_not_make_a_difference_certain() -> None:
     assert found.low < 0 < found.high
 
 
+@pytest.mark.parametrize("num_examples", range(7, 40))
+def test_rounding_does_not_choose_the_degrees_of_freedom(num_examples: int) -> None:
+    """Differences of two seeds that are not correlated: examples explain nothing, however sums are rounded."""
+    table = np.zeros((2, num_examples))
+    table[0, :2], table[1, 2:4] = 100, (100, -100)
+    found = difference_of(table)
+    assert found.df == 1
+    assert found.example_share == 0
+
+
 def test_with_seeds_alone_it_is_the_paired_t_test_of_scipy() -> None:
     """All examples alike, so that nothing but seeds vary."""
     per_seed = np.array([1.2, 0.3, 2.0, 1.1, -0.2, 0.9, 1.4])
