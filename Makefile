@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: setup run test lint docs
+.PHONY: setup run test test-all test-gpu lint docs
 
 setup: $(STAMP)
 
@@ -19,9 +19,18 @@ $(STAMP): pyproject.toml pipeline/pyproject.toml constraints.txt
 run: setup
 	@code=0; $(WITH_PATH) $(BIN)/schoenbat-exp run --grid || code=$$?; test $$code -eq 0 || test $$code -eq 3 || exit $$code
 
-# A file of tests stays in one process, because its tests share what they set up.
+PYTEST := $(WITH_PATH) $(BIN)/python -m pytest
+
+# Tests that share an expensive set-up stay in one process: their files are xdist groups.
 test: setup
-	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+
+# After the quick tests, those that start grids, servers, browsers, TeX, Slurm, Sphinx, pip or compilers.
+test-all: test
+	$(PYTEST) -n 2 --dist loadgroup -m slow
+
+test-gpu: setup
+	$(PYTEST) -m gpu tests/gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,11 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
 # What Sphinx says of the extensions' own use of it.
-pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("documents"),
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 
 import schoenbat
 
+pytestmark = pytest.mark.xdist_group("packaging")
+
 ROOT = Path(__file__).parents[1]
 LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXPERIMENTS = tomllib.loads((ROOT / "pipeline/pyproject.toml").read_text(encoding="utf-8"))
@@ -66,6 +68,7 @@ def _build(kind: str, source: Path, target: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_wheel_is_the_library_and_nothing_else(built: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(built[1]).namelist()
     code = {name for name in names if ".dist-info/" not in name}
@@ -78,6 +81,7 @@ def test_the_wheel_is_the_library_and_nothing_else(built: tuple[Path, Path]) -> 
     assert described == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}, "no commands"
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_no_tests_that_could_not_run(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         folders = {name.split("/")[1] for name in archive.getnames() if "/" in name}
@@ -93,6 +97,7 @@ def test_the_source_distribution_has_no_tests_that_could_not_run(built: tuple[Pa
     }
 
 
+@pytest.mark.slow
 def test_the_metadata_of_the_wheel_is_valid(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))

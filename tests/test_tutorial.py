@@ -69,6 +69,7 @@ def run_python(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_tutorial_leads_to_a_kernel_in_the_table_and_an_export_that_classifies(checkout: Path) -> None:
     films, kernel, use = blocks("python")
     (settings,) = blocks("yaml")

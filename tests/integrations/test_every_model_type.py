@@ -9,6 +9,8 @@ pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
 
 from sweep import all_types, judge, quiet, share
 
+pytestmark = pytest.mark.slow
+
 THIRDS, PARTS = 3, 6
 
 

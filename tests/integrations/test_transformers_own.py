@@ -38,6 +38,8 @@ from transformers import (
 from schoenbat.estimate import Estimate
 from schoenbat.integrations.huggingface import KernelCache, register
 
+pytestmark = pytest.mark.slow
+
 FOLDER = os.environ.get("SCHOENBAT_TRANSFORMERS_TESTS")
 if not FOLDER:
     pytest.skip("SCHOENBAT_TRANSFORMERS_TESTS names no folder of transformers' tests", allow_module_level=True)

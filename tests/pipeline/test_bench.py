@@ -34,6 +34,7 @@ def params(monkeypatch: pytest.MonkeyPatch) -> Params:
     )
 
 
+@pytest.mark.slow
 def test_every_mechanism_is_timed_at_every_length_it_can_bear(tmp_path: Path, params: Params) -> None:
     bench.run(params, tmp_path / "bench.csv")
     with (tmp_path / "bench.csv").open(newline="") as file:

@@ -29,6 +29,8 @@ from mlflow_server import Server, running_server
 from slurm_node import Node
 from small_grid import CELLS, make_small, numbers, processes_of, start_grid, tracked_runs
 
+pytestmark = pytest.mark.slow
+
 NUM_FAULTS = int(os.environ.get("SCHOENBAT_CHAOS", "6"))
 NUM_SLURM = NUM_FAULTS // 3
 SEED = int(os.environ.get("SCHOENBAT_CHAOS_SEED", "34"))

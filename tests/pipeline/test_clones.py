@@ -10,6 +10,8 @@ import pytest
 from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, make_small, numbers
 
+pytestmark = pytest.mark.slow
+
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]

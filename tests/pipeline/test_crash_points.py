@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 EVERY = os.environ.get("SCHOENBAT_CRASH_EVERY", "131")
 """1 walks all of them."""
 JOBS = "2" if EVERY == "1" else "1"

@@ -131,6 +131,7 @@ def recorded(project: Project) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_a_change_concerns_only_what_depends_on_it_and_dvc_says_the_same(recorded: Project) -> None:
     def changed() -> set[str]:
         """The changed stages as DVC has them; the states told here are those and what needs them."""

@@ -16,6 +16,8 @@ from small_grid import CELLS, MEAN, RMFA, make_small, numbers, processes_of, sta
 
 from pipeline.record import writer
 
+pytestmark = pytest.mark.slow
+
 Invoke = Callable[..., tuple[int, str, str]]
 
 

@@ -19,6 +19,8 @@ from small_grid import tracked_runs
 
 from pipeline.lease import STOPPED
 
+pytestmark = pytest.mark.slow
+
 CELL = "lra-listops-rmfa-exp-maclauformer-1"
 COMMAND = [
     *(sys.executable, "-m", "pipeline.cli", "train", "--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp"),

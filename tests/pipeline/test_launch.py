@@ -113,6 +113,7 @@ def attempts(stage: str) -> int:
     return Path(f"{stage}.txt").read_text().count("x")
 
 
+@pytest.mark.slow
 def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: Path) -> None:
     names = ("crashes", "crashes_once", "loses_its_worker", "stops_itself", "memory", "usage", "nan")
     jobs = [job(name, (name,), saves=name == "stops_itself") for name in (*names, "never_ends")]
@@ -138,6 +139,7 @@ def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: 
     assert _processes_in(stages) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_ended_and_not_tried_again(stages: Path) -> None:
     events = list(run(job("hangs", ("hangs",), timeout_seconds=6.0), retries=2))
     (event,) = ends(events).values()
@@ -146,6 +148,7 @@ def test_a_job_that_hangs_is_ended_and_not_tried_again(stages: Path) -> None:
     assert _processes_in(stages) == []
 
 
+@pytest.mark.slow
 def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
     jobs = (job("slow", ("slow",), seconds=2.0), job("nan", ("nan",), seconds=1.0), job("later", ("later",)))
     ended = ends(run(*jobs, fail_fast=True))
@@ -159,6 +162,7 @@ def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
     assert _processes_in(stages) == []
 
 
+@pytest.mark.slow
 def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(stages: Path) -> None:
     jobs = (
         job("measures", ("crashes_once",), exclusive=True, seconds=100.0),
@@ -179,6 +183,7 @@ def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(stages: 
     assert set(order[-2:]) == {"measures"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 2])
 def test_a_stage_that_does_not_heed_a_stop_is_killed(stages: Path, requests: int) -> None:
     events = run(job("deaf", ("deaf",)), stops=lambda: requests if Path("deaf.txt").exists() else 0)
@@ -187,6 +192,7 @@ def test_a_stage_that_does_not_heed_a_stop_is_killed(stages: Path, requests: int
     assert _processes_in(stages) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
     stages: Path, number: signal.Signals
@@ -293,6 +299,7 @@ def heeded_interrupt() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_child_behind(stages: Path, heeded_interrupt: None) -> None:
     seen: list[str] = []
 
@@ -309,6 +316,7 @@ def test_an_interrupt_leaves_no_child_behind(stages: Path, heeded_interrupt: Non
     assert _processes_in(stages) == []
 
 
+@pytest.mark.slow
 def test_what_workers_are_forked_from_has_the_list_of_installed_packages(tmp_path: Path) -> None:
     code = f"""
 import pipeline.launch.preload
@@ -326,6 +334,7 @@ mlflow.pytorch.save_model(
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_the_grid_goes_on_without_a_task_whose_data_cannot_be_had(
     project: Project, invoke: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -25,6 +25,8 @@ from pipeline import tracking
 from pipeline.grid.cells import Cell
 from schoenbat.training import Evaluation
 
+pytestmark = pytest.mark.xdist_group("mlflow-ui")
+
 Invoke = Callable[..., tuple[int, str, str]]
 
 PLAIN, KERNEL = ("softmax", "mean"), ("rmfa", "rmfa-sketch", "kernelized", "taylor1")
@@ -108,6 +110,7 @@ def keep_picture(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder, name))
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_cells_of_the_profile_as_curves_that_can_be_told_apart(address: str) -> None:
     with open_page(2200, 2000) as page:
         page.goto(address)
@@ -128,6 +131,7 @@ def test_the_page_shows_the_cells_of_the_profile_as_curves_that_can_be_told_apar
     assert any(steps[: len(CELLS)] == [STEPS] * len(CELLS) for steps in curves), "all are over the same steps"
 
 
+@pytest.mark.slow
 def test_the_script_takes_a_picture_of_the_page_with_its_curves(address: str, tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
@@ -139,6 +143,7 @@ def test_the_script_takes_a_picture_of_the_page_with_its_curves(address: str, tm
     assert len(colours) > 100, "nothing is drawn"
 
 
+@pytest.mark.slow
 def test_the_comparison_begins_with_what_the_grid_is_made_of(address: str) -> None:
     base, _, rest = address.partition("/#/")
     experiment = rest.split("/")[1]
@@ -170,6 +175,7 @@ def test_the_address_of_a_server_is_shown_without_starting_another(
     assert "searchFilter=params.profile%20%3D%20%27other%27&" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_it_ends_with_its_server_when_it_is_asked_to_or_loses_its_terminal(
     number: signal.Signals, project: Project, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +186,7 @@ def test_it_ends_with_its_server_when_it_is_asked_to_or_loses_its_terminal(
         pass
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_by_itself_is_an_error(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return make_small(tmp_path)
 
 
+@pytest.mark.slow
 def test_force_and_restart_run_again_what_is_up_to_date(small: Project, invoke: Invoke) -> None:
     code, out = run(small.folder, "--jobs", "1", "--devices", "cpu")
     assert code == 0, out
@@ -187,6 +188,7 @@ def test_force_and_restart_run_again_what_is_up_to_date(small: Project, invoke: 
     assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "failures"), [("--fail-fast", 1), ("--keep-going", 2)])
 def test_the_first_failure_stops_the_grid_or_does_not(small: Project, option: str, failures: int) -> None:
     small.set("task.lra-listops.training.learning_rate", 1e30)

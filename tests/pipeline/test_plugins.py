@@ -84,6 +84,7 @@ def checkout(project: Project) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
     checkout: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -14,6 +14,8 @@ from small_grid import CELLS, MEAN, make_small, start_grid
 
 from pipeline.record.lock_file import read_blocks
 
+pytestmark = pytest.mark.slow
+
 Invoke = Callable[..., tuple[int, str, str]]
 STARTED = f"{MEAN}: started"
 TRAIN, EVALUATE = f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}"

@@ -31,6 +31,8 @@ from pipeline.reporting.published import TASKS, published_accuracies, published_
 from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("reporting")
+
 PARAMS = """
 profile: cpu
 note: A note with 100 % of the | awkward_characters.
@@ -477,12 +479,14 @@ def test_every_number_of_the_main_tables_follows_from_the_raw_files(complete: Pa
     assert check_report(complete, "cpu") > 400
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_tex(), reason="no pdflatex")
 def test_tables_fit_the_page_of_the_article_class(complete: Path, tmp_path: Path) -> None:
     overfull = set_tables(complete / "reports/cpu/tables", tmp_path)
     assert max(overfull, default=0.0) <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
 def test_the_page_fits_every_screen_and_is_accessible(complete: Path) -> None:
     page = complete / "reports/cpu/index.html"
@@ -496,6 +500,7 @@ def test_the_page_fits_every_screen_and_is_accessible(complete: Path) -> None:
             assert found == {"console": [], "wide": [], "axe": []}, (width, scheme, media)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
 def test_tables_of_the_page_sort_by_number_and_filter(complete: Path) -> None:
     with browser.chromium() as started:

@@ -140,6 +140,7 @@ def dvc(*arguments: str) -> str:
 DATA = {"download@tiny-my-csv", "preprocess@tiny-my-csv"}
 
 
+@pytest.mark.slow
 def test_another_source_or_another_content_is_downloaded_again_and_nothing_else_is(
     own_task: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def evaluation(step: int) -> Evaluation:
     return Evaluation(step, 0, 1e-4, 0.7, 0.5, 0.6, step / 100)
 
 
+@pytest.mark.slow
 def test_processes_that_meet_a_new_database_together_share_experiment_and_parent(project: Path, start: Start) -> None:
     code = "print(sorted(tracking.start_grid('quick').items()))"
     outputs = {finish(process) for process in [start(code) for _ in range(4)]}
@@ -277,6 +278,7 @@ def test_the_database_lies_in_the_checkout_whatever_that_is_called(tmp_path: Pat
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_database_is_made_leaves_one_that_works(project: Path, start: Start) -> None:
     # What is made aside shows when to kill: at different sizes of it.
     for size in (1, 100_000, 400_000):
@@ -423,6 +425,7 @@ print(sys.argv[2], *loaded(tokens, mask).flatten().tolist())
 """
 
 
+@pytest.mark.slow
 def test_a_logged_model_predicts_the_same_in_a_new_process(project: Path, start: Start) -> None:
     grid = tracking.start_grid("quick")
     trained = finish(start(LOG_MODEL, **grid))
@@ -442,6 +445,7 @@ def server(running_server: Server) -> str:
     return running_server.address
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_without_the_server_and_its_evaluations_arrive_when_it_is_back(
     running_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -460,6 +464,7 @@ def test_a_training_goes_on_without_the_server_and_its_evaluations_arrive_when_i
     assert held.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_server_serves_grids_cells_and_models(server: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tracking.TRACKING_URI, server)
     grid = tracking.start_grid("quick")

@@ -24,6 +24,8 @@ from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
 from schoenbat.pretrained import PretrainedClassifier
 
+pytestmark = pytest.mark.xdist_group("trained")
+
 Invoke = Callable[..., tuple[int, str, str]]
 
 SOFTMAX, MEAN = "table-softmax-transformer-0", "table-mean-transformer-0"
@@ -317,6 +319,7 @@ def test_two_profiles_are_paired_by_seed_and_tested(trained: Path, invoke: Invok
     shutil.rmtree(other)
 
 
+@pytest.mark.slow
 def test_a_revision_is_compared_by_what_git_and_dvc_have_of_it(
     trained: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,7 @@ def test_the_settings_of_a_running_grid_take_no_links_from_those_of_now(varied: 
     assert "/mean+new.py" in Path("schoenbat/attention/.gitignore").read_text()
 
 
+@pytest.mark.slow
 def test_dvc_alone_trains_a_variant_and_sees_when_the_file_of_its_mechanism_changes(
     varied: Project, invoke: Invoke
 ) -> None:
