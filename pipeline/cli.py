@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn
@@ -16,20 +16,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import schoenbat
-from pipeline import commands, completion, model_commands
+from pipeline import commands, completion
+from pipeline.commands import Json, option
 from pipeline.grid.settings import enter_project
 from pipeline.lease import watch
 from pipeline.names import Kind, described, names
 from schoenbat.errors import UserError, list_choices, unknown_name
 
-app = typer.Typer(
-    help="Train, evaluate and compare attention mechanisms on Long Range Arena tasks; params.yaml says which.",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = commands.make_app(
+    help="Train, evaluate and compare attention mechanisms on Long Range Arena tasks; params.yaml says which."
 )
-
+_grid = partial(commands.command, app, "The grid")
+_setup = partial(commands.command, app, "Names and settings")
+_trained = partial(commands.command, app, "What has been trained")
+_filter, _how = partial(option, panel="Which cells"), partial(option, panel="Where and how")
+_BACKENDS = ("local", "slurm")
 _LOOK_SECONDS = 1.0
+
+Strings = list[str] | None
+OfProfile = Annotated[str | None, option("Default: that of params.yaml.", names=completion.profile)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -38,33 +43,24 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_GRID_COMMANDS, _SETUP_COMMANDS = "The grid", "Names and settings"
-_FILTERS, _HOW = "Which cells", "Where and how"
-_BACKENDS = ("local", "slurm")
-
-
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line for what nobody has foreseen."""
+    """Print one line for what nobody has foreseen."""
     *_, (frame, line) = traceback.walk_tb(trace)
     what = next(iter(str(error).splitlines()), "")
     where = f"{frame.f_code.co_filename}:{line}"
     print(f"error: {kind.__name__}: {what} ({where}); {commands.PROGRAM} --debug ... shows all of it", file=sys.stderr)
 
 
-def _filter(choices: Callable[..., Any], text: str) -> Any:
-    return typer.Option(autocompletion=choices, rich_help_panel=_FILTERS, help=text)
-
-
 @app.callback()
 def _begin(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, option("Show the version and exit.", "--version", callback=_show_version, is_eager=True)
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar=commands.DEBUG_VARIABLE, help="Show errors with their tracebacks.")
+        bool, option("Show errors with their tracebacks.", "--debug", envvar=commands.DEBUG_VARIABLE)
     ] = False,
 ) -> None:
-    """What comes before each command."""
+    """Go to the root of the project before any command."""
     if debug:
         os.environ[commands.DEBUG_VARIABLE] = "1"
     else:
@@ -72,51 +68,32 @@ def _begin(
     enter_project()
 
 
-@app.command(
-    rich_help_panel=_GRID_COMMANDS,
-    epilog=commands.examples(
-        "run --grid",
-        "run --grid --dry-run",
-        "run --task lra-text --attn rmfa --attn softmax",
-        "run --grid --jobs 2 --devices cuda:0,cuda:1",
-    ),
+@_grid(
+    "run --grid",
+    "run --grid --dry-run",
+    "run --task lra-text --attn rmfa --attn softmax",
+    "run --grid --jobs 2 --devices cuda:0,cuda:1",
 )
 def run(
-    grid: Annotated[bool, typer.Option("--grid", rich_help_panel=_FILTERS, help="All cells of params.yaml.")] = False,
+    grid: Annotated[bool, _filter("All cells of params.yaml.", "--grid")] = False,
     task: Annotated[
-        list[str] | None, _filter(completion.grid_task, "Only cells of this task; repeat for more, as all below.")
+        Strings, _filter("Only cells of this task; repeat for more, as all below.", names=completion.grid_task)
     ] = None,
-    attn: Annotated[list[str] | None, _filter(completion.grid_attn, "Only cells with this mechanism.")] = None,
-    dotf: Annotated[list[str] | None, _filter(completion.grid_dotf, "Only cells with this kernel.")] = None,
-    former: Annotated[list[str] | None, _filter(completion.grid_former, "Only cells with this former.")] = None,
-    seed: Annotated[list[int] | None, _filter(completion.grid_seed, "Only cells with this seed.")] = None,
-    cell: Annotated[list[str] | None, _filter(completion.cell, "Only the cell of this id.")] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs", rich_help_panel=_HOW, help="Cells at once. Default and limit: cores divided by run.threads."
-        ),
-    ] = None,
+    attn: Annotated[Strings, _filter("Only cells with this mechanism.", names=completion.grid_attn)] = None,
+    dotf: Annotated[Strings, _filter("Only cells with this kernel.", names=completion.grid_dotf)] = None,
+    former: Annotated[Strings, _filter("Only cells with this former.", names=completion.grid_former)] = None,
+    seed: Annotated[list[int] | None, _filter("Only cells with this seed.", names=completion.grid_seed)] = None,
+    cell: Annotated[Strings, _filter("Only the cell of this id.", names=completion.cell)] = None,
+    jobs: Annotated[int | None, _how("Cells at once. Default and limit: cores divided by run.threads.")] = None,
     backend: Annotated[
-        str,
-        typer.Option(
-            "--backend",
-            autocompletion=lambda: list(_BACKENDS),
-            rich_help_panel=_HOW,
-            help="local, this machine; or slurm, a cluster as run.slurm describes it.",
-        ),
+        str, _how("local, this machine; or slurm, a cluster as run.slurm describes it.", names=lambda: list(_BACKENDS))
     ] = "local",
-    devices: Annotated[
-        str | None,
-        typer.Option("--devices", rich_help_panel=_HOW, help="Such as cpu or cuda:0,cuda:1. Default: run.device."),
-    ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard checkpoints of interrupted runs.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Run the chosen cells even if they are up to date.")] = False,
-    fail_fast: Annotated[
-        bool, typer.Option("--fail-fast/--keep-going", help="Whether the first failure stops the grid.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: for programs.")] = False,
+    devices: Annotated[str | None, _how("Such as cpu or cuda:0,cuda:1. Default: run.device.")] = None,
+    restart: Annotated[bool, option("Discard checkpoints of interrupted runs.", "--restart")] = False,
+    force: Annotated[bool, option("Run the chosen cells even if they are up to date.", "--force")] = False,
+    fail_fast: Annotated[bool, option("Whether the first failure stops the grid.", "--fail-fast/--keep-going")] = False,
+    dry_run: Annotated[bool, option("Say what would run, and stop.", "--dry-run")] = False,
+    as_json: Annotated[bool, option("With --dry-run: for programs.", "--json")] = False,
 ) -> None:
     """Run what is out of date: all of the grid (--grid), or the cells that the filters leave; then build the report.
 
@@ -137,14 +114,10 @@ def run(
     raise typer.Exit(grid_run.run_grid(params, expand(params), wishes, slurm=backend == "slurm"))
 
 
-app.add_typer(model_commands.app)
-app.add_typer(commands.app)
-
-
-@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("status", "status --watch", "status --json"))
+@_grid("status", "status --watch", "status --json")
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[bool, option("Show it again and again, until Ctrl-C.", "--watch")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say how far each cell is, also while a grid runs, and why the last attempt at one failed."""
     from pipeline.monitor import view
@@ -159,8 +132,8 @@ def status(
     print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot)))
 
 
-@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("results", "results --json"))
-def results(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+@_grid("results", "results --json")
+def results(as_json: Json = False) -> None:
     """Show what the finished cells have reached, also while a grid runs."""
     from pipeline.reporting._terminal import results_for_programs, show_results
 
@@ -171,7 +144,7 @@ def results(as_json: Annotated[bool, typer.Option("--json", help="For programs."
         show_results(params, Path())
 
 
-@app.command(rich_help_panel=_GRID_COMMANDS, epilog=commands.examples("logs lra-text-rmfa-exp-maclauformer-42 -f"))
+@_grid("logs lra-text-rmfa-exp-maclauformer-42 -f")
 def logs(
     cell: Annotated[
         str,
@@ -179,7 +152,7 @@ def logs(
             autocompletion=completion.log, help="The id of a cell, or the name of another job, as `status` shows it."
         ),
     ],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is added, until Ctrl-C.")] = False,
+    follow: Annotated[bool, option("Go on with what is added, until Ctrl-C.", "-f", "--follow")] = False,
 ) -> None:
     """Show the output of a cell's last run."""
     from pipeline.monitor.status import read_grid
@@ -197,15 +170,13 @@ def logs(
             shutil.copyfileobj(file, sys.stdout)
 
 
-@app.command(
-    "list", rich_help_panel=_SETUP_COMMANDS, epilog=commands.examples("list", "list attn", "list profiles --json")
-)
+@_setup("list", "list attn", "list profiles --json", name="list")
 def list_names(
     kind: Annotated[
         str | None,
         typer.Argument(autocompletion=lambda: list(Kind), help=f"One of {', '.join(Kind)}. Default: all kinds."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the names that can be used, what they stand for, and what comes from other distributions."""
     from pipeline.grid.checked import ensure_checked
@@ -223,10 +194,10 @@ def list_names(
         ensure_checked()
 
 
-@app.command(rich_help_panel=_SETUP_COMMANDS, epilog=commands.examples("use cpu"))
+@_setup("use cpu")
 def use(
     profile: Annotated[str, typer.Argument(autocompletion=completion.profile, help="Name of a file in profiles/.")],
-    force: Annotated[bool, typer.Option("--force", help="Even if params.yaml is not a copy of any profile.")] = False,
+    force: Annotated[bool, option("Even if params.yaml is not a copy of any profile.", "--force")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml."""
     from pipeline.grid.checked import load_checked
@@ -250,12 +221,12 @@ def use(
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
 
 
-@app.command(rich_help_panel=_SETUP_COMMANDS, epilog=commands.examples("doctor", "doctor --json", "doctor --gpu"))
+@_setup("doctor", "doctor --json", "doctor --gpu")
 def doctor(
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.")
+        bool, option("Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.", "--gpu")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
     from pipeline.doctor import Finding, checks, gpu_tests
@@ -269,6 +240,76 @@ def doctor(
     if as_json:
         print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
     raise typer.Exit(int(wrong))
+
+
+@_trained('predict --cell CELL "A gem of a film."', "predict --cell CELL --file reviews.txt --json")
+def predict(
+    cell: Annotated[str, option("The id of a trained cell.", names=completion.trained)],
+    texts: Annotated[
+        Strings,
+        typer.Argument(
+            metavar="TEXT", help="In pairs where the task compares two. Default: standard input, a text a line."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, option("A text a line; two with a tab between them where the task compares two.")
+    ] = None,
+    top: Annotated[int, option("So many classes of each text, the likeliest first.")] = 3,
+    device: Annotated[str, option("cpu, cuda or cuda:N.", envvar="SCHOENBAT_DEVICE")] = "cpu",
+    profile: OfProfile = None,
+    as_json: Json = False,
+) -> None:
+    """Classify texts with a trained cell."""
+    from pipeline import predict as tool
+
+    tool.run(cell, texts or [], file, top=top, device_name=device, profile=profile, as_json=as_json)
+
+
+@_trained("export CELL exported/rmfa")
+def export(
+    cell: Annotated[str, typer.Argument(autocompletion=completion.trained, help="The id of a trained cell.")],
+    folder: Annotated[Path, typer.Argument(help="Is made; must be empty if it is there.")],
+) -> None:
+    """Write a trained cell into a folder that stands for itself: weights, config, model card, settings."""
+    from pipeline import export as tool
+
+    print(*tool.run(cell, folder), sep="\n")
+
+
+@_trained("compare quick cpu", "compare HEAD~1", "compare CELL OTHER-CELL", "compare v1 v2 --json")
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=completion.comparable,
+            help="A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.",
+        ),
+    ],
+    b: Annotated[
+        str,
+        typer.Argument(autocompletion=completion.comparable, help="Another of them; . is the working folder as it is."),
+    ] = ".",
+    as_json: Json = False,
+) -> None:
+    """Compare two profiles, cells or git revisions: settings, data, code, and every number with its significance."""
+    from pipeline import compare as tool
+
+    tool.run(a, b, as_json=as_json)
+
+
+@_trained("ui", "ui --open", "ui --profile cpu --port 5001")
+def ui(
+    profile: OfProfile = None,
+    port: Annotated[int, option("Of this machine.", min=1, max=65535)] = 5000,
+    open_browser: Annotated[bool, option("Open the page in a browser.", "--open")] = False,
+) -> None:
+    """Serve MLflow's pages until Ctrl-C; the address is that of the page that compares the cells of a profile."""
+    from pipeline import mlflow_ui as tool
+
+    tool.run(profile=profile, port=port, open_browser=open_browser)
+
+
+app.add_typer(commands.app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -4,11 +4,13 @@
 for a grid). Modules that take long to import are imported by the commands that need them.
 """
 
+import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,90 +25,76 @@ if TYPE_CHECKING:
     from pipeline.grid.params import Params
 
 PROGRAM = "schoenbat-exp"
-STAGE_COMMANDS = "One stage at a time"
-"""The group of these commands in the help."""
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help."""
-    return "Examples:\n" + "\n".join(f"  {PROGRAM} {line}" for line in lines)
-
-
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 PARAMS_VARIABLE = "SCHOENBAT_PARAMS"
 """Names the copy of params.yaml that a grid has made when it started."""
 DEBUG_VARIABLE = "SCHOENBAT_DEBUG"
 """Set: every error is shown with its traceback."""
 
-_CELL_PANEL = "The cell"
-TaskOption = Annotated[
-    str,
-    typer.Option("--task", autocompletion=completion.task, rich_help_panel=_CELL_PANEL, help="Name of the task."),
-]
-AttnOption = Annotated[
-    str,
-    typer.Option(
-        "--attn", autocompletion=completion.attn, rich_help_panel=_CELL_PANEL, help="Name of the attention mechanism."
-    ),
-]
-DotfOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dotf",
-        autocompletion=completion.kernel,
-        rich_help_panel=_CELL_PANEL,
-        help="Name of the kernel, if the mechanism needs one.",
-    ),
-]
-FormerOption = Annotated[
-    str,
-    typer.Option(
-        "--former",
-        autocompletion=completion.former,
-        rich_help_panel=_CELL_PANEL,
-        help="maclauformer (with ppSBN) or transformer (without).",
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", rich_help_panel=_CELL_PANEL, help="Default: the first seed of the grid.")
-]
-ProfileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--profile",
-        autocompletion=completion.profile,
-        help="Of which params.yaml must be. Default: whichever it is of.",
-    ),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", envvar="SCHOENBAT_DEVICE", help="cpu, cuda or cuda:N. Default: run.device."),
-]
+_OUTCOMES: dict[type[Exception], tuple[str, int]] = {
+    DataUnavailable: ("unavailable", 3),
+    UserError: ("usage", 2),
+    OutOfMemory: ("memory", 1),
+    TrainingFailed: ("failed", 1),
+    Stopped: ("stopped", STOPPED),
+}
+"""What a grid calls each error, and its exit code; of two that fit, the first."""
 
 
-@app.command(
-    rich_help_panel=STAGE_COMMANDS,
-    epilog=examples(
-        "train --task lra-text --attn rmfa --dotf exp --former maclauformer",
-        "train --task lra-text --attn softmax --former transformer --seed 43 --device cuda:0",
-    ),
+def make_app(**settings: Any) -> typer.Typer:
+    """Return an empty group of commands."""
+    help_names = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, context_settings=help_names, **settings)
+
+
+def command(
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds a command to `app`, in a group of the help and with examples at the help's end."""
+    lines = "".join(f"\n  {PROGRAM} {line}" for line in examples)
+    return app.command(name, rich_help_panel=panel, epilog=f"Examples:{lines}")
+
+
+def option(
+    about: str, *flags: str, names: completion.Complete | None = None, panel: str | None = None, **more: Any
+) -> Any:
+    """Return an option as `typer.Annotated` takes it; `names` completes its value in the shell."""
+    return typer.Option(*flags, help=about, autocompletion=names, rich_help_panel=panel, **more)
+
+
+_CELL = "The cell"
+Task = Annotated[str, option("Name of the task.", names=completion.task, panel=_CELL)]
+Attn = Annotated[str, option("Name of the attention mechanism.", names=completion.attn, panel=_CELL)]
+Dotf = Annotated[
+    str | None, option("Name of the kernel, if the mechanism needs one.", names=completion.kernel, panel=_CELL)
+]
+Former = Annotated[
+    str, option("maclauformer (with ppSBN) or transformer (without).", names=completion.former, panel=_CELL)
+]
+Seed = Annotated[int | None, option("Default: the first seed of the grid.", panel=_CELL)]
+Profile = Annotated[
+    str | None, option("Of which params.yaml must be. Default: whichever it is of.", names=completion.profile)
+]
+Device = Annotated[str | None, option("cpu, cuda or cuda:N. Default: run.device.", envvar="SCHOENBAT_DEVICE")]
+Json = Annotated[bool, option("For programs.", "--json")]
+
+app = make_app(add_completion=False)
+_add = partial(command, app, "One stage at a time")
+
+
+@_add(
+    "train --task lra-text --attn rmfa --dotf exp --former maclauformer",
+    "train --task lra-text --attn softmax --former transformer --seed 43 --device cuda:0",
 )
 def train(
-    task: TaskOption,
-    attn: AttnOption,
-    former: FormerOption,
-    dotf: DotfOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    profile: ProfileOption = None,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="--no-save writes and logs nothing.")] = True,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint of an interrupted run.")] = False,
+    task: Task,
+    attn: Attn,
+    former: Former,
+    dotf: Dotf = None,
+    seed: Seed = None,
+    device: Device = None,
+    profile: Profile = None,
+    save: Annotated[bool, option("--no-save writes and logs nothing.", "--save/--no-save")] = True,
+    restart: Annotated[bool, option("Discard the checkpoint of an interrupted run.", "--restart")] = False,
 ) -> None:
     """Train one cell; an interrupted run goes on from its checkpoint."""
     from pipeline.grid.cells import make_cell
@@ -117,19 +105,15 @@ def train(
     stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart)
 
 
-@app.command(
-    "eval",
-    rich_help_panel=STAGE_COMMANDS,
-    epilog=examples("eval --task lra-text --attn rmfa --dotf exp --former maclauformer"),
-)
+@_add("eval --task lra-text --attn rmfa --dotf exp --former maclauformer", name="eval")
 def evaluate(
-    task: TaskOption,
-    attn: AttnOption,
-    former: FormerOption,
-    dotf: DotfOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    profile: ProfileOption = None,
+    task: Task,
+    attn: Attn,
+    former: Former,
+    dotf: Dotf = None,
+    seed: Seed = None,
+    device: Device = None,
+    profile: Profile = None,
 ) -> None:
     """Test the best weights of one trained cell."""
     from pipeline.grid.cells import make_cell
@@ -139,40 +123,37 @@ def evaluate(
     stage.run(params, make_cell(params, task, attn, dotf, former, seed), device_name=device or params.run.device)
 
 
-@app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("download --task lra-text"))
-def download(task: TaskOption, profile: ProfileOption = None) -> None:
+@_add("download --task lra-text")
+def download(task: Task, profile: Profile = None) -> None:
     """Fetch and verify the raw data of one task."""
     from pipeline.stages import download as stage
 
-    params = load(profile)
-    stage.run(params, task)
+    stage.run(load(profile), task)
 
 
-@app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("preprocess --task lra-text"))
-def preprocess(task: TaskOption, profile: ProfileOption = None) -> None:
+@_add("preprocess --task lra-text")
+def preprocess(task: Task, profile: Profile = None) -> None:
     """Turn the raw data of one task into the arrays that training reads."""
     from pipeline.stages import preprocess as stage
 
-    params = load(profile)
-    stage.run(params, task)
+    stage.run(load(profile), task)
 
 
-@app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("report", "report --reference mean --margin 2"))
+@_add("report", "report --reference mean --margin 2")
 def report(
-    profile: ProfileOption = None,
-    reference: Annotated[str, typer.Option(help="The mechanism that the others are compared with.")] = "softmax",
-    margin: Annotated[float, typer.Option(help="Points of accuracy within which two count as equal.")] = 1.0,
-    force: Annotated[bool, typer.Option("--force", help="Even if the report there shows more finished cells.")] = False,
+    profile: Profile = None,
+    reference: Annotated[str, option("The mechanism that the others are compared with.")] = "softmax",
+    margin: Annotated[float, option("Points of accuracy within which two count as equal.")] = 1.0,
+    force: Annotated[bool, option("Even if the report there shows more finished cells.", "--force")] = False,
 ) -> None:
     """Build tables, figures and the page from what is finished."""
     from pipeline.stages import report as stage
 
-    params = load(profile)
-    stage.run(params, reference=reference, margin=margin, force=force)
+    stage.run(load(profile), reference=reference, margin=margin, force=force)
 
 
-@app.command(rich_help_panel=STAGE_COMMANDS, epilog=examples("bench"))
-def bench(profile: ProfileOption = None) -> None:
+@_add("bench")
+def bench(profile: Profile = None) -> None:
     """Time all mechanisms side by side in one process."""
     from pipeline.stages import bench as stage
 
@@ -180,17 +161,12 @@ def bench(profile: ProfileOption = None) -> None:
     stage.run(params, Path("runs", params.profile, "bench.csv"))
 
 
-@app.command(
-    rich_help_panel=STAGE_COMMANDS, epilog=examples("errors", "errors --cell lra-text-rmfa-exp-maclauformer-42")
-)
+@_add("errors", "errors --cell lra-text-rmfa-exp-maclauformer-42")
 def errors(
     cell: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=completion.cell, help="On the vectors of this trained cell. Default: made-up ones."
-        ),
+        str | None, option("On the vectors of this trained cell. Default: made-up ones.", names=completion.cell)
     ] = None,
-    profile: ProfileOption = None,
+    profile: Profile = None,
 ) -> None:
     """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
     from pipeline.grid.cells import expand, select
@@ -225,7 +201,10 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def exit_code(commands: Callable[..., Any], arguments: Sequence[str] | None) -> int:
-    """Run a command: what a user can get wrong, and what can go wrong, ends in one line and an exit code."""
+    """Run a command; print what a user can get wrong, and what can go wrong, as one line; return the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Of a terminal or a pipe that takes ASCII alone.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = commands(arguments, prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -234,16 +213,10 @@ def exit_code(commands: Callable[..., Any], arguments: Sequence[str] | None) -> 
     except typer.TyperException as error:
         # Its own form would take four lines.
         return _fail("usage", " ".join(error.format_message().split()), error.exit_code)
-    except DataUnavailable as error:
-        return _fail("unavailable", str(error), 3)
-    except UserError as error:
-        return _fail("usage", str(error), 2)
-    except OutOfMemory as error:
-        return _fail("memory", str(error), 1)
-    except TrainingFailed as error:
-        return _fail("failed", str(error), 1)
-    except Stopped as error:
-        return _fail("stopped", str(error), STOPPED)
+    except tuple(_OUTCOMES) as error:
+        return _fail(
+            *next((how, str(error), code) for kind, (how, code) in _OUTCOMES.items() if isinstance(error, kind))
+        )
     except OSError as error:
         return _fail("crash", f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
 

@@ -45,7 +45,7 @@ def run(
     found = [dict(list(ranked.items())[:top]) for ranked in trained.classifier.predict(examples)]
     if as_json:
         answers = [{"text": example, "classes": ranked} for example, ranked in zip(examples, found, strict=True)]
-        print(json.dumps({"cell": cell, "profile": trained.profile, "predictions": answers}, ensure_ascii=False))
+        print(json.dumps({"cell": cell, "profile": trained.profile, "predictions": answers}))
         return
     for example, ranked in zip(examples, found, strict=True):
         shown = example if isinstance(example, str) else " | ".join(example)

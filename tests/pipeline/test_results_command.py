@@ -1,11 +1,13 @@
 """`schoenbat-exp results` and `report` on results that are made up."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from project_folder import Project, write_results
+from project_folder import ROOT, Project, write_results
 
 from pipeline.grid.cells import expand, settings_fingerprint
 from pipeline.grid.params import load_params
@@ -103,3 +105,15 @@ def test_wrong_options_of_a_report_are_one_line(
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_terminal_of_ascii_alone_shows_results_too(finished: Project) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "results"],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        encoding="ascii",
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "90.5 ?0.7 a" in done.stdout
