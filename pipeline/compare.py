@@ -30,7 +30,7 @@ from pipeline.results import CellResults, Metrics, Resources, TestScore
 from pipeline.text import counted
 from pipeline.trained import current_profile, trained_cells
 from schoenbat.errors import UserError, list_choices
-from schoenbat.training import Predictions, load_model
+from schoenbat.lra.training import Predictions, load_model
 
 HERE = "."
 """Stands for the working folder as it is."""

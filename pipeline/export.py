@@ -14,10 +14,10 @@ from pipeline.grid.params import load_params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.text import counted
 from pipeline.trained import TrainedCell, load_trained
-from schoenbat.data.arrays import SPLITS
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
-from schoenbat.tasks import TASKS
+from schoenbat.lra.data.arrays import SPLITS
+from schoenbat.lra.tasks import TASKS
 
 CARD, SETTINGS = "README.md", "params.yaml"
 

@@ -79,13 +79,13 @@ def names(kind: Kind) -> list[Name]:
     if kind is Kind.PROFILES:
         return [Name(path.stem, _note(path)) for path in sorted(Path("profiles").glob("*.yaml"))]
     if kind is Kind.FORMER:
-        from schoenbat.nn.multihead import FORMERS
+        from schoenbat.lra.multihead import FORMERS
 
         return [Name(former, _FORMERS[former]) for former in FORMERS]
     from schoenbat.attention import ATTENTIONS
     from schoenbat.kernels import KERNELS
+    from schoenbat.lra.tasks import TASKS
     from schoenbat.registry import Registry, describe_entry
-    from schoenbat.tasks import TASKS
 
     registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
     registry = registries[kind]

@@ -23,7 +23,7 @@ from schoenbat.files import write_bytes
 from schoenbat.registry import build_config
 
 if TYPE_CHECKING:
-    from schoenbat.training import Evaluation, Predictions
+    from schoenbat.lra.training import Evaluation, Predictions
 
 T = TypeVar("T")
 _LEAST_LOG_PROBABILITY = -1000.0
@@ -191,7 +191,7 @@ def pack_predictions(predictions: "Predictions") -> bytes:
 
 def read_predictions(path: Path) -> "Predictions":
     """What `pack_predictions` has made; raises UserError if the file is damaged."""
-    from schoenbat.training import Predictions
+    from schoenbat.lra.training import Predictions
 
     try:
         with np.load(path, allow_pickle=False) as arrays:

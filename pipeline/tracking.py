@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-    from schoenbat.nn.encoder import Classifier
-    from schoenbat.training import Evaluation
+    from schoenbat.lra.encoder import Classifier
+    from schoenbat.lra.training import Evaluation
 
 EXPERIMENT = "schoenbat"
 EXPERIMENT_ID = "SCHOENBAT_MLFLOW_EXPERIMENT_ID"

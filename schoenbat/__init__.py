@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from schoenbat.estimate import Estimate
     from schoenbat.functional import dot_product_kernel_attention
     from schoenbat.kernels import KERNELS, Kernel
+    from schoenbat.lra.pretrained import PretrainedClassifier
+    from schoenbat.lra.tasks import TASKS
     from schoenbat.nn.mha import MultiheadKernelAttention
-    from schoenbat.pretrained import PretrainedClassifier
-    from schoenbat.tasks import TASKS
 
 __version__ = "0.1.0"
 
@@ -40,12 +40,12 @@ __all__ = [
 _HOMES = {
     "ATTENTIONS": "attention",
     "KERNELS": "kernels",
-    "TASKS": "tasks",
+    "TASKS": "lra.tasks",
     "Estimate": "estimate",
     "Kernel": "kernels",
     "MultiheadKernelAttention": "nn.mha",
     "PoorEstimateWarning": "diagnosis",
-    "PretrainedClassifier": "pretrained",
+    "PretrainedClassifier": "lra.pretrained",
     "UserError": "errors",
     "calibrate": "calibration",
     "calibrate_tensors": "calibration",

@@ -2,7 +2,7 @@
 
 A component of this project is one file: the file's stem is its name, and the file defines exactly one class derived
 from the registry's base. A component of another distribution is an entry point, NAME = "module:Class", in the group
-that is called like the package of the registry, such as "schoenbat.kernels". Names are listed without importing any
+of the registry, such as "schoenbat.kernels". Names are listed without importing any
 component, so a broken one breaks only itself.
 
 A variant, NAME+VARIANT, is the component NAME under settings of its own.
@@ -44,7 +44,7 @@ def base_name(name: str) -> str:
 
 
 class Registry(Generic[T]):
-    """The components of one folder, and of the entry points that carry its name.
+    """The components of one folder and of one group of entry points.
 
     Args:
         kind: what an unknown name is called in an error, such as "task".
@@ -53,13 +53,17 @@ class Registry(Generic[T]):
             distributions (see `pipeline.grid.components`).
         base: the class that each component derives from.
         has_variants: `get` takes names of variants, too, as the components have settings.
+        group: of the entry points; called like the package where it is None.
     """
 
-    def __init__(self, kind: str, package: str, base: type[T], *, has_variants: bool = False) -> None:
+    def __init__(
+        self, kind: str, package: str, base: type[T], *, has_variants: bool = False, group: str | None = None
+    ) -> None:
         self.kind = kind
         self.package = package
         self.base = base
         self.has_variants = has_variants
+        self.group = package if group is None else group
 
     def names(self) -> list[str]:
         """All names, sorted; raises UserError as `external` does."""
@@ -72,8 +76,8 @@ class Registry(Generic[T]):
             UserError: an entry point whose name is taken, or is not made of letters, digits, - and _.
         """
         found: dict[str, EntryPoint] = {}
-        files = self._files() if _entry_points(self.package) else {}
-        for entry in sorted(_entry_points(self.package), key=lambda entry: (entry.name, entry.value)):
+        files = self._files() if _entry_points(self.group) else {}
+        for entry in sorted(_entry_points(self.group), key=lambda entry: (entry.name, entry.value)):
             if not _NAME.fullmatch(entry.name):
                 raise UserError(
                     f"{describe_entry(entry)}: a {self.kind} is named by letters, digits, - and _, not {entry.name!r}"

@@ -104,7 +104,7 @@ LIST = """
 import schoenbat
 from schoenbat.attention import ATTENTIONS
 from schoenbat.kernels import KERNELS
-from schoenbat.tasks import TASKS
+from schoenbat.lra.tasks import TASKS
 
 print(schoenbat.__file__)
 for registry in (ATTENTIONS, KERNELS, TASKS):

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from schoenbat.data.pathfinder import LEVELS, draw
+from schoenbat.lra.data.pathfinder import LEVELS, draw
 
 COLUMNS = 6
 

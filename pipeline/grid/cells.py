@@ -16,8 +16,8 @@ from pipeline.hashes import hash_of
 from pipeline.results import Fingerprint
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
-from schoenbat.nn.encoder import build_model
-from schoenbat.tasks import TASKS
+from schoenbat.lra.encoder import build_model
+from schoenbat.lra.tasks import TASKS
 
 _MADE = ("data/", "runs/")
 

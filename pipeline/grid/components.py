@@ -16,8 +16,8 @@ from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.kernels import KERNELS
+from schoenbat.lra.tasks import TASKS
 from schoenbat.registry import VARIANT_MARK, Registry, base_name
-from schoenbat.tasks import TASKS
 
 _HEADER = "# Links made by schoenbat-exp.\n/.gitignore\n"
 

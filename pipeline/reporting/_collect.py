@@ -13,8 +13,8 @@ from pipeline.grid.params import Params, cell_training
 from pipeline.reporting._statistics import MARGIN, Scores
 from pipeline.results import CellResults, read_rows
 from schoenbat.kernels import KERNELS
-from schoenbat.tasks import TASKS
-from schoenbat.training import Predictions
+from schoenbat.lra.tasks import TASKS
+from schoenbat.lra.training import Predictions
 
 if TYPE_CHECKING:
     from pipeline.reporting._comparison import Comparison

@@ -34,7 +34,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from schoenbat.training import Predictions
+from schoenbat.lra.training import Predictions
 
 LEVEL = 0.05
 """Of tests; intervals hold with 1 - LEVEL."""

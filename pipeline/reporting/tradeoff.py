@@ -11,7 +11,7 @@ from pipeline.reporting._collect import Setting
 from pipeline.reporting._mechanisms import Mechanism, first_listed, keyed, label, mechanisms, named, rows_of, style
 from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
 from pipeline.reporting._table import MISSING, Table
-from schoenbat.tasks import TASKS
+from schoenbat.lra.tasks import TASKS
 
 DIRECTION = "forward+backward"
 

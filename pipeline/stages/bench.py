@@ -45,14 +45,14 @@ from pipeline.files import git_revision, write_csv
 from pipeline.grid.params import Params
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, KernelAttention
-from schoenbat.data.arrays import Batch
 from schoenbat.errors import TrainingFailed
 from schoenbat.kernels import KERNELS
-from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
-from schoenbat.nn.multihead import FormerConfig
+from schoenbat.lra.data.arrays import Batch
+from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
+from schoenbat.lra.multihead import FormerConfig
+from schoenbat.lra.training import add_gradients, examples_at_once
 from schoenbat.norm import pre_sbn
 from schoenbat.registry import build_config
-from schoenbat.training import add_gradients, examples_at_once
 
 COLUMNS = (
     "attn",

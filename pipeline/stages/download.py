@@ -10,7 +10,7 @@ from pipeline.grid.sources import PROVENANCE, named_files, read_record
 from pipeline.hashes import hash_of
 from pipeline.monitor.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
-from schoenbat.tasks import TASKS
+from schoenbat.lra.tasks import TASKS
 
 
 def run(params: Params, task: str) -> None:

@@ -40,16 +40,16 @@ from pipeline.grid.cells import Cell, data_folder, data_meta
 from pipeline.grid.params import ErrorsParams, Params
 from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
-from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
 from schoenbat.estimate import Estimate
 from schoenbat.features.fourier import RandomFourier
 from schoenbat.features.plan import FeatureMap
 from schoenbat.features.positive import PositiveRandom
 from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.training import load_model
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import kernel_attention
-from schoenbat.training import load_model
 
 MEASURES = ("kernel_error", "output_error", "unexplained")
 SPREADS = ("kernel_spread", "output_spread", "unexplained_spread")

@@ -13,9 +13,9 @@ from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, TestScore
 from pipeline.stages.train import description, model_of
-from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
-from schoenbat.training import load_model, predict
+from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.training import load_model, predict
 
 
 def run(params: Params, cell: Cell, *, device_name: str) -> None:

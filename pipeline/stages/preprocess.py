@@ -3,9 +3,9 @@
 from pipeline.files import write_json
 from pipeline.grid.cells import data_folder, raw_folder, summary_file
 from pipeline.grid.params import Params, task_section
-from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
-from schoenbat.tasks import TASKS
+from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.tasks import TASKS
 
 
 def run(params: Params, task: str) -> None:

@@ -30,10 +30,10 @@ from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Metrics, Resources
 from pipeline.stopping import Stopped, stop_request
-from schoenbat.data.arrays import Dataset
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
-from schoenbat.nn.encoder import Classifier, build_model
-from schoenbat.training import Evaluation, FitResult, StepReport, fit, save_model
+from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.encoder import Classifier, build_model
+from schoenbat.lra.training import Evaluation, FitResult, StepReport, fit, save_model
 
 
 def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schoenbat.data.arrays import IGNORED, SPLITS, Dataset, batches
 from schoenbat.errors import UserError
+from schoenbat.lra.data.arrays import IGNORED, SPLITS, Dataset, batches
+from schoenbat.lra.tasks import TASKS, Task
 from schoenbat.registry import build_config
-from schoenbat.tasks import TASKS, Task
 
 META_KEYS = {
     "task",

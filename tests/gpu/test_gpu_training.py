@@ -12,11 +12,11 @@ from gpu_device import DEVICE, ON_GPU, wait
 from torch import Tensor, nn
 
 from schoenbat.attention import ATTENTIONS
-from schoenbat.data.arrays import Dataset, write_dataset
 from schoenbat.errors import TrainingStopped
-from schoenbat.nn.encoder import Classifier, ModelConfig, build_model
-from schoenbat.nn.multihead import FormerConfig, SelfAttention
-from schoenbat.training import REPORT_EVERY, FitResult, StepReport, TrainingConfig, fit
+from schoenbat.lra.data.arrays import Dataset, write_dataset
+from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
+from schoenbat.lra.multihead import FormerConfig, SelfAttention
+from schoenbat.lra.training import REPORT_EVERY, FitResult, StepReport, TrainingConfig, fit
 
 pytestmark = pytest.mark.gpu
 

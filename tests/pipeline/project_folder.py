@@ -13,7 +13,7 @@ from pipeline.grid.axes import Cell
 from pipeline.grid.graph import read_graph
 from pipeline.launch import Job, Work
 from pipeline.results import CellResults, Fingerprint, Metrics, Resources, TestScore
-from schoenbat.training import Evaluation, Predictions
+from schoenbat.lra.training import Evaluation, Predictions
 
 ROOT = Path(__file__).parents[2]
 

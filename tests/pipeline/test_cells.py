@@ -129,7 +129,7 @@ def test_the_fingerprint_changes_with_what_decides_the_numbers_and_with_nothing_
     ):
         project.set(key, value)
         seen.add(fingerprint(cell, load_params()))
-    for source in ("schoenbat/kernels/exp.py", "schoenbat/nn/encoder.py", "schoenbat/attention/rmfa.py"):
+    for source in ("schoenbat/kernels/exp.py", "schoenbat/lra/encoder.py", "schoenbat/attention/rmfa.py"):
         with Path(source).open("a") as file:
             file.write("# changed\n")
         seen.add(fingerprint(cell, load_params()))

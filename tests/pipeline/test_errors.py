@@ -18,9 +18,9 @@ from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS, KernelAttention
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
+from schoenbat.lra.training import save_model
 from schoenbat.norm import pre_sbn
 from schoenbat.ops.reference import kernel_attention
-from schoenbat.training import save_model
 
 Invoke = Callable[..., tuple[int, str, str]]
 

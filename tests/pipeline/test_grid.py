@@ -62,7 +62,7 @@ def test_in_parallel_as_one_after_another_and_dvc_has_nothing_to_do(small: Proje
     assert states == {MEAN: "done", RMFA: "to run"}
     small.set("attention.rmfa.num_features", 8)
     small.set("run.threads", 1)
-    source = small.folder / "schoenbat/nn/encoder.py"
+    source = small.folder / "schoenbat/lra/encoder.py"
     before = source.read_bytes()
     source.write_bytes(before + b"# changed\n")
     states = {row["cell"]: row["state"] for row in json.loads(invoke("status", "--json")[1])["cells"]}

@@ -23,7 +23,7 @@ from project_folder import ROOT, Project
 
 from pipeline import tracking
 from pipeline.grid.cells import Cell
-from schoenbat.training import Evaluation
+from schoenbat.lra.training import Evaluation
 
 pytestmark = pytest.mark.xdist_group("mlflow-ui")
 

@@ -59,11 +59,11 @@ def state_of(cell: str, invoke: Invoke) -> str:
 
 
 def test_code_that_is_edited_while_a_cell_trains_is_not_the_code_of_its_result(small: Project, invoke: Invoke) -> None:
-    source = small.folder / "schoenbat/nn/encoder.py"
+    source = small.folder / "schoenbat/lra/encoder.py"
     before = source.read_bytes()
     code, out = run_and_change(small, lambda: source.write_bytes(before + b"# edited\n"), "--cell", MEAN)
     assert code == 1
-    assert "schoenbat/nn" in out
+    assert "schoenbat/lra/encoder.py" in out
     assert "changed" in out
     assert TRAIN not in read_blocks()
     assert TRAIN in dvc_changes()
@@ -99,7 +99,7 @@ def test_settings_that_change_while_a_grid_runs_are_not_mixed_into_it(small: Pro
 
 
 def test_the_code_of_another_checkout_is_an_error_of_one_line(small: Project) -> None:
-    with Path("schoenbat/nn/encoder.py").open("a") as file:
+    with Path("schoenbat/lra/encoder.py").open("a") as file:
         file.write("raise RuntimeError\n")
     for arguments in (
         ("train", "--task", "lra-listops", "--attn", "mean", "--former", "transformer"),
@@ -114,7 +114,7 @@ def test_the_code_of_another_checkout_is_an_error_of_one_line(small: Project) ->
         )
         assert ended.returncode == 2, ended.stdout + ended.stderr
         (line,) = ended.stderr.splitlines()
-        assert line.startswith(f"error: the code that runs is that of {ROOT}, and its schoenbat/nn/encoder.py is not")
+        assert line.startswith(f"error: the code that runs is that of {ROOT}, and its schoenbat/lra/encoder.py is not")
         assert "PYTHONPATH" in line
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.results import CellResults, pack_predictions, read_predictions
 from schoenbat.errors import UserError
-from schoenbat.training import Predictions
+from schoenbat.lra.training import Predictions
 
 
 def some_predictions(examples: int, targets: int = 1) -> Predictions:

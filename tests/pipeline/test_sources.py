@@ -51,8 +51,8 @@ from pathlib import Path
 
 import numpy as np
 
-from schoenbat.data.arrays import write_dataset
-from schoenbat.tasks import Task
+from schoenbat.lra.data.arrays import write_dataset
+from schoenbat.lra.tasks import Task
 
 
 class Reviews(Task):

@@ -22,7 +22,7 @@ from pipeline.reporting._statistics import (
     letters,
     paired_differences,
 )
-from schoenbat.training import Predictions
+from schoenbat.lra.training import Predictions
 
 Array = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from mlflow_server import Server
 
 from pipeline import tracking
 from pipeline.grid.cells import Cell
-from schoenbat.training import Evaluation
+from schoenbat.lra.training import Evaluation
 
 CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
 PRELUDE = """
@@ -27,7 +27,7 @@ import os, sys, time
 from pathlib import Path
 from pipeline import tracking
 from pipeline.grid.cells import Cell
-from schoenbat.training import Evaluation
+from schoenbat.lra.training import Evaluation
 
 CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
 
@@ -387,8 +387,8 @@ def test_an_exception_marks_the_run_and_goes_on(project: Path, error: type[BaseE
 
 MODEL = """
 import torch
-from schoenbat.nn.encoder import ModelConfig, build_model
-from schoenbat.nn.multihead import FormerConfig
+from schoenbat.lra.encoder import ModelConfig, build_model
+from schoenbat.lra.multihead import FormerConfig
 
 def model():
     return build_model(

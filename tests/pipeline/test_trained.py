@@ -20,9 +20,9 @@ from project_folder import ROOT, Project
 from pipeline import cli
 from pipeline.results import pack_predictions, read_predictions
 from pipeline.trained import load_trained
-from schoenbat.data.arrays import Dataset
 from schoenbat.errors import UserError
-from schoenbat.pretrained import PretrainedClassifier
+from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.pretrained import PretrainedClassifier
 
 pytestmark = pytest.mark.xdist_group("trained")
 

@@ -20,8 +20,8 @@ from pipeline.reporting._collect import collect
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
-from schoenbat.nn.encoder import ModelConfig, build_model
-from schoenbat.nn.multihead import FormerConfig, SelfAttention
+from schoenbat.lra.encoder import ModelConfig, build_model
+from schoenbat.lra.multihead import FormerConfig, SelfAttention
 
 Invoke = Callable[..., tuple[int, str, str]]
 
