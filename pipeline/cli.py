@@ -128,8 +128,8 @@ def status(
 
         watch_grid(as_json)
         return
-    snapshot = take_snapshot()
-    print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot)))
+    snapshot, width = take_snapshot(), shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot, width)))
 
 
 @_grid("results", "results --json")

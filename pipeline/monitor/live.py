@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
 from pipeline.launch import Event, GridState
@@ -16,60 +16,69 @@ _DRAW_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
 
 
+class _Screen:
+    """Shows snapshots, not more often than they can be read; `live` is to be entered."""
+
+    def __init__(self) -> None:
+        console = Console()
+        self.terminal = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.live = self.terminal or contextlib.nullcontext()
+        self.seconds = _SECONDS_BETWEEN_LINES if self.terminal is None else _DRAW_SECONDS
+        self._shown = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._shown >= self.seconds
+
+    def show(self, snapshot: status.Snapshot) -> None:
+        """Draw the table anew; or print the cells that run, and the summary."""
+        if self.terminal is None:
+            running = [row for row in snapshot.cells if row.state == "running" and row.progress]
+            print(*view.table(running), view.summary(snapshot), sep="\n", flush=True)
+        else:
+            size = self.terminal.console.size
+            self.terminal.update(Group(*view.screen(snapshot, size.width, size.height)), refresh=True)
+        self._shown = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        if self.terminal is None:
+            print(line, flush=True)
+        else:
+            self.terminal.console.print(line, markup=False, highlight=False)
+
+
 @contextlib.contextmanager
 def show_grid(profile: str, cells: Sequence[str], state: GridState) -> Iterator[Callable[[Event | None], None]]:
-    """To be called with every event of a grid: it redraws a table on a terminal, and prints lines elsewhere."""
+    """Give a function to be called with every event of a grid, which shows the grid."""
 
     def snapshot() -> status.Snapshot:
-        names = [cell for cell in cells if cell in state.jobs()]
-        rows = [status.job_row(profile, name, state.jobs()[name]) for name in names]
-        return status.assemble(profile, True, rows, state.jobs())
+        jobs = state.jobs()
+        return status.assemble(profile, True, [status.job_row(profile, c, jobs[c]) for c in cells if c in jobs], jobs)
 
-    console = Console()
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            drawn = 0.0
+    screen = _Screen()
+    with screen.live:
 
-            def redraw(event: Event | None) -> None:
-                nonlocal drawn
-                if event is not None and event.state in ("failed", "unavailable", "retried"):
-                    live.console.print(_line(event), markup=False, highlight=False)
-                if time.monotonic() - drawn >= _DRAW_SECONDS:
-                    live.update(view.table(snapshot(), console.height), refresh=True)
-                    drawn = time.monotonic()
+        def show(event: Event | None) -> None:
+            # Of jobs that were never started there may be hundreds; the end of the run counts them.
+            of_interest = ("failed", "unavailable", "retried")
+            if event is not None and (event.log is not None if screen.terminal is None else event.state in of_interest):
+                screen.say(f"{event.job}: {event.state}{' (' + event.text + ')' if event.text else ''}")
+            if screen.is_due():
+                screen.show(snapshot())
 
-            yield redraw
-            live.update(view.table(snapshot(), console.height), refresh=True)
-        return
-    said = time.monotonic()
-
-    def say(event: Event | None) -> None:
-        nonlocal said
-        # Of jobs that were never started there may be hundreds; the end of the run counts them.
-        if event is not None and event.log is not None:
-            print(_line(event), flush=True)
-        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
-            now = snapshot()
-            print("\n".join([*view.progress_lines(now.cells), view.summary(now)]), flush=True)
-            said = time.monotonic()
-
-    yield say
+        yield show
+        if screen.terminal is not None:
+            screen.show(snapshot())
 
 
 def watch_grid(as_json: bool) -> None:
-    """Draw the status once a second; where there is no terminal, or for programs, print a line now and then."""
-    console = Console()
+    """Show the status until Ctrl-C, once a second on a terminal; elsewhere, and for programs, now and then."""
     with contextlib.suppress(KeyboardInterrupt):
-        if as_json or not console.is_terminal:
+        while as_json:
+            print(json.dumps(dataclasses.asdict(status.take_snapshot())), flush=True)
+            time.sleep(_SECONDS_BETWEEN_LINES)
+        screen = _Screen()
+        with screen.live:
             while True:
-                snapshot = status.take_snapshot()
-                print(json.dumps(dataclasses.asdict(snapshot)) if as_json else view.summary(snapshot), flush=True)
-                time.sleep(_SECONDS_BETWEEN_LINES)
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                live.update(view.table(status.take_snapshot(), console.height), refresh=True)
-                time.sleep(_DRAW_SECONDS)
-
-
-def _line(event: Event) -> str:
-    return f"{event.job}: {event.state}{' (' + event.text + ')' if event.text else ''}"
+                screen.show(status.take_snapshot())
+                time.sleep(screen.seconds)

@@ -16,7 +16,7 @@ from pipeline.grid.checked import ensure_checked
 from pipeline.grid.graph import read_graph
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.hashes import Hashes
-from pipeline.lease import EXPIRY_SECONDS
+from pipeline.lease import EXPIRY_SECONDS, TOUCH_SECONDS
 from pipeline.record.freshness import stage_states
 from schoenbat.registry import build_config
 
@@ -70,7 +70,7 @@ class Snapshot:
 
 
 def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
-    """Profile, cells and content of params.yaml; raises UserError."""
+    """Return profile, cells and content of params.yaml; raises UserError."""
     ensure_checked()
     settings = read_yaml(PARAMS_FILE)
     grid = build_config(GridParams, settings.get("grid"), f"{PARAMS_FILE}: grid")
@@ -78,25 +78,27 @@ def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
 
 
 def take_snapshot() -> Snapshot:
-    """The state of every cell of params.yaml."""
+    """Return the state of every cell of params.yaml."""
     profile, cells, settings = read_grid()
     state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "lease": ""}
-    running = _is_touched(Path(state["lease"])) if state["lease"] else False
+    running = bool(state["lease"]) and _is_alive(Path(state["lease"]))
     jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
     finished = _finished(settings)
-    rows = []
-    for cell in cells:
-        if running and cell.id in jobs:
-            rows.append(job_row(profile, cell.id, jobs[cell.id]))
-        elif cell.id in finished:
-            rows.append(Row(cell.id, "done"))
-        else:
-            rows.append(_idle_row(profile, cell))
-    return assemble(profile, running, rows, jobs if running else {})
+    if not running:
+        jobs = {}
+    rows = [
+        job_row(profile, cell.id, jobs[cell.id])
+        if cell.id in jobs
+        else Row(cell.id, "done")
+        if cell.id in finished
+        else _idle_row(profile, cell)
+        for cell in cells
+    ]
+    return assemble(profile, running, rows, jobs)
 
 
 def _finished(settings: Mapping[str, Any]) -> set[str]:
-    """The ids of the cells of which no stage has to run."""
+    """Return the ids of the cells of which no stage has to run."""
     graph = read_graph(settings)
     states = stage_states(graph, settings, Hashes(), graph.upstream(graph.cell_stages()))
     due = {graph.stages[name].cell for name, state in states.items() if state == "due"}
@@ -104,34 +106,26 @@ def _finished(settings: Mapping[str, Any]) -> set[str]:
 
 
 def assemble(profile: str, running: bool, rows: list[Row], jobs: Mapping[str, Mapping[str, Any]]) -> Snapshot:
-    """A snapshot of cells and of the jobs that are no cells, with the time that is left."""
+    """Return a snapshot of cells and of the jobs that are no cells, with the time that is left."""
     known = {row.cell for row in rows}
     others = [job_row(profile, name, job) for name, job in jobs.items() if name not in known]
     return Snapshot(profile, running, rows, others, _seconds_left(jobs, [*rows, *others]) if running else None)
 
 
 def job_row(profile: str, name: str, job: Mapping[str, Any]) -> Row:
-    """What the engine and the cell say of a job of the running grid."""
+    """Return what the engine and the cell say of a job of the running grid."""
     progress = _read_json(Path("checkpoints", profile, name, "progress.json")) if job["state"] == "running" else None
     if progress and progress.get("updated", 0.0) < job.get("since", 0.0):
         progress = None
     left = None
     if progress and progress.get("steps_per_second"):
         left = (progress["steps"] - progress["step"]) / progress["steps_per_second"]
-    return Row(
-        name,
-        job["state"],
-        job.get("reason", ""),
-        job.get("log", ""),
-        progress,
-        job.get("attempt", 1),
-        job.get("device", ""),
-        left,
-    )
+    told = {name: job[name] for name in ("reason", "log", "attempt", "device") if name in job}
+    return Row(name, job["state"], progress=progress, seconds_left=left, **told)
 
 
 def _idle_row(profile: str, cell: Cell) -> Row:
-    """A cell that is not finished and that no grid is running."""
+    """Return the row of a cell that is not finished and that no grid is running."""
     for name in (cell.id, f"data-{cell.task}"):
         outcome = _read_json(Path("logs", profile, f"{name}.outcome.json"))
         if outcome and outcome["kind"] != "stopped":
@@ -143,10 +137,11 @@ def _idle_row(profile: str, cell: Cell) -> Row:
 
 
 def _seconds_left(jobs: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> float | None:
-    """The work that is left, by the expected times, over the number of jobs that run now."""
+    """Return the work that is left, by the expected times, over the number of jobs that run now."""
     done = [job for job in jobs.values() if job["state"] == "done" and job.get("expected")]
     active = [row for row in rows if row.state == "running"]
-    if not done or not active:
+    # What measures time, or gathers results, runs alone, and nobody knows how long.
+    if not done or not any(row.seconds_left is not None or jobs[row.cell].get("expected") for row in active):
         return None
     # Expectations may be far off, but they are off alike.
     scale = sum(job["seconds"] for job in done) / sum(job["expected"] for job in done)
@@ -155,21 +150,31 @@ def _seconds_left(jobs: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) ->
         spent = time.time() - jobs[row.cell]["since"]
         expected = (jobs[row.cell].get("expected") or 0.0) * scale
         left += row.seconds_left if row.seconds_left is not None else max(0.0, expected - spent)
-    return left / len(active)
+    return left / len(active) or None
 
 
-def _is_touched(lease: Path) -> bool:
+def _is_alive(heartbeat: Path) -> bool:
+    """Return whether a grid still touches its heartbeat; if the file is of the future, by looking whether it changes.
+
+    It can be of the future where a clock was set back, or where the file system has a clock of its own.
+    """
     try:
-        return time.time() - lease.stat().st_mtime < EXPIRY_SECONDS
+        first = heartbeat.stat().st_mtime
+        if time.time() - first >= 0:
+            return time.time() - first < EXPIRY_SECONDS
+        end = time.monotonic() + 2 * TOUCH_SECONDS
+        while time.monotonic() < end:
+            time.sleep(TOUCH_SECONDS / 20)
+            if heartbeat.stat().st_mtime != first:
+                return True
     except FileNotFoundError:
-        return False
+        pass
+    return False
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the content of a file; None where there is none, or somebody is writing it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        # Somebody is writing it.
+    except (FileNotFoundError, ValueError):
         return None

@@ -1,107 +1,122 @@
-"""What a person sees of a grid: a table that is drawn again and again on a terminal, and plain lines elsewhere."""
+"""A grid as lines of text: a table of cells, with as many columns as there is room for, and a summary."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.monitor.status import Row, Snapshot
 from pipeline.text import counted
 
 _STYLE = {"running": "cyan", "failed": "red", "unavailable": "yellow", "skipped": "yellow", "interrupted": "yellow"}
-_SHOWN_FIRST = ("running", "waiting", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
+_ORDER = ("running", "waiting", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
+_OPEN = ("running", "waiting", "queued")
+_LEAST_NAME = 20
+_GAP = "  "
+_KEPT = ("cell", "state", "progress", "left")
+"""Columns that are not dropped."""
+_LEFT = ("cell", "state", "device")
+"""Columns of words."""
 
 
-def table(snapshot: Snapshot, height: int) -> Group:
-    """The cells by state, those that run first, cut to the height of the terminal."""
-    drawn = Table(box=None, pad_edge=False)
-    for title, justify in (
-        *(("cell", "left"), ("state", "left"), ("progress", "right"), ("loss", "right"), ("dev accuracy", "right")),
-        *(("steps/s", "right"), ("left", "right"), ("memory", "right"), ("GPU", "right"), ("device", "left")),
-    ):
-        drawn.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    rows = sorted([*snapshot.others, *snapshot.cells], key=lambda row: _SHOWN_FIRST.index(_known(row.state)))
+def screen(snapshot: Snapshot, width: int, height: int) -> list[Text]:
+    """Return what fits on a terminal: the cells by state, those that run first, and the summary."""
+    rows = sorted(
+        [*snapshot.others, *snapshot.cells],
+        key=lambda row: _ORDER.index(row.state) if row.state in _ORDER else len(_ORDER),
+    )
     fitting = max(1, height - 4)
-    for row in rows[:fitting]:
-        drawn.add_row(*_columns(row), style=_STYLE.get(row.state))
-    more = [Text(f"... and {len(rows) - fitting} more")] if len(rows) > fitting else []
-    return Group(drawn, *more, Text(summary(snapshot)))
+    more = [f"... and {len(rows) - fitting} more"] if len(rows) > fitting else []
+    title, *drawn = table(rows[:fitting], width) or [""]
+    styled = [(title, ""), *((line, _STYLE.get(row.state, "")) for line, row in zip(drawn, rows, strict=False))]
+    plain = [(line, "") for line in (*more, summary(snapshot))]
+    return [Text(line, style, no_wrap=True, overflow="ellipsis") for line, style in (*styled, *plain)]
 
 
-def lines(snapshot: Snapshot) -> list[str]:
-    """One line per cell, what several of them have as their reason once beneath, and the summary."""
+def lines(snapshot: Snapshot, width: int | None = None) -> list[str]:
+    """Return a line for each cell, what several of them have as their reason once beneath, and the summary."""
     rows = [*(row for row in snapshot.others if row.state == "running"), *snapshot.cells]
-    width = max((len(row.cell) for row in rows), default=0)
     reasons = Counter((row.state, row.reason) for row in rows if row.reason)
     shared = {key: number for key, number in reasons.items() if number > 1}
-    short = [replace(row, reason="") if (row.state, row.reason) in shared else row for row in rows]
     return [
-        *(f"{row.cell:{width}}  {_described(row)}" for row in short),
+        *table([replace(row, reason="") if (row.state, row.reason) in shared else row for row in rows], width),
         *(f"{state}: {counted(number, 'cell')}: {reason}" for (state, reason), number in shared.items()),
         summary(snapshot),
     ]
 
 
-def progress_lines(rows: Sequence[Row]) -> list[str]:
-    """One line for each cell that runs and has something to say."""
-    return [f"{row.cell}: {_progress(row)}" for row in rows if row.state == "running" and row.progress]
+def table(rows: Sequence[Row], width: int | None = None) -> list[str]:
+    """Return a line for each row under a line of titles; none for no rows.
+
+    Where `width` is given, columns are dropped from the right until the table fits, and in the end names are shortened
+    in their middle. The reason of a row without progress follows its state, however long it is.
+    """
+    drawn = [_columns(row) for row in rows]
+    titles = [title for title in drawn[0] if any(row[title] for row in drawn)] if drawn else []
+    sizes = {title: max(len(title), *(len(row[title]) for row in drawn)) for title in titles}
+
+    def excess() -> int:
+        return sum(sizes[title] + len(_GAP) for title in titles) - len(_GAP) - (width or sys.maxsize)
+
+    while excess() > 0 and titles[-1] not in _KEPT:
+        titles.pop()
+    if excess() > 0:
+        sizes["cell"] = max(_LEAST_NAME, sizes["cell"] - excess())
+    found = [_GAP.join(_aligned(title, title, sizes[title]) for title in titles).rstrip()]
+    for row, columns in zip(rows, drawn, strict=True):
+        told = "" if row.progress else row.reason
+        chosen = titles[:2] if told else titles
+        found.append(_GAP.join([*(_aligned(title, columns[title], sizes[title]) for title in chosen), told]).rstrip())
+    return found if drawn else []
 
 
 def summary(snapshot: Snapshot) -> str:
+    """Return one sentence: the cells by state, what runs beside them, what comes after them, and the time left."""
     counts = snapshot.counts()
-    parts = [f"{counts[state]} {state}" for state in _SHOWN_FIRST if state != "done" and counts[state]]
-    done = f"profile {snapshot.profile}: {counts['done']} of {counted(len(snapshot.cells), 'cell')} done"
-    left = f"; about {duration(snapshot.seconds_left)} left" if snapshot.seconds_left is not None else ""
-    return ", ".join([done, *parts]) + left
+    cells = [f"{counts['done']} of {counted(len(snapshot.cells), 'cell')} done"] if snapshot.cells else []
+    cells += [f"{counts[state]} {state}" for state in _ORDER if state != "done" and counts[state]]
+    now = [row.cell for row in snapshot.others if row.state == "running"]
+    # While cells run, what gathers their results is far away.
+    last = [row.cell for row in snapshot.others if row.state in _OPEN and row.state != "running"]
+    then = [] if any(counts[state] for state in _OPEN) else last
+    parts = [
+        ", ".join(cells),
+        f"running {', '.join(now)}" if now else "",
+        f"then {', '.join(then)}" if then else "",
+        f"about {duration(snapshot.seconds_left)} left" if snapshot.seconds_left is not None else "",
+    ]
+    return f"profile {snapshot.profile}: {'; '.join(filter(None, parts)) or 'no cell'}"
 
 
 def duration(seconds: float) -> str:
-    """Such as "45 s", "12 min" or "3.4 h"."""
+    """Return such as "45 s", "12 min" or "3.4 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _described(row: Row) -> str:
-    if row.state == "running" and row.progress:
-        return f"running: {_progress(row)}"
-    again = f" (attempt {row.attempt})" if row.attempt > 1 else ""
-    return f"{row.state}{again}{': ' + row.reason if row.reason else ''}"
-
-
-def _figures(row: Row) -> dict[str, str]:
-    """What the cell itself says, by name; "" for what it does not say."""
+def _columns(row: Row) -> dict[str, str]:
+    """Return the columns by title, the most important first; "" for what is not known."""
     told = row.progress or {}
-    forms = (
-        *(("loss", "{:.4f}"), ("dev_accuracy", "{:.4f}"), ("steps_per_second", "{:.1f}")),
-        *(("memory_mb", "{:.0f} MB"), ("gpu_percent", "{} %")),
-    )
-    return {
-        "step": f"{told.get('stage', '')} {told['step']}/{told['steps']}" if "step" in told else "",
-        **{name: form.format(told[name]) if name in told else "" for name, form in forms},
-        "left": duration(row.seconds_left) if told and row.seconds_left is not None else "",
-    }
-
-
-def _progress(row: Row) -> str:
     forms = {
-        **{"step": "{}", "loss": "loss {}", "dev_accuracy": "dev accuracy {}", "steps_per_second": "{} steps/s"},
-        **{"left": "{} left", "memory_mb": "{}", "gpu_percent": "GPU {} busy"},
+        **{"dev accuracy": ("dev_accuracy", "{:.4f}"), "loss": ("loss", "{:.4f}")},
+        **{"steps/s": ("steps_per_second", "{:.1f}"), "memory": ("memory_mb", "{:.0f} MB")},
+        "GPU": ("gpu_percent", "{} %"),
     }
-    figures = _figures(row)
-    return ", ".join(form.format(figures[name]) for name, form in forms.items() if figures[name]).strip()
+    return {
+        "cell": row.cell,
+        "state": row.state + (f" ({row.attempt})" if row.attempt > 1 else ""),
+        "progress": f"{told.get('stage', '')} {told['step']}/{told['steps']}".strip() if "step" in told else "",
+        "left": duration(row.seconds_left) if told and row.seconds_left is not None else "",
+        **{title: form.format(told[name]) if name in told else "" for title, (name, form) in forms.items()},
+        "device": row.device,
+    }
 
 
-def _columns(row: Row) -> list[str]:
-    state = row.state + (f" ({row.attempt})" if row.attempt > 1 else "")
-    shown = _figures(row)
-    names = ("loss", "dev_accuracy", "steps_per_second", "left", "memory_mb", "gpu_percent")
-    first = shown["step"] if row.progress else row.reason
-    return [row.cell, state, first, *(shown[name] for name in names), row.device]
-
-
-def _known(state: str) -> str:
-    return state if state in _SHOWN_FIRST else "interrupted"
+def _aligned(title: str, text: str, size: int) -> str:
+    if len(text) > size:
+        half = (size - 1) // 2
+        text = f"{text[: size - 1 - half]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
+    return text.ljust(size) if title in _LEFT else text.rjust(size)
