@@ -99,6 +99,18 @@ def test_attention_error_falls_as_one_over_the_root_of_the_features(name: str) -
     assert 8 / 1.6 < error(65) / error(64 * 64 + 1) < 8 * 1.6
 
 
+def test_each_feature_is_the_product_of_its_vectors_with_the_amplitude_of_its_degree() -> None:
+    """phi_i(x) = sqrt(a_n / (p(n) D')) prod <w_j, x>, p(n) proportional to 2^-n, and D' = 15."""
+    features = small(16)
+    x = points(5)
+    found = features(x)
+    total = sum(2.0**-n for n in range(1, 9))
+    assert torch.allclose(found[:, 0], torch.ones(5, dtype=x.dtype))
+    for i, (degree, signs) in enumerate(zip(features.degrees.tolist(), features.signs.to(x.dtype), strict=True)):
+        amplitude = math.sqrt(1 / math.factorial(degree) / (2.0**-degree / total * 15))
+        torch.testing.assert_close(found[:, i + 1], amplitude * (x @ signs[:degree].T).prod(-1), rtol=1e-6, atol=0)
+
+
 def test_one_feature_is_the_constant() -> None:
     kernel = KERNELS.get("exp")()
     features = RandomMaclaurin(kernel, head_dim=4, num_features=1, max_degree=5, generator=torch.Generator())

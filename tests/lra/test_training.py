@@ -369,3 +369,45 @@ def test_dropout_differs_between_micro_batches(dataset: Dataset) -> None:
     one, same, other = (train(dataset, config=replace(CONFIG, micro_batch=size))[0] for size in (4, 4, 8))
     assert torch.equal(one.head[0].weight, same.head[0].weight)
     assert not torch.equal(one.head[0].weight, other.head[0].weight)
+
+
+class Steep(torch.nn.Module):
+    """A model whose gradients are often beyond the value at which they are clipped; it notes each state of torch's
+    generator that its dropout is drawn from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model().double()
+        self.drawn_from: list[torch.Tensor] = []
+
+    def forward(self, tokens: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.drawn_from.append(torch.get_rng_state())
+        return 20 * self.inner(tokens, key_mask)
+
+
+def test_steps_are_those_of_a_loop_of_plain_torch(dataset: Dataset) -> None:
+    """AdamW, one linear cycle of the learning rate, gradients clipped by value, and dropout drawn anew in each step."""
+    config = TrainingConfig(batch_size=45, learning_rate=0.02, warmup_steps=3, steps=8, eval_every=8)
+    trained, plain = Steep(), Steep()
+    fit(trained, dataset, config, seed=3, device=CPU)
+    assert len({bytes(state.tolist()) for state in trained.drawn_from}) == 8, "the same units are dropped in two steps"
+
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+    rates = np.interp(range(8), [0, 2, 7], [0.02 / 25, 0.02, 0.02 / 25 / 1e4])
+    order = [indices for epoch in range(4) for indices in batches(dataset, "train", 45, seed=3, epoch=epoch)]
+    largest = []
+    for rate, indices, state in zip(rates, order, trained.drawn_from, strict=True):
+        batch = dataset.batch("train", indices)
+        torch.set_rng_state(state)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(plain(batch.tokens, batch.key_mask).float(), batch.labels).backward()
+        gradients = [p.grad for p in plain.parameters() if p.grad is not None]
+        largest.append(max(float(gradient.abs().max()) for gradient in gradients))
+        for gradient in gradients:
+            gradient.clamp_(-1, 1)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    assert min(largest[:4]) > 1, "nothing was clipped"
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value, rtol=0, atol=1e-6)
