@@ -221,18 +221,13 @@ def use(
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
 
 
-@_setup("doctor", "doctor --json", "doctor --gpu")
-def doctor(
-    gpu: Annotated[
-        bool, option("Run the tests for a GPU, at most ten minutes, and write docs/gpu.md.", "--gpu")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@_setup("doctor", "doctor --json")
+def doctor(as_json: Json = False) -> None:
     """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
-    from pipeline.doctor import Finding, checks, gpu_tests
+    from pipeline.doctor import Finding, checks
 
     found: list[Finding] = []
-    for finding in gpu_tests.examine() if gpu else checks.examine():
+    for finding in checks.examine():
         found.append(finding)
         if not as_json:
             print(finding.line(width=8), flush=True)

@@ -1,8 +1,7 @@
 """What is asked of a GPU; skipped where there is none."""
 
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,3 @@ def gpu() -> Iterator[torch.device]:
         pytest.skip("no CUDA device")
     yield DEVICE
     wait(allowed=True)
-
-
-@pytest.fixture
-def keep(tmp_path: Path) -> Callable[[str], Path]:
-    """Where a test leaves a file of what it has measured: in SCHOENBAT_GPU_RESULTS, if that is set."""
-    folder = Path(os.environ.get("SCHOENBAT_GPU_RESULTS", tmp_path))
-    return lambda name: folder / name

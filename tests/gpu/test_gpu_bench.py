@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,7 @@ LONGEST_QUADRATIC = LENGTHS[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_every_mechanism_is_timed_on_a_gpu(
-    dtype: torch.dtype, keep: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_mechanism_is_timed_on_a_gpu(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setattr(bench, "SAMPLE_SECONDS", 1e-9)
         monkeypatch.setattr(bench, "STEP_LENGTH", 64)
@@ -39,7 +36,7 @@ def test_every_mechanism_is_timed_on_a_gpu(
     )
     quick = load_params(PROFILE)
     params = dataclasses.replace(quick, bench=wanted, run=dataclasses.replace(quick.run, device=str(DEVICE)))
-    out = keep(f"timings-{str(dtype).removeprefix('torch.')}.csv")
+    out = tmp_path / "bench.csv"
     bench.run(params, out, bench.Shape(batch=2, heads=8, head_dim=64, dtype=dtype))
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))

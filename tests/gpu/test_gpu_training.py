@@ -160,9 +160,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_where_runs_repeat_themselves(
             torch.testing.assert_close(state_of(resumed)[name], value, rtol=0.05, atol=0.01)
 
 
-def test_a_cell_is_trained_and_tested_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: Callable[[str], Path]
-) -> None:
+def test_a_cell_is_trained_and_tested_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from project_folder import Project
 
     from pipeline import commands
@@ -184,4 +182,3 @@ def test_a_cell_is_trained_and_tested_from_the_command_line(
     assert resources["peak_memory_mb"] > 0
     assert np.isfinite([metrics["final_train_loss"], test["loss"]]).all()
     assert test["examples"] == 16
-    keep("cell.json").write_text(json.dumps(resources))

@@ -53,7 +53,7 @@ WHERE = {
     ("use", "--force"): HERE,
     **{("report", option): "test_results_command.py" for option in ("--reference", "--margin", "--force")},
     ("results", "--json"): "test_results_command.py",
-    **{("doctor", option): "test_doctor.py" for option in ("--gpu", "--json")},
+    ("doctor", "--json"): "test_doctor.py",
     ("", "--version"): HERE,
     ("", "--debug"): "test_misuse.py",
     ("", "--install-completion"): HERE,
