@@ -161,24 +161,18 @@ def bench(profile: Profile = None) -> None:
     stage.run(params, Path("runs", params.profile, "bench.csv"))
 
 
-@_add("errors", "errors --cell lra-text-rmfa-exp-maclauformer-42")
+@_add("errors --cell lra-text-rmfa-exp-maclauformer-42")
 def errors(
-    cell: Annotated[
-        str | None, option("On the vectors of this trained cell. Default: made-up ones.", names=completion.cell)
-    ] = None,
+    cell: Annotated[str, option("The id of a trained cell of the grid.", names=completion.cell)],
     profile: Profile = None,
 ) -> None:
-    """Measure how far each estimate of a kernel is from it, at equal numbers of features."""
+    """Measure how much of a trained cell's attention each estimate of a kernel explains."""
     from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
     params = load(profile)
-    folder = Path("runs", params.profile)
-    if cell is None:
-        stage.run(params, folder / "errors.csv")
-    else:
-        (chosen,) = select(expand(params), id=[cell])
-        stage.run_trained(params, chosen, folder / "errors" / f"{cell}.csv")
+    (chosen,) = select(expand(params), id=[cell])
+    stage.run(params, chosen, Path("runs", params.profile, "errors", f"{cell}.csv"))
 
 
 def load(profile: str | None = None) -> "Params":

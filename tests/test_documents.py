@@ -122,7 +122,7 @@ def test_the_report_of_the_document_makes_its_table() -> None:
     exec(compile(example, "docs/adding.md", "exec"), names)
     axes = {"task": "lra-text", "attn": "rmfa", "dotf": "exp", "former": "maclauformer"}
     frame = pd.DataFrame([{**axes, "quantity": "num_parameters", "value": 12345.0}])
-    setting = Setting("tiny", "", [0], ["lra-text"], {"lra-text": 1}, {"lra-text": 8}, 1, [8], ["exp"], {})
+    setting = Setting("tiny", "", [0], ["lra-text"], {"lra-text": 1}, {"lra-text": 8}, 1)
     (table,) = names["Parameters"]().make(frame, setting)
     assert table.shown.value.tolist() == ["12345.0"]
 

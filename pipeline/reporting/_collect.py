@@ -12,7 +12,6 @@ from pipeline.grid.cells import Cell, expand, settings_fingerprint, summary_file
 from pipeline.grid.params import Params, cell_training
 from pipeline.reporting._statistics import MARGIN, Scores
 from pipeline.results import CellResults, read_rows
-from schoenbat.kernels import KERNELS
 from schoenbat.lra.tasks import TASKS
 from schoenbat.lra.training import Predictions
 
@@ -35,8 +34,8 @@ Quantities by where they come from:
 - every prepared task: `data_*` for counts and lengths of its summary; `rule_accuracy`, of each rule that needs no
   model, whose name is the direction
 - every timing: `bench_*` for the numeric columns of bench.csv
-- every estimate of a kernel: `error_*` for the numeric columns of errors.csv and errors/CELL.csv, with the name of the
-  estimator as attn and "POINTS; ARGUMENT" as direction
+- every estimate of a kernel in a trained cell: `error_*` for the numeric columns of errors/CELL.csv, with the name of
+  the estimator as attn and the cell as direction
 """
 
 BENCH_VALUES = ("milliseconds", "spread", "peak_memory_mb", "relative_error", "speedup_vs_sdpa")
@@ -57,8 +56,6 @@ class Setting:
     """How the results came about: what captions and the status of the report are made of.
 
     Attributes:
-        kernels: those of the project and of the grid, as what else is installed is no input of a report.
-        sketch: the section attention.rmfa-sketch.
         training: the options of model and training, by task.
         own_steps: by task, the steps of those whose section says other ones than their task.
         reference: the mechanism that the others are compared with.
@@ -74,9 +71,6 @@ class Setting:
     steps: dict[str, int]
     max_lengths: dict[str, int]
     num_cells: int
-    head_dims: list[int]
-    kernels: list[str]
-    sketch: dict[str, Any]
     labels: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -172,7 +166,6 @@ def collect(
         reference, margin: see `Setting`.
     """
     cells = expand(params)
-    models = [params.task[task].model for task in params.grid.tasks]
     setting = Setting(
         profile=profile,
         note=params.note,
@@ -181,9 +174,6 @@ def collect(
         steps={task: params.task[task].training.steps for task in params.grid.tasks},
         max_lengths={task: params.task[task].data.max_length for task in params.grid.tasks},
         num_cells=len(cells),
-        head_dims=sorted({model.width // model.num_heads for model in models}),
-        kernels=[dotf for dotf in KERNELS.names() if dotf not in KERNELS.external() or dotf in params.grid.kernel.dotf],
-        sketch=params.attention.get("rmfa-sketch", {}),
         training={
             task: dataclasses.asdict(params.task[task].model) | dataclasses.asdict(params.task[task].training)
             for task in params.grid.tasks
@@ -216,7 +206,7 @@ def collect(
             predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
     setting.scores = {key: Scores.of(by_seed) for key, by_seed in predictions.items()}
     rows += _bench_rows(root / "runs" / profile / "bench.csv", params, setting)
-    rows += _error_rows(root / "runs" / profile, params, setting)
+    rows += _error_rows(root / "runs" / profile / "errors", params, setting)
     empty = dict.fromkeys(TEXT_KEYS, "") | dict.fromkeys(NUMBER_KEYS, 0)
     frame = pd.DataFrame([empty | row for row in rows], columns=[*KEYS, "value"])
     return frame.astype({"value": float}), setting
@@ -311,12 +301,13 @@ def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, 
 
 
 def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str, Any]]:
-    trained = [folder / "errors" / f"{cell}.csv" for cell in params.errors.trained]
-    setting.errors_missing = [path.stem for path in trained if not path.is_file()]
     found: list[dict[str, Any]] = []
-    for path in (folder / "errors.csv", *trained):
+    for cell in params.errors.trained:
+        path = folder / f"{cell}.csv"
         if path.is_file():
-            found += read_rows(path, ERROR_VALUES)
+            found += [row | {"cell": cell} for row in read_rows(path, ERROR_VALUES)]
+        else:
+            setting.errors_missing.append(cell)
     for name in ERROR_SETTING:
         setting.errors[name] = list(dict.fromkeys(row[name] for row in found))
     return [
@@ -324,7 +315,7 @@ def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str
             "attn": row["estimator"],
             "dotf": row["dotf"],
             "num_features": int(row["num_features"]),
-            "direction": f"{row['points']}; {row['argument']}",
+            "direction": row["cell"],
             "quantity": f"error_{name}",
             "value": row[name],
         }

@@ -42,9 +42,6 @@ class Cost(Report):
                     shown = first_listed(passes[passes.direction.isin(directions)])
                     if not shown.empty:
                         yield _figure(frame, shown, directions, quantity, stem, axis, setting)
-            counted = passes[(passes.num_features > 0) & (passes.threads == passes.threads.iloc[0])]
-            if counted.num_features.nunique() > 1:
-                yield _features_figure(frame, counted, setting)
         steps = timings[timings.direction == STEP]
         if not steps.empty:
             yield _table("step", "Time and memory of one training step of the whole model", steps, setting)
@@ -187,33 +184,6 @@ def _figure(
     return Figure(
         name=f"bench-{name}",
         title=f"{name.replace('-', ' ').capitalize()} of one attention over the length of the sequence",
-        canvas=canvas,
-        caption="Medians.",
-        provenance=setting.bench_caption(),
-    )
-
-
-def _features_figure(frame: pd.DataFrame, timings: pd.DataFrame, setting: Setting) -> Figure:
-    length = timings.length.max()
-    shown = timings[(timings.length == length) & (timings.direction == PASSES[1])]
-    canvas, (axes,) = new_canvas(7.5, 4)
-    for mechanism in dict.fromkeys(zip(shown.attn, shown.dotf, strict=True)):
-        rows = rows_of(shown, mechanism).sort_values("num_features")
-        look = style(frame, mechanism)
-        axes.plot(rows.milliseconds, rows.relative_error, label=label(mechanism), linewidth=1.5, **look)
-        for row in rows.to_dict("records"):
-            point = (row["milliseconds"], row["relative_error"])
-            axes.annotate(str(row["num_features"]), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    set_log(axes, "x")
-    axes.set(
-        yscale="log",
-        xlabel=f"milliseconds of forward and backward at length {length:,}",
-        ylabel="relative error of the gradients",
-    )
-    add_legend(axes)
-    return Figure(
-        name="bench-features",
-        title="Error against time as the number of features grows (the number at each point)",
         canvas=canvas,
         caption="Medians.",
         provenance=setting.bench_caption(),

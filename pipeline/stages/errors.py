@@ -1,31 +1,21 @@
-"""Stage `errors`: how far each estimate of a kernel is from it, at equal numbers of features.
+"""Stage `errors`: how much of a trained cell's attention each estimate of a kernel explains, at equal budgets.
 
-Three figures are taken against the exact kernel in float64. A row of the result holds their means and standard
+The queries, keys and values of all layers and heads are taken from the cell's best weights on the first test examples.
+Three figures compare each estimate with the exact kernel in float64. A row of the result holds their means and standard
 deviations over draws of the features:
 
-- `kernel_error`: of the matrix f(<q_i, k_j>), the norm of the difference over the norm of the truth;
+- `kernel_error`: of the matrix f(<q_i, k_j>), the norm of the difference over the norm of the exact matrix;
 - `output_error`: the same of the attention output, which is what `schoenbat.ops.linear.attend` gives;
 - `unexplained`: the norm of the output's error over the distance of the exact output from that of uniform weights. It
-  is 1 for a method that knows nothing of the attention; 1 - unexplained^2 is the share of the attention explained.
+  is 1 for uniform attention; 1 - unexplained^2 is the share of the attention explained.
 
-Made-up queries and keys are unit vectors times the root of a scale, with Gaussian values, drawn anew for each draw and
-the same for all estimators:
-
-- `isotropic`: independent directions;
-- `shared mean`: all around one direction, with a mean cosine of 0.6;
-- `8 clusters`: around eight directions, with a mean cosine of 0.6 within a cluster.
-
-The scale is that of attention after pre-SBN, `cos/sqrt(d)`, or one for which the kernels differ: `cos`, or `0.9 cos`
-where the radius of convergence is 1, and `2.83 cos` where it is infinite.
-
-Of a trained cell, the queries, keys and values of all layers and heads are taken from its best weights on the first
-test examples. A cell that was trained through features has learned with one draw of them: that draw, which is what the
-cell computes with, has a row of its own, `ATTN as trained`, with no spread.
+A cell trained through features has learned with one draw of them. That draw has a row of its own, `ATTN as trained`,
+without spreads. `benchmarks/estimators.py` measures the same figures on random vectors.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +27,7 @@ from torch.nn import functional as F
 from pipeline.devices import prepare_host
 from pipeline.files import git_revision, write_csv
 from pipeline.grid.cells import Cell, data_folder, data_meta
-from pipeline.grid.params import ErrorsParams, Params
+from pipeline.grid.params import Params
 from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
 from schoenbat.errors import UserError
@@ -71,13 +61,9 @@ COLUMNS = (
     "torch",
     "git_revision",
 )
-HEAD_DIM = 32
 MAX_DEGREE = 20
-MEAN_COSINE = 0.6
-LARGE = 2.83
-"""A scale at which softmax attention of unit vectors is far from uniform: sqrt(8), 16 times that after pre-SBN."""
 EXAMPLES = 4
-"""Test examples of a trained cell."""
+"""Test examples that vectors are taken from."""
 
 
 class Vectors(NamedTuple):
@@ -90,7 +76,7 @@ class Vectors(NamedTuple):
 
 @dataclass(frozen=True)
 class Truth:
-    """What an estimate on some vectors is compared with: f [G, N, N], the output, and that of uniform weights."""
+    """The exact kernel matrix f [G, N, N], the exact attention output, and the output of uniform weights."""
 
     kernel: Tensor
     output: Tensor
@@ -103,7 +89,7 @@ class Truth:
         return Truth(kernel(query @ key.mT), output, value.mean(-2, keepdim=True))
 
     def errors(self, weights: Tensor, output: Tensor) -> tuple[float, float, float]:
-        """The three figures, in the order of `MEASURES`."""
+        """Return the three figures of an estimate, in the order of `MEASURES`."""
         off = (output - self.output).norm()
         known = ((weights - self.kernel).norm() / self.kernel.norm(), off / self.output.norm())
         return float(known[0]), float(known[1]), float(off / (self.output - self.uniform).norm())
@@ -111,25 +97,10 @@ class Truth:
 
 Features = FeatureMap | Callable[[Tensor], Tensor]
 Draw = Callable[[torch.Generator], Features]
-"""The features that the generator gives."""
+"""Draws features from a generator."""
 
 
-def run(params: Params, out: Path) -> None:
-    """Measure the errors on made-up vectors and write `out`."""
-    prepare_host(params.run.threads)
-    rows: list[dict[str, Any]] = []
-    for dotf in KERNELS.names():
-        kernel = KERNELS.get(dotf)()
-        for argument, scale in _arguments(kernel):
-            for points in ("isotropic", "shared mean", "8 clusters"):
-                sets = [_made_up(points, scale, params.errors.tokens, seed) for seed in range(params.errors.draws)]
-                found = _measure(dotf, kernel, sets, scale, params.errors)
-                rows += [{"points": points, "argument": argument, **row} for row in found]
-            print(f"{dotf}, {argument}: done", flush=True)
-    _write(out, rows, params)
-
-
-def run_trained(params: Params, cell: Cell, out: Path) -> None:
+def run(params: Params, cell: Cell, out: Path) -> None:
     """Measure the errors on the queries, keys and values of a trained cell and write `out`.
 
     A kernel that is not defined for all of their products is left out.
@@ -149,19 +120,16 @@ def run_trained(params: Params, cell: Cell, out: Path) -> None:
         if largest >= kernel.radius:
             continue
         sets = [vectors] * params.errors.draws
-        rows += _measure(dotf, kernel, sets, query.shape[-1] ** -0.5, params.errors, units)
+        rows += measure(dotf, kernel, sets, query.shape[-1] ** -0.5, params.errors.num_features, units)
         if dotf == cell.dotf and isinstance(getattr(layers[0][0], "features", None), FeatureMap):
             rows.append(_measure_own(cell, kernel, layers, vectors))
         print(f"{dotf}: done", flush=True)
-    place = {"points": f"trained {cell.id}", "argument": "<q, k>/sqrt(d)"}
-    _write(out, [place | row | {"tokens": query.shape[-2], "head_dim": query.shape[-1]} for row in rows], params)
-
-
-def _write(out: Path, rows: list[dict[str, Any]], params: Params) -> None:
     setting = {
-        "tokens": params.errors.tokens,
+        "points": f"trained {cell.id}",
+        "argument": "<q, k>/sqrt(d)",
+        "tokens": query.shape[-2],
         "draws": params.errors.draws,
-        "head_dim": HEAD_DIM,
+        "head_dim": query.shape[-1],
         "torch": torch.__version__,
         "git_revision": git_revision(),
     }
@@ -169,36 +137,8 @@ def _write(out: Path, rows: list[dict[str, Any]], params: Params) -> None:
     print(f"{len(rows)} rows: {out}")
 
 
-def _arguments(kernel: Kernel) -> Iterator[tuple[str, float]]:
-    """Names and scales of the arguments of a kernel on made-up vectors."""
-    if kernel.radius > HEAD_DIM**-0.5:
-        yield "cos/sqrt(d)", HEAD_DIM**-0.5
-    wide = 1.0 if kernel.radius > 1 else 0.9 * kernel.radius
-    yield ("cos" if wide == 1 else f"{wide:g} cos"), wide
-    if math.isinf(kernel.radius):
-        yield f"{LARGE:g} cos", LARGE
-
-
-def _made_up(points: str, scale: float, tokens: int, seed: int) -> Vectors:
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = torch.randn(3, 1, tokens, HEAD_DIM, generator=generator, dtype=torch.float64)
-    if points != "isotropic":
-        clusters = 1 if points == "shared mean" else int(points.split()[0])
-        centres = _unit(torch.randn(clusters, HEAD_DIM, generator=generator, dtype=torch.float64))
-        chosen = centres[torch.randint(0, clusters, (2, 1, tokens), generator=generator)]
-        query, key = (
-            math.sqrt(MEAN_COSINE) * centre + math.sqrt(1 - MEAN_COSINE) * _unit(x)
-            for x, centre in zip((query, key), chosen, strict=True)
-        )
-    return Vectors(math.sqrt(scale) * _unit(query), math.sqrt(scale) * _unit(key), value)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
-
-
 def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
-    """The mechanism of each layer of the trained model, and what it is given for all examples and heads, not scaled."""
+    """Return the mechanism of each layer of the trained model and its inputs for all examples and heads, not scaled."""
     best = cell.run_folder(params.profile) / "best.pt"
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
@@ -224,17 +164,18 @@ def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
 
 
 @torch.no_grad()
-def _measure(
-    dotf: str, kernel: Kernel, sets: list[Vectors], scale: float, params: ErrorsParams, units: bool = True
+def measure(
+    dotf: str, kernel: Kernel, sets: list[Vectors], scale: float, budgets: Sequence[int], units: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """One row per estimator and number of features; set i is for draw i.
+    """Yield one row per estimator and number of features; set i is for draw i.
 
     Args:
         scale: the largest argument of the kernel, if all vectors are `units` times its root.
+        budgets: numbers of features.
     """
     head_dim = sets[0].query.shape[-1]
     truths = [Truth.of(kernel, vectors) for vectors in sets]
-    for num_features in params.num_features:
+    for num_features in budgets:
         for name, draw in _estimators(dotf, kernel, head_dim, num_features, scale, units).items():
             found = []
             for seed, (vectors, truth) in enumerate(zip(sets, truths, strict=True)):
@@ -254,7 +195,7 @@ def _measure(
 def _measure_own(
     cell: Cell, kernel: Kernel, layers: list[tuple[Attention, Vectors]], vectors: Vectors
 ) -> dict[str, Any]:
-    """The row of the draw that the cell was trained with, by its own mechanisms on their own vectors."""
+    """Return the row of the draw that the cell was trained with, by its own mechanisms on their own vectors."""
     weights, outputs = [], []
     num_features = 0
     for module, (query, key, value) in layers:
@@ -276,7 +217,7 @@ def _measure_own(
 def _estimators(
     dotf: str, kernel: Kernel, head_dim: int, num_features: int, scale: float, units: bool
 ) -> Mapping[str, Draw]:
-    """What there is at `num_features`, by name."""
+    """Return the estimators that exist at `num_features`, by name."""
     seed = torch.Generator()
 
     def redrawn(features: Any) -> Draw:
@@ -305,7 +246,7 @@ def _estimators(
 
 
 def _linear_features(kernel: Kernel) -> Features:
-    """Those of a_0 + a_1 x."""
+    """Return the d + 1 features of a_0 + a_1 x."""
     constant, slope = (math.sqrt(kernel.coefficient(degree)) for degree in (0, 1))
     return lambda x: F.pad(slope * x, (0, 1), value=constant)
 
@@ -316,7 +257,7 @@ def _output(features: Features, vectors: Vectors) -> Tensor:
 
 
 def _weights(features: Features, vectors: Vectors) -> Tensor:
-    """<phi(q), phi(k)>; for features that want shifted vectors, times what their shift makes of exp.
+    """Return the estimated kernel matrix, <phi(q), phi(k)>; where features shift the vectors, with the shift undone.
 
     exp(<q, k>) = exp(<q, c>) exp(<m, k - c>) exp(<q - m, k - c>), with the last factor estimated, m the mean query and
     c the mean of the keys under the weights that m gives them (`schoenbat.ops.linear`).

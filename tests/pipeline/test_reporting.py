@@ -23,11 +23,9 @@ from pipeline.reporting._latex import escape_latex
 from pipeline.reporting._output import Figure
 from pipeline.reporting._table import Table, Text
 from pipeline.reporting.accuracy import Accuracy
-from pipeline.reporting.allocation import Features
 from pipeline.reporting.cost import leads_from
 from pipeline.reporting.differences import Differences
 from pipeline.reporting.findings import Findings
-from pipeline.reporting.published import TASKS, published_accuracies, published_sources
 from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
@@ -213,15 +211,11 @@ def test_letters_stand_in_a_table_only_where_they_can_be_read() -> None:
 ENDS = ("md", "csv", "tex")
 TABLES = (
     "accuracy",
-    "allocation",
-    "allocation-error",
     "cells",
     "cost",
     "cost-lead",
     "data",
     "pairs",
-    "published",
-    "published-by-source",
     "rules",
     "setup",
     "tradeoff",
@@ -229,11 +223,8 @@ TABLES = (
     "versus-softmax",
 )
 FIGURES = (
-    "allocation-32",
-    "allocation-error-32",
     "bench-causal-memory",
     "bench-causal-time",
-    "bench-features",
     "bench-memory",
     "bench-time",
     "curves-lra-listops",
@@ -277,34 +268,6 @@ def test_a_mechanism_leads_from_where_it_is_no_longer_overtaken(ratios: list[flo
 
 def parts_of(report: reporting.Report, params: Params, root: Path) -> list[Text | Table | Figure]:
     return list(report.make(*collect("cpu", params, root)))
-
-
-def test_features_by_degree_are_those_of_the_mechanism(tmp_path: Path, params: Params) -> None:
-    """At the sizes of the profile's models, the profile's own budget and the options that it sets."""
-    params = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"num_features": 100}})
-    degrees, expected, *_ = parts_of(Features(), params, tmp_path)
-    assert isinstance(degrees, Table)
-    assert isinstance(expected, Table)
-    table = degrees.values
-    assert set(table.budget) == {16, 32, 64, 100, 128, 256, 512, 1024}
-    assert set(table.kernel) == {"exp", "inverse", "log", "power2", "sqrt", "trigh", "yat"}
-    used = table.groupby(["kernel", "budget"]).num_features.sum().to_dict()
-    # x^2 has 32 * 33 / 2 monomials. Below, it takes a constant and the 32 * 31 / 2 products of different coordinates.
-    exhausted = {("power2", 512): 497, ("power2", 1024): 528}
-    assert used == {(kernel, budget): exhausted.get((kernel, budget), budget) for kernel, budget in used}
-    own = table[(table.kernel == "exp") & (table.budget == 100)]
-    # Of degree 2 there are as many harmonics as monomials, less one.
-    assert own[["degree", "num_features", "of"]].to_numpy().tolist() == [[0, 1, 1], [1, 32, 32], [2, 67, 527]]
-    assert degrees.title == "Features of each degree at 100 features"
-    errors = expected.values
-    assert errors[errors.kernel == "power2"].root_mean_square.iloc[0] == pytest.approx((3 / (32 * 34)) ** 0.5 / 32)
-    change = errors.groupby("kernel").expected_error.diff()
-    assert ((change < 0) | change.isna()).all(), "more features, less error"
-
-    narrow = dataclasses.replace(params, attention=params.attention | {"rmfa-sketch": {"max_degree": 1}})
-    (degrees, *_) = parts_of(Features(), narrow, tmp_path)
-    assert isinstance(degrees, Table)
-    assert degrees.values.degree.max() == 1
 
 
 def test_accuracy_is_mean_and_sample_deviation_over_seeds(complete: Path) -> None:
@@ -351,7 +314,6 @@ def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Pa
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "0 of 24 cells are finished" in index
     assert "No prepared data, so no results, for lra-text" in index
-    assert "published" in index
     for text in (index, (tmp_path / "reports/cpu/index.html").read_text()):
         assert "Nothing yet: no cell is finished." in text
         assert "There is no benchmark: nothing is said about time and memory." in text
@@ -439,21 +401,6 @@ def test_latex_specials_are_escaped(complete: Path) -> None:
     assert r"100 \% of the \textbar{} awkward\_characters" in text
     assert r"\toprule" in text
     assert "±" not in text
-
-
-def test_published_values_stand_apart_with_the_faults_of_their_source(complete: Path) -> None:
-    values, sources = published_accuracies(), published_sources()
-    assert len(values) == 48
-    assert not values.duplicated(["source", "mechanism"]).any()
-    assert set(values.source) == set(sources.source)
-    assert sources.notna().all(axis=None)
-    accuracies = values[list(TASKS)]
-    assert ((accuracies > 10) & (accuracies < 100)).all(axis=None)
-    table = (complete / "reports/cpu/tables/published-by-source.md").read_text()
-    assert "38.69 ± 0.59" in table
-    assert all(f"{task} (published)" in table for task in TASKS)
-    index = (complete / "reports/cpu/index.md").read_text()
-    assert all(fault.rstrip(".") in index for fault in sources.faults)
 
 
 def test_a_report_is_not_replaced_by_one_that_shows_fewer_cells(complete: Path, tmp_path: Path, params: Params) -> None:
