@@ -65,7 +65,6 @@ def test_the_stages_are_those_that_dvc_reads_with_and_without_empty_axes(project
         "preprocess@tiny-lra-listops",
         "preprocess@tiny-lra-text",
         "bench@tiny",
-        "errors@tiny",
         "report@tiny",
     }
 
@@ -104,7 +103,7 @@ def test_a_cell_is_made_from_the_code_that_its_stage_lists(project: Project) -> 
         ("      - bench\n", "      - bench\n      - other.yaml: [a]\n", "a file other than params.yaml"),
         ("      - bench\n", "      - benches\n", "missing key 'benches', which stage bench@tiny"),
         ("${errors.trained}", "${errors.unknown}", "missing key 'errors.unknown'"),
-        ("runs/${item.profile}/bench-checks.csv", "runs/${item.profile}/errors.csv", "both make runs/tiny/errors.csv"),
+        ("runs/${item.profile}/bench-checks.csv", "reports/${item.profile}", "both make reports/tiny"),
     ],
 )
 def test_what_is_not_read_of_dvc_yaml_is_refused(project: Project, old: str, new: str, message: str) -> None:

@@ -45,7 +45,7 @@ def test_in_parallel_as_one_after_another_and_dvc_has_nothing_to_do(small: Proje
     changed = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True, check=True
     )
-    assert set(json.loads(changed.stdout)) <= {"bench@tiny", "errors@tiny", "report@tiny"}
+    assert set(json.loads(changed.stdout)) <= {"bench@tiny", "report@tiny"}
 
     snapshot = json.loads(invoke("status", "--json")[1])
     assert {row["cell"]: row["state"] for row in snapshot["cells"]} == dict.fromkeys(CELLS, "done")
