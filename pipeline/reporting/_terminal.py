@@ -16,8 +16,8 @@ from pipeline.reporting._mechanisms import Mechanism, keyed, label
 from pipeline.text import counted
 
 WIDTH = 80
-_NAME, _COLUMN = 30, 16
-"""Columns of the terminal for the name of a mechanism, and for each task."""
+_LEAST_NAME, _COLUMN = 30, 16
+"""Columns of the terminal for the name of a mechanism, and for a task with the gap before it."""
 _NOT_LEARNED = "†"
 
 
@@ -30,7 +30,7 @@ def show_results(params: Params, root: Path, console: Console | None = None) -> 
         Text(f"profile {setting.profile}: {setting.num_finished} of {counted(setting.num_cells, 'cell')} done")
     )
     if setting.scores:
-        for table in _tables(comparison):
+        for table in _tables(comparison, console.width):
             console.print(table)
         console.print(Text(_legend(comparison), style="dim"))
     for line in _next(setting, root):
@@ -71,16 +71,22 @@ def _by_seed(comparison: Comparison, task: str, mechanism: Mechanism) -> dict[st
     return {str(seed): float(value) for seed, value in zip(scores.seeds, scores.accuracies, strict=True)}
 
 
-def _tables(comparison: Comparison) -> Iterator[Table]:
-    """As many as it takes: three tasks stand side by side."""
-    tasks, at_once = comparison.setting.tasks, (WIDTH - _NAME) // _COLUMN
+def _tables(comparison: Comparison, width: int) -> Iterator[Table]:
+    """Yield as many as it takes for the tasks to stand side by side, each with the highest mean accuracy first."""
+    tasks, scores = comparison.setting.tasks, comparison.setting.scores
+    longest = max(_LEAST_NAME, *(len(label(mechanism)) for mechanism in comparison.mechanisms))
+    at_once = max(1, (width - min(longest, width // 2)) // _COLUMN)
     for start in range(0, len(tasks), at_once):
         drawn = Table(box=None, pad_edge=False, header_style="bold")
-        drawn.add_column("test accuracy in %", max_width=_NAME, overflow="fold")
         chosen = tasks[start : start + at_once]
+        drawn.add_column("test accuracy in %", max_width=width - len(chosen) * _COLUMN, overflow="fold")
         for task in chosen:
-            drawn.add_column(task, justify="right", max_width=_COLUMN, overflow="fold")
-        for mechanism in comparison.mechanisms:
+            drawn.add_column(task, justify="right", max_width=_COLUMN - 1, overflow="fold")
+        found = {
+            m: [scores[task, m].accuracies.mean() for task in chosen if (task, m) in scores]
+            for m in comparison.mechanisms
+        }
+        for mechanism in sorted(found, key=lambda m: (-len(found[m]), -sum(found[m]))):
             drawn.add_row(label(mechanism), *(_cell(comparison, task, mechanism) for task in chosen))
         best = {task: comparison.best_rule(task) for task in chosen}
         if any(best.values()):

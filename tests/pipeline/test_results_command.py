@@ -43,12 +43,24 @@ def test_results_fit_a_terminal_of_80_columns_and_say_what_to_do_next(finished: 
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "profile tiny: 6 of 12 cells done"
+    assert [line.split()[0] for line in lines[2:6]] == ["softmax", "rmfa", "mean", "best"], "the highest comes first"
     (softmax,) = (line.split() for line in lines if line.startswith("softmax"))
     assert softmax[1:] == ["90.5", "±0.7", "a", "—"]
     (mean,) = (line.split() for line in lines if line.startswith("mean"))
     assert mean[-2].endswith("†"), "no seed passed the rule of 55 %"
     assert any(line.startswith("best rule without a model") and "55.0" in line for line in lines)
     assert lines[-1] == "next: schoenbat-exp run --grid (schoenbat-exp status says what is missing)"
+
+
+def test_a_long_name_is_not_folded_where_there_is_room(finished: Project, invoke: Invoke) -> None:
+    former = "maclauformer+" + "gain" * 6
+    finished.settings["former"][former] = {}
+    finished.set("grid.tasks", ["lra-listops"])
+    finished.set("grid.kernel.former", [former])
+    name = f"rmfa exp + ppSBN + {'gain' * 6}"
+    assert 30 < len(name) < 48
+    (line,) = (line for line in invoke("results")[1].splitlines() if line.startswith("rmfa"))
+    assert line.startswith(f"{name} ")
 
 
 def test_results_for_programs_are_plain_values(finished: Project, invoke: Invoke) -> None:
