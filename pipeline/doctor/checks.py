@@ -1,4 +1,4 @@
-"""The checks of `schoenbat-exp doctor`. Each looks at one thing, mends nothing, and says one line."""
+"""The checks of `schoenbat-exp doctor`. Each looks at one thing, changes nothing, and returns one line."""
 
 import importlib.metadata
 import os
@@ -30,7 +30,7 @@ LEAST_DISK_GB, SCARCE_DISK_GB = 1.0, 5.0
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, one after the other as they are made."""
+    """Yield all findings, one after the other as they are made."""
     yield _python()
     yield _packages()
     params, finding = _settings()
@@ -39,6 +39,7 @@ def examine() -> Iterator[Finding]:
         _guarded(subject, check)
         for subject, check in (
             ("code", _code),
+            ("git", _git),
             ("torch", lambda: _torch(params)),
             ("threads", lambda: _threads(params)),
             ("dvc", _dvc),
@@ -51,7 +52,7 @@ def examine() -> Iterator[Finding]:
 
 
 def _guarded(subject: str, check: Callable[[], Finding]) -> Finding:
-    """What a check finds; a UserError that it raises says what is wrong and what to do."""
+    """Return what a check finds; a UserError that it raises says what is wrong and what to do."""
     try:
         return check()
     except UserError as error:
@@ -106,6 +107,18 @@ def _code() -> Finding:
     return Finding("code", "good", "what runs is the code of this folder")
 
 
+def _git() -> Finding:
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return Finding("git", "note", "git is not installed; results will not name a revision")
+    if asked.returncode == 0:
+        return Finding("git", "good", f"revision {asked.stdout.strip()}")
+    said = (asked.stderr.strip().splitlines() or ["git fails"])[0].removeprefix("fatal: ")
+    mend = f"git config --global --add safe.directory {Path.cwd()}" if "dubious ownership" in said else ""
+    return Finding("git", "note", f"{said}; results will not name a revision", mend)
+
+
 def _torch(params: "Params | None") -> Finding:
     import torch
 
@@ -134,7 +147,7 @@ def _torch(params: "Params | None") -> Finding:
 
 
 def driver_version() -> str:
-    """The version of NVIDIA's driver; empty where there is none."""
+    """Return the version of NVIDIA's driver; empty where there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()

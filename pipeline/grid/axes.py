@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.grid.settings import PARAMS_FILE
+from pipeline.text import counted
 from schoenbat.errors import UserError
+
+MAX_CELLS = 20_000
+"""Of one grid; every command looks at each of them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class KernelAxes:
 
 @dataclass(frozen=True)
 class GridParams:
-    """The axes of the two grids; an empty axis means no cells."""
+    """The axes of the two grids."""
 
     tasks: list[str]
     seeds: list[int]
@@ -67,11 +71,23 @@ class Cell:
 
 
 def expand_grid(grid: GridParams) -> list[Cell]:
-    """All cells of the grid, task by task; an empty axis gives none of its half.
+    """Return all cells, task by task; an empty axis of mechanisms, kernels or formers gives none of its half.
 
     Raises:
-        UserError: two cells have the same id: their results would overwrite each other.
+        UserError: there are no tasks or seeds, or more cells than MAX_CELLS; or two cells have the same id, so that
+            their results would overwrite each other.
     """
+    for axis, values in (("tasks", grid.tasks), ("seeds", grid.seeds)):
+        if not values:
+            raise UserError(f"{PARAMS_FILE}: grid.{axis} is empty")
+    plain, kernel = grid.plain, grid.kernel
+    models = len(plain.attn) * len(plain.former) + len(kernel.attn) * len(kernel.dotf) * len(kernel.former)
+    number = len(grid.tasks) * len(grid.seeds) * models
+    if number > MAX_CELLS:
+        sizes = ", ".join(
+            counted(*each) for each in ((len(grid.tasks), "task"), (models, "model"), (len(grid.seeds), "seed"))
+        )
+        raise UserError(f"{PARAMS_FILE}: grid: {sizes} make {number:,} cells; a profile has at most {MAX_CELLS:,}")
     cells = [
         Cell(task, attn, dotf, former, seed)
         for task in grid.tasks

@@ -1,13 +1,16 @@
-"""Whether params.yaml is right, told without importing torch as long as nothing has changed.
+"""Check params.yaml, without importing torch as long as nothing has changed.
 
 The whole check builds every model of the grid, so it needs torch, whose import takes longer than all that `status`
 does. What was found right is therefore remembered as a digest in logs/params-checked: of the file, and of what decides
-the check, which is the code of this project and what is installed.
+the check, which is the code of this project and what is installed. A checkout that may only be read is checked anew.
 """
 
+import contextlib
+import errno
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
 
 _RECORD = Path("logs", "params-checked")
 _PACKAGES = ("schoenbat", "pipeline")
+_METADATA = ("*.dist-info", "*.egg-info")
+"""The folders that say which distributions are installed."""
 
 
 def load_checked(path: Path = PARAMS_FILE) -> "Params":
-    """All of a params file, its variants linked for DVC; raises UserError in one line that names the key."""
+    """Return all of a params file, its variants linked for DVC; raises UserError in one line that names the key."""
     from pipeline.grid.cells import check_models, expand
     from pipeline.grid.components import link_components
     from pipeline.grid.params import load_params
@@ -32,7 +37,8 @@ def load_checked(path: Path = PARAMS_FILE) -> "Params":
     digest = _digest(path)
     params = load_params(path)
     # A copy that a grid has made may be older than params.yaml, whose links must stay.
-    link_components(params.attention, params.task, keep_others=path != PARAMS_FILE)
+    with _unless_read_only():
+        link_components(params.attention, params.task, keep_others=path != PARAMS_FILE)
     if not _is_recorded(digest):
         cells = expand(params)
         ids = [cell.id for cell in cells]
@@ -42,7 +48,8 @@ def load_checked(path: Path = PARAMS_FILE) -> "Params":
                 raise UserError(f"{path}: errors.trained: the grid has no cell {name!r}; choose from: {choices}")
         check_models(params, cells)
         if path == PARAMS_FILE:
-            write_bytes(_RECORD, digest.encode())
+            with _unless_read_only():
+                write_bytes(_RECORD, digest.encode())
     return params
 
 
@@ -58,14 +65,23 @@ def _is_recorded(digest: str) -> bool:
     return _RECORD.is_file() and _RECORD.read_text(encoding="utf-8", errors="replace") == digest
 
 
+@contextlib.contextmanager
+def _unless_read_only() -> Iterator[None]:
+    """Leave out what cannot be written because the checkout may only be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+
+
 def _digest(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
     roots = [Path(root) for name in _PACKAGES for root in _folders(name)]
-    # A folder of installed packages is changed by each installation.
     # A link to a variant's file is made by the check itself.
-    files = (file for root in roots for file in root.rglob("*.py") if VARIANT_MARK not in file.name)
-    watched = [*files, *map(Path, sys.path)]
-    for file in sorted(set(watched)):
+    code = [file for root in roots for file in root.rglob("*.py") if VARIANT_MARK not in file.name]
+    installed = [file for folder in map(Path, sys.path) for kind in _METADATA for file in folder.glob(kind)]
+    for file in sorted({*code, *installed}):
         if file.exists():
             known = file.stat()
             digest.update(f"{file} {known.st_mtime_ns} {known.st_size}\n".encode())

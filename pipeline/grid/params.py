@@ -160,8 +160,6 @@ class BenchParams:
             threads=(1, MAX_THREADS),
             max_quadratic_length=(0, MAX_LENGTH),
         )
-        for attn in self.step:
-            ATTENTIONS.get(attn)
 
 
 @dataclass(frozen=True)
@@ -248,6 +246,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     grid, tasks = _checked_grid(raw, path), _built_tasks(raw.task, path)
     attention, former = _without_training(raw.attention, path), _without_training(raw.former, path)
     _check_attention(attention, path)
+    _check_names(raw.bench.step, f"{path}: bench.step: unknown attn", ATTENTIONS.names(), variants=True)
     return Params(
         profile=raw.profile,
         note=raw.note,

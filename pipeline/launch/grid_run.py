@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import tracking
 from pipeline.commands import PARAMS_VARIABLE
 from pipeline.files import remove_unfinished
-from pipeline.grid.cells import Cell, check_models, select
+from pipeline.grid.cells import Cell, check_models, expand, select
 from pipeline.grid.code import check_code
 from pipeline.grid.graph import Graph, read_graph
 from pipeline.grid.params import Params
@@ -27,7 +27,7 @@ from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
 from pipeline.record.freshness import receipt_file, stage_states
 from pipeline.record.writer import Recorder, mend_lock
-from pipeline.text import counted
+from pipeline.text import counted, share
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
@@ -58,7 +58,10 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
     check_models(params, chosen)
     check_code()
     backend, at_once, kind = _backend(params, wishes, slurm)
-    with session.outliving_readers(), session.only_grid(_LOGS, lambda text: print(text, flush=True)):
+    alone = (
+        contextlib.nullcontext() if wishes.dry_run else session.only_grid(_LOGS, lambda text: print(text, flush=True))
+    )
+    with session.outliving_readers(), alone:
         settings = read_yaml(PARAMS_FILE)
         graph = read_graph(settings)
         if not wishes.dry_run:
@@ -75,7 +78,8 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
         title = f"profile {params.profile}: {cells_in_words}, {len(due):,} of {stages} to run"
         if not due and not made:
             _drop_checkpoints(params, graph, wanted)
-            nothing = f"nothing to do: all {cells_in_words} of profile {params.profile} and the report are up to date"
+            asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
+            nothing = f"nothing to do: {asked} up to date, and so is the report"
             print(json.dumps({"jobs": [], "to_record": []}) if wishes.as_json else nothing, flush=True)
             if not wishes.dry_run:
                 _show_results(params)
@@ -250,7 +254,7 @@ class _Run:
         for stage, why in self._recorder.failed.items():
             print(f"not on record: {stage}: {why}; the next run sees to it")
         if not ended and not self._recorder.failed:
-            print(f"all {counted(len(self._chosen), 'cell')} of profile {profile} are done")
+            print(f"{share(len(self._chosen), len(expand(self._params)), 'cell', f'of profile {profile}')} done")
         if any(event.state != "unavailable" for event in causes.values()) or self._recorder.failed:
             return 1
         return 3 if causes else 0

@@ -22,8 +22,6 @@ def test_the_grid_is_the_product_of_each_half(project: Project) -> None:
 @pytest.mark.parametrize(
     ("axis", "left"),
     [
-        ("grid.tasks", 0),
-        ("grid.seeds", 0),
         ("grid.plain.attn", 8),
         ("grid.plain.former", 8),
         ("grid.kernel.attn", 8),
@@ -34,6 +32,27 @@ def test_the_grid_is_the_product_of_each_half(project: Project) -> None:
 def test_an_empty_axis_gives_no_cells_of_its_half(project: Project, axis: str, left: int) -> None:
     project.set(axis, [])
     assert len(expand(load_params())) == left
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "message"),
+    [
+        ("grid.tasks", [], "params.yaml: grid.tasks is empty"),
+        ("grid.seeds", [], "params.yaml: grid.seeds is empty"),
+        (
+            "grid.seeds",
+            list(range(100_000)),
+            "params.yaml: grid: 2 tasks, 4 models, 100,000 seeds make 800,000 cells; a profile has at most 20,000",
+        ),
+    ],
+)
+def test_a_grid_of_no_task_or_seed_or_of_too_many_cells_is_refused(
+    project: Project, axis: str, values: list[int], message: str
+) -> None:
+    project.set(axis, values)
+    with pytest.raises(UserError) as caught:
+        expand(load_params())
+    assert str(caught.value) == message
 
 
 def test_a_cell_has_one_name_everywhere(project: Project) -> None:

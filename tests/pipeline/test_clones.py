@@ -58,9 +58,7 @@ def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_
     git(first, "add", "--all")
     git(first, "commit", "--message", "results")
     in_git = git(first, "ls-files", "runs/tiny")
-    assert {"bench.csv", "bench-checks.csv", "predictions.npz"} < {
-        Path(name).name for name in in_git.split()
-    }
+    assert {"bench.csv", "bench-checks.csv", "predictions.npz"} < {Path(name).name for name in in_git.split()}
     assert not re.search(r"best\.pt|\.gitignore", in_git)
 
     git(tmp_path, "clone", str(first), str(second))

@@ -1,12 +1,15 @@
 """schoenbat-exp doctor: what is wrong is named with what to do, and decides the exit code."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from project_folder import Project
+
+from pipeline.files import git_revision
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -31,6 +34,7 @@ def test_where_everything_is_there_nothing_is_wrong_and_nothing_is_made(whole: P
         "packages",
         "settings",
         "code",
+        "git",
         "torch",
         "threads",
         "dvc",
@@ -113,3 +117,22 @@ def test_what_is_wrong_is_one_line_that_says_how_to_mend_it(
     found = lines(out)
     assert [name for name, line in found.items() if line.startswith("wrong")] == [subject]
     assert said in found[subject]
+
+
+def test_a_checkout_of_another_user_has_no_revision_and_that_is_said(
+    whole: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "not a git repository" in lines(invoke("doctor")[1])["git"]
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert lines(invoke("doctor")[1])["git"] == f"ok     git       revision {git_revision().removesuffix('+')}"
+    # As where the folder belongs to somebody else.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert git_revision() == "none"
+    code, out, _ = invoke("doctor")
+    assert code == 0
+    assert lines(out)["git"] == (
+        f"note   git       detected dubious ownership in repository at '{whole.folder}'; "
+        f"results will not name a revision; to mend it: git config --global --add safe.directory {whole.folder}"
+    )
