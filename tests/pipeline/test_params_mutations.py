@@ -1,4 +1,4 @@
-"""Forty ways to write params.yaml wrongly: whoever reads it refuses it alike, in one line that names the key.
+"""Sixty ways to write params.yaml wrongly: whoever reads it refuses it alike, in one line that names the key.
 
 `dvc repro` reads the file by itself first. What it makes nothing of ends there; with all else it runs the first stage,
 whose command refuses it. Nothing is made in either case.
@@ -18,7 +18,10 @@ Invoke = Callable[..., tuple[int, str, str]]
 Mutation = Callable[[Project], None]
 
 CELL = ("--task", "lra-listops", "--attn", "softmax", "--former", "transformer")
-COMMANDS = (("run", "--grid"), ("run", "--cell", "x"), ("status",), ("status", "--json"), ("list",), ("train", *CELL))
+COMMANDS = (
+    *(("run", "--grid"), ("run", "--cell", "x"), ("status",), ("status", "--json"), ("list",)),
+    *(("download", "--task", "lra-listops"), ("train", *CELL)),
+)
 
 
 def put(key: str, value: Any) -> Mutation:
@@ -70,7 +73,7 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
     "one word": (raw(lambda content: b"quick\n"), "params.yaml must be a mapping"),
     "two documents": (raw(lambda content: content.encode() + b"---\na: 1\n"), "another document"),
     "cut short": (text("note: For tests.", 'note: "For tests.'), "params.yaml line"),
-    "nested too deeply": (text("note: For tests.", f"note: {'[' * 4000}"), "params.yaml: not valid YAML: nested"),
+    "nested too deeply": (text("note: For tests.", f"note: {'[' * 1500}"), "params.yaml: not valid YAML: nested"),
     "an undefined alias": (text("note: For tests.", "note: *x"), "undefined alias 'x'"),
     "code in a tag": (text("note: For tests.", "note: !!python/object/apply:os.system [touch made]"), "tag"),
     "a date that is none": (text("note: For tests.", "note: 2020-13-45"), "month must be in 1..12"),
@@ -147,15 +150,15 @@ def repro(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def made(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if not {"__pycache__", ".dvc"} & set(path.parts)}
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_every_reader_refuses_it_in_one_line_that_names_the_key(
-    name: str, project: Project, sources: Path, invoke: Invoke
-) -> None:
+def test_every_reader_refuses_it_in_one_line_that_names_the_key(name: str, project: Project, invoke: Invoke) -> None:
     mutate, message = REFUSED[name]
-    shutil.copytree(sources, project.folder, dirs_exist_ok=True)
-    project.write()
     mutate(project)
-    before = sorted(path for path in project.folder.rglob("*") if "__pycache__" not in path.parts)
+    before = made(project.folder)
     lines = set()
     for arguments in COMMANDS:
         code, _, err = invoke(*arguments)
@@ -166,16 +169,35 @@ def test_every_reader_refuses_it_in_one_line_that_names_the_key(
         assert len(err) < 1000
         lines.add(err)
     assert len(lines) == 1, "two commands say different things"
+    assert made(project.folder) == before
 
+
+SHOWN_TO_DVC = (
+    *("a key twice", "UTF-16", "nested too deeply", "half a character", "an undefined alias", "null for an axis"),
+    *("a seed with a command in it", "a profile that is a path"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN_TO_DVC)
+def test_dvc_refuses_it_by_itself_or_by_its_first_stage(
+    name: str, project: Project, sources: Path, invoke: Invoke
+) -> None:
+    mutate, _ = REFUSED[name]
+    shutil.copytree(sources, project.folder, dirs_exist_ok=True)
+    project.write()
+    mutate(project)
+    before = made(project.folder)
+    _, _, line = invoke("status")
     code, output = repro()
     assert code != 0
     assert "Traceback" not in output
     if "Running stage" in output:
-        assert lines.pop() in output
-    after = [path for path in sorted(project.folder.rglob("*")) if ".dvc" not in path.parts and path not in before]
-    assert {path.name for path in after if "__pycache__" not in path.parts} <= {"logs", "data", "raw", ".gitignore"}
+        assert line in output
+    assert {path.name for path in made(project.folder) - before} <= {"logs", "data", "raw", ".gitignore"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "value"),
     [
