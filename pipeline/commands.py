@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from pipeline.grid.params import Params
 
 PROGRAM = "schoenbat-exp"
-PARAMS_VARIABLE = "SCHOENBAT_PARAMS"
-"""Names the copy of params.yaml that a grid has made when it started."""
 DEBUG_VARIABLE = "SCHOENBAT_DEBUG"
 """Set: every error is shown with its traceback."""
 
@@ -70,11 +68,12 @@ Dotf = Annotated[
 Former = Annotated[
     str, option("maclauformer (with ppSBN) or transformer (without).", names=completion.former, panel=_CELL)
 ]
-Seed = Annotated[int | None, option("Default: the first seed of the grid.", panel=_CELL)]
+Seed = Annotated[int | None, option("Default: each seed of the grid.", panel=_CELL)]
 Profile = Annotated[
     str | None, option("Of which params.yaml must be. Default: whichever it is of.", names=completion.profile)
 ]
 Device = Annotated[str | None, option("cpu, cuda or cuda:N. Default: run.device.", envvar="SCHOENBAT_DEVICE")]
+Force = Annotated[bool, option("Even if it is up to date.", "--force")]
 Json = Annotated[bool, option("For programs.", "--json")]
 
 app = make_app(add_completion=False)
@@ -95,14 +94,15 @@ def train(
     profile: Profile = None,
     save: Annotated[bool, option("--no-save writes and logs nothing.", "--save/--no-save")] = True,
     restart: Annotated[bool, option("Discard the checkpoint of an interrupted run.", "--restart")] = False,
+    force: Force = False,
 ) -> None:
-    """Train one cell; an interrupted run goes on from its checkpoint."""
-    from pipeline.grid.cells import make_cell
+    """Train one cell, or each seed of it that is out of date; an interrupted run goes on from its checkpoint."""
+    from pipeline.grid.cells import make_cells
     from pipeline.stages import train as stage
 
     params = load(profile)
-    cell = make_cell(params, task, attn, dotf, former, seed)
-    stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart)
+    for cell in make_cells(params, task, attn, dotf, former, seed):
+        stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart, force=force)
 
 
 @_add("eval --task lra-text --attn rmfa --dotf exp --former maclauformer", name="eval")
@@ -114,13 +114,24 @@ def evaluate(
     seed: Seed = None,
     device: Device = None,
     profile: Profile = None,
+    force: Force = False,
 ) -> None:
-    """Test the best weights of one trained cell."""
-    from pipeline.grid.cells import make_cell
+    """Test the best weights of one trained cell, or of each seed of it."""
+    from pipeline.grid.cells import make_cells
     from pipeline.stages import evaluate as stage
 
     params = load(profile)
-    stage.run(params, make_cell(params, task, attn, dotf, former, seed), device_name=device or params.run.device)
+    for cell in make_cells(params, task, attn, dotf, former, seed):
+        stage.run(params, cell, device_name=device or params.run.device, force=force)
+
+
+@_add("numerics")
+def numerics(profile: Profile = None) -> None:
+    """Write down what the code of each component computes, on which DVC's stages depend."""
+    from pipeline.grid.numerics import write_numerics
+
+    grid = load(profile).grid
+    write_numerics({"attention": grid.plain.attn + grid.kernel.attn, "kernel": grid.kernel.dotf, "task": grid.tasks})
 
 
 @_add("download --task lra-text")
@@ -179,9 +190,9 @@ def load(profile: str | None = None) -> "Params":
     """The settings: params.yaml, or under a grid those of its start; UserError if they are of another profile."""
     from pipeline.grid.checked import load_checked
     from pipeline.grid.code import check_code
-    from pipeline.grid.settings import PARAMS_FILE
+    from pipeline.grid.settings import params_file
 
-    path = Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE))
+    path = params_file()
     params = load_checked(path)
     if profile is not None and profile != params.profile:
         raise UserError(f"{path} is of profile {params.profile!r}, not {profile!r}")

@@ -1,14 +1,17 @@
 """What a cell writes, as types; read and written here alone.
 
-In its run folder, and kept by DVC: best.pt, the weights after the best step and what they belong to; metrics.json,
-`Metrics`, written last, so that a folder that has it has all of the training; curves.csv, one `Evaluation` per row;
-test.json, `TestScore`; predictions.npz, what the best weights say of each test example. Beside its checkpoint:
-resources.json, `Resources`, which differs from run to run.
+The cells that differ in their seeds alone share folders that are outputs of DVC, with a file for each seed. In
+weights/PROFILE/GROUP: SEED.pt, the weights after the best step and what they belong to. In runs/PROFILE/GROUP:
+curves/SEED.csv, one `Evaluation` per row; metrics/SEED.json, `Metrics`, written last, so that a seed that has it has all
+of the training; predictions/SEED.npz, the predictions of the best weights for each test example; test/SEED.json,
+`TestScore`, written after them. Beside the checkpoint of a cell: resources.json, `Resources`, which differs from run to
+run.
 """
 
 import csv
 import dataclasses
 import io
+import json
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,8 +37,8 @@ class Fingerprint:
     """What a cell's numbers are made from, as hex digests; neither the device nor the threads are part of it.
 
     Attributes:
-        code: the files and folders of code that dvc.yaml lists for its training.
-        settings: the cell, and its sections of params.yaml with their defaults.
+        code: what the code of its mechanism, its kernel and its training computes: see `pipeline.grid.numerics`.
+        settings: the cell, and its sections of params.yaml.
         data: its prepared data.
     """
 
@@ -121,25 +124,29 @@ class Resources:
 
 @dataclass(frozen=True)
 class CellResults:
-    """What a cell of a profile has left. What is absent is None; what is damaged is a UserError."""
+    """The results of a cell of a profile, by its id. What is absent is None; what is damaged is a UserError."""
 
     profile: str
     cell: str
     root: Path = Path()
 
     @property
-    def folder(self) -> Path:
-        return self.root / "runs" / self.profile / self.cell
+    def group(self) -> str:
+        return self.cell.rpartition("-")[0]
+
+    @property
+    def seed(self) -> str:
+        return self.cell.rpartition("-")[2]
 
     @property
     def best(self) -> Path:
-        return self.folder / "best.pt"
+        return self.root / "weights" / self.profile / self.group / f"{self.seed}.pt"
 
     def metrics(self) -> Metrics | None:
-        return _read(Metrics, self.folder / "metrics.json")
+        return _read(Metrics, self._file("metrics", "json"))
 
     def test(self) -> TestScore | None:
-        return _read(TestScore, self.folder / "test.json")
+        return _read(TestScore, self._file("test", "json"))
 
     def resources(self) -> Resources | None:
         return _read(Resources, self._timings)
@@ -150,8 +157,26 @@ class CellResults:
 
     def curve(self) -> list[dict[str, float]]:
         """The evaluations, in order; none if there is no file."""
-        path = self.folder / "curves.csv"
+        path = self._file("curves", "csv")
         return read_rows(path, None) if path.is_file() else []
+
+    def fingerprints(self) -> list[str | None]:
+        """Of the training and of the test, read without anything else; None where a file is absent or damaged."""
+        return [_fingerprint_of(self._file(kind, "json")) for kind in ("metrics", "test")]
+
+    def files(self) -> list[Path]:
+        """The files that a finished cell has, the weights first."""
+        kinds = {"curves": "csv", "metrics": "json", "predictions": "npz", "test": "json"}
+        return [self.best, *(self._file(kind, suffix) for kind, suffix in kinds.items())]
+
+    def remove_unfinished(self) -> None:
+        """Delete what writers of this cell's files leave when they are killed; other seeds may be writing theirs."""
+        for file in self.files():
+            for leftover in file.parent.glob(f".{file.name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+
+    def _file(self, kind: str, suffix: str) -> Path:
+        return self.root / "runs" / self.profile / self.group / kind / f"{self.seed}.{suffix}"
 
     def predictions(self) -> "Predictions | None":
         """Those of the test split, in its order; log-probabilities to a hundredth."""
@@ -162,17 +187,34 @@ class CellResults:
 
     @property
     def _predictions(self) -> Path:
-        return self.folder / "predictions.npz"
+        return self._file("predictions", "npz")
 
     def write_training(self, evaluations: "Iterable[Evaluation]", resources: Resources, metrics: Metrics) -> None:
+        """Write the figures of a training, after its weights; the test of other weights goes."""
+        self._file("test", "json").unlink(missing_ok=True)
+        self._predictions.unlink(missing_ok=True)
         rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
-        write_csv(self.folder / "curves.csv", list(rows[0]), [list(row.values()) for row in rows])
+        write_csv(self._file("curves", "csv"), list(rows[0]), [list(row.values()) for row in rows])
         write_json(self._timings, dataclasses.asdict(resources))
-        write_json(self.folder / "metrics.json", dataclasses.asdict(metrics))
+        write_json(self._file("metrics", "json"), dataclasses.asdict(metrics))
 
     def write_test(self, score: TestScore, predictions: "Predictions") -> None:
         write_bytes(self._predictions, pack_predictions(predictions))
-        write_json(self.folder / "test.json", dataclasses.asdict(score))
+        write_json(self._file("test", "json"), dataclasses.asdict(score))
+
+
+def trained_cells(profile: str, root: Path = Path()) -> list[str]:
+    """Return the ids of all cells of a profile whose training is finished, whatever it was made from."""
+    found = (root / "runs" / profile).glob("*/metrics/*.json")
+    return sorted(f"{path.parents[1].name}-{path.stem}" for path in found)
+
+
+def _fingerprint_of(path: Path) -> str | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        return str(Fingerprint(**found))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def pack_predictions(predictions: "Predictions") -> bytes:

@@ -6,9 +6,9 @@ from typing import Any
 
 from pipeline.files import read_json
 from pipeline.grid.axes import Cell
-from pipeline.grid.cells import code_fingerprint, summary_file
+from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.results import CellResults, Metrics
+from pipeline.results import CellResults, Metrics, trained_cells
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.encoder import ModelConfig
 from schoenbat.lra.multihead import FormerConfig
@@ -37,7 +37,7 @@ class TrainedCell:
 
     def code_has_changed(self) -> bool:
         """Whether the code that the training depended on is another one now."""
-        return code_fingerprint(self.cell, self.profile) != self.metrics.fingerprint.code
+        return Freshness({"profile": self.profile}).code(self.cell.attn, self.cell.dotf) != self.metrics.fingerprint.code
 
 
 def current_profile() -> str:
@@ -47,11 +47,6 @@ def current_profile() -> str:
     if not isinstance(profile, str):
         raise UserError(f"{PARAMS_FILE}: missing key 'profile'")
     return profile
-
-
-def trained_cells(profile: str) -> list[str]:
-    """The ids of all cells of a profile whose training is finished."""
-    return sorted(path.parent.name for path in Path("runs", profile).glob("*/metrics.json"))
 
 
 def load_trained(cell: str, profile: str | None = None) -> TrainedCell:

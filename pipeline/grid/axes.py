@@ -5,12 +5,15 @@
 The id of a cell joins its axes, in the order in which dvc.yaml lists them in the names of its stages.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.text import counted
 from schoenbat.errors import UserError
+from schoenbat.registry import build_config
 
 MAX_CELLS = 20_000
 """Of one grid; every command looks at each of them."""
@@ -55,11 +58,12 @@ class Cell:
 
     @property
     def id(self) -> str:
-        axes = (self.task, self.attn, self.dotf, self.former, str(self.seed))
-        return "-".join(axis for axis in axes if axis is not None)
+        return f"{self.group}-{self.seed}"
 
-    def run_folder(self, profile: str) -> Path:
-        return Path("runs", profile, self.id)
+    @property
+    def group(self) -> str:
+        """The cells that differ from this one in the seed alone, as one name: they are one stage of DVC."""
+        return "-".join(axis for axis in (self.task, self.attn, self.dotf, self.former) if axis is not None)
 
     def checkpoint_folder(self, profile: str) -> Path:
         return Path("checkpoints", profile, self.id)
@@ -68,6 +72,11 @@ class Cell:
         """This cell on the command line."""
         dotf = [] if self.dotf is None else ["--dotf", self.dotf]
         return ["--task", self.task, "--attn", self.attn, *dotf, "--former", self.former, "--seed", str(self.seed)]
+
+
+def read_cells(settings: Mapping[str, Any]) -> list[Cell]:
+    """Return the cells of the content of params.yaml; raises UserError."""
+    return expand_grid(build_config(GridParams, settings.get("grid"), f"{PARAMS_FILE}: grid"))
 
 
 def expand_grid(grid: GridParams) -> list[Cell]:

@@ -1,42 +1,24 @@
-"""Cells: one training run each, with its folders, its settings, and what its numbers are made from."""
+"""Cells: one training run each, with its settings and its data."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
 from pipeline.grid.axes import Cell, check_id, expand_grid
-from pipeline.grid.graph import cell_sources
+from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import MAX_SEED, Params, attention_section, cell_training, former_section, task_section
 from pipeline.grid.settings import PARAMS_FILE
-from pipeline.hashes import hash_of
-from pipeline.results import Fingerprint
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.encoder import build_model
 from schoenbat.lra.tasks import TASKS
 
-_MADE = ("data/", "runs/")
+def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: str, seed: int | None) -> list[Cell]:
+    """Return the cell of these names, inside the grid or not, or those of all seeds of the grid.
 
-
-def raw_folder(task: str) -> Path:
-    return Path("data/raw", task)
-
-
-def data_folder(profile: str, task: str) -> Path:
-    return Path("data/processed", profile, task)
-
-
-def summary_file(profile: str, task: str) -> Path:
-    """The copy of a data set's meta.json that the report reads."""
-    return Path("runs", profile, "data", f"{task}.json")
-
-
-def make_cell(params: Params, task: str, attn: str, dotf: str | None, former: str, seed: int | None) -> Cell:
-    """A cell by name, inside the grid or not; the seed defaults to the first of the grid.
+    Args:
+        seed: None for all of the grid.
 
     Raises:
         UserError: an unknown name, a section that params.yaml lacks, a kernel missing or too much, no seed or one that
@@ -50,10 +32,11 @@ def make_cell(params: Params, task: str, attn: str, dotf: str | None, former: st
         raise UserError("grid.seeds is empty: pass --seed")
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must lie between 0 and {MAX_SEED}, not {seed}")
-    cell = Cell(task, attn, dotf, former, params.grid.seeds[0] if seed is None else seed)
+    cells = [Cell(task, attn, dotf, former, each) for each in (params.grid.seeds if seed is None else [seed])]
+    by_id = {cell.id: cell for cell in cells}
     for other in expand(params):
-        check_id(cell, other)
-    return cell
+        check_id(by_id.get(other.id, other), other)
+    return cells
 
 
 def expand(params: Params) -> list[Cell]:
@@ -139,23 +122,3 @@ def data_meta(cell: Cell, params: Params) -> dict[str, Any]:
             f" && schoenbat-exp preprocess --task {cell.task}"
         )
     return read_json(path)
-
-
-def fingerprint(cell: Cell, params: Params) -> Fingerprint:
-    """What a result of the cell would be made from now, which an interrupted run must share with its checkpoint."""
-    code = code_fingerprint(cell, params.profile)
-    return Fingerprint(code, settings_fingerprint(cell, params), data_meta(cell, params)["fingerprint"])
-
-
-def code_fingerprint(cell: Cell, profile: str) -> str:
-    """Of the files and folders of code that dvc.yaml lists for the cell's training, as they are now."""
-    sources = cell_sources(cell, "train", profile)
-    return _digest({dep: hash_of(dep) for dep in sources if not dep.startswith(_MADE)})
-
-
-def settings_fingerprint(cell: Cell, params: Params) -> str:
-    return _digest([dataclasses.asdict(cell), settings(cell, params)])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat.errors import UserError, list_choices
 from schoenbat.files import write_bytes
-from schoenbat.registry import VARIANT_MARK
 
 if TYPE_CHECKING:
     from pipeline.grid.params import Params
@@ -29,16 +28,12 @@ _METADATA = ("*.dist-info", "*.egg-info")
 
 
 def load_checked(path: Path = PARAMS_FILE) -> "Params":
-    """Return all of a params file, its variants linked for DVC; raises UserError in one line that names the key."""
+    """Return all of a params file; raises UserError in one line that names the key."""
     from pipeline.grid.cells import check_models, expand
-    from pipeline.grid.components import link_components
     from pipeline.grid.params import load_params
 
     digest = _digest(path)
     params = load_params(path)
-    # A copy that a grid has made may be older than params.yaml, whose links must stay.
-    with _unless_read_only():
-        link_components(params.attention, params.task, keep_others=path != PARAMS_FILE)
     if not _is_recorded(digest):
         cells = expand(params)
         ids = [cell.id for cell in cells]
@@ -78,8 +73,7 @@ def _unless_read_only() -> Iterator[None]:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
     roots = [Path(root) for name in _PACKAGES for root in _folders(name)]
-    # A link to a variant's file is made by the check itself.
-    code = [file for root in roots for file in root.rglob("*.py") if VARIANT_MARK not in file.name]
+    code = [file for root in roots for file in root.rglob("*.py")]
     installed = [file for folder in map(Path, sys.path) for kind in _METADATA for file in folder.glob(kind)]
     for file in sorted({*code, *installed}):
         if file.exists():

@@ -1,37 +1,24 @@
-"""The code that runs is the code of this checkout, and in a grid the code of its start; or it is an error."""
+"""The code that runs is the code of this checkout, or it is an error."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.hashes import hash_of
 from schoenbat.errors import UserError
 
 _PACKAGES = ("schoenbat", "pipeline")
-_fixed: dict[str, str] = {}
-
-
-def fix(hashes: Mapping[str, str]) -> None:
-    """Demand from now on that these files and folders have these hashes; the start of a grid has fixed them."""
-    _fixed.clear()
-    _fixed.update(hashes)
 
 
 def check_code() -> None:
-    """To be called when everything that computes has been imported, before it computes.
+    """Compare the modules that were imported with this checkout; to be called before anything is computed.
 
     Raises:
-        UserError: a module that was imported has other contents than the file of this checkout, or a file is not as
-            the start of the grid has fixed it.
+        UserError: a module that was imported has other contents than the file of this checkout.
     """
     if Path("schoenbat").is_dir():
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
             if name.partition(".")[0] in _PACKAGES and file is not None:
                 _compare(Path(file), name)
-    for path, digest in _fixed.items():
-        if hash_of(path) != digest:
-            raise UserError(f"{path} has changed since the grid started; run again to use it as it is")
 
 
 def _compare(file: Path, name: str) -> None:

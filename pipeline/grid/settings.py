@@ -14,6 +14,8 @@ PARAMS_FILE = Path("params.yaml")
 PROJECT_FILE = Path("dvc.yaml")
 """What the root folder of a project is known by."""
 MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
+PARAMS_VARIABLE = "SCHOENBAT_PARAMS"
+"""Names the copy of params.yaml that a grid has made when it started."""
 
 
 def enter_project() -> None:
@@ -25,6 +27,11 @@ def enter_project() -> None:
         if mirror := os.environ.get(MIRROR_VARIABLE):
             os.environ[MIRROR_VARIABLE] = str(here / mirror)
         os.chdir(root)
+
+
+def params_file() -> Path:
+    """Return params.yaml, or under a grid the copy of its start."""
+    return Path(os.environ.get(PARAMS_VARIABLE, PARAMS_FILE))
 
 
 def read_yaml(path: Path) -> Any:

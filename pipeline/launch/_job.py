@@ -15,23 +15,17 @@ saved) goes back into the queue or ends with the grid, and the others would fail
 
 @dataclass(frozen=True)
 class Work:
-    """One stage of DVC, as the start of the grid has fixed it.
+    """One command of a job.
 
     Attributes:
-        name: of the stage.
+        name: the stage of DVC that it belongs to.
         command: a line of shell; a plain `schoenbat-exp ...` is run without starting Python anew.
-        deps: what it reads, with the hash of what is given, such as code, and None for what another stage makes.
-        params: what it depends on of params.yaml.
-        outs: what it makes.
-        persistent: those of `outs` that are not deleted before.
+        environment: variables for this command.
     """
 
     name: str
     command: str
-    deps: Mapping[str, str | None] = field(default_factory=dict)
-    params: Mapping[str, Any] = field(default_factory=dict)
-    outs: Sequence[str] = ()
-    persistent: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
 """The process that does one job: a child of the fork server, or `python -m pipeline.launch.worker FILE`.
 
-It runs the commands of stages one after the other and knows nothing of DVC. After each it leaves a receipt, with the
-hashes of what the stage was made from and of what it made, by which the engine puts it on record. It leads a process
-group; whoever ends that group ends the stage with it.
+It runs the commands of stages one after the other. It leads a process group; whoever ends that group ends the stage with
+it.
 """
 
 import contextlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.files import read_json
-from pipeline.hashes import Hashes, hash_of
 from pipeline.launch import OUTCOME_VARIABLE, Work
 from pipeline.lease import STAGE_VARIABLE, STOPPED, watch
-from pipeline.record.freshness import receipt_file, write_receipt
-from pipeline.record.lock_file import Entry
 
 _PROGRAM = "schoenbat-exp"
 
@@ -89,50 +84,16 @@ def do_job(file: Path) -> int:
 
 
 def _run(stage: Work) -> int:
-    """Run the command of a stage, and leave its receipt if it succeeds."""
-    from pipeline.grid.code import fix
-
-    receipt_file(stage.name).unlink(missing_ok=True)
-    hashes = Hashes()
-    deps = {path: hashes.of(path) for path in stage.deps}
-    for path, fixed in stage.deps.items():
-        if not deps[path] or (fixed is not None and deps[path] != fixed):
-            what = "has changed since the grid started; run again to use it as it is" if deps[path] else "is missing"
-            print(f"error: {stage.name}: {path} {what}", file=sys.stderr)
-            _tell("usage", f"{path} {what}", stage.name)
-            return 2
-    for out in stage.outs:
-        if out not in stage.persistent:
-            _remove(Path(out))
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    """Run the command of a stage; its exit status."""
+    os.environ.update(stage.environment)
     os.environ[STAGE_VARIABLE] = stage.name
     print(f"> {stage.command}", flush=True)
-    fixed_code = {path: fixed for path, fixed in stage.deps.items() if fixed is not None}
     words = shlex.split(stage.command)
     if words[0] == _PROGRAM:
         from pipeline.commands import run_command
 
-        fix(fixed_code)
-        status = run_command(words[1:])
-    else:
-        status = subprocess.run(stage.command, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
-        if status == 0 and (changed := [path for path, fixed in fixed_code.items() if hash_of(path) != fixed]):
-            _tell("usage", f"{changed[0]} has changed while it ran; run again", stage.name)
-            return 2
-    if status == 0:
-        outs = {out: hash_of(out) for out in stage.outs}
-        if absent := [out for out, digest in outs.items() if not digest]:
-            _tell("failed", f"{absent[0]} was not made", stage.name)
-            return 1
-        write_receipt(stage.name, Entry(" ".join(stage.command.split()), deps, stage.params, outs))
-    return status
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        return run_command(words[1:])
+    return subprocess.run(stage.command, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def _interrupt(number: int, frame: object) -> None:

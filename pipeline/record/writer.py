@@ -1,31 +1,86 @@
-"""The one writer of DVC's record: tells DVC what has been made, by DVC's public interface. The only importer of dvc."""
+"""The one writer of DVC's record: tells DVC what has been made, by DVC's public interface. The only importer of dvc.
+
+A grid computes without DVC and then records: each stage is put on record as the files are, after a check that these
+files are what today's code, settings and data make. DVC itself is asked what it thinks of what is not a cell.
+"""
 
 import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from pipeline.record.freshness import read_receipt
-from pipeline.record.lock_file import LOCK_FILE, Entry, read_blocks
+from pipeline.grid.axes import Cell, read_cells
+from pipeline.grid.freshness import Freshness, raw_folder, recorded_digests, sources_have_changed
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+LOCK_FILE = Path("dvc.lock")
 _BEFORE = Path(".dvc/tmp/dvc.lock.before")
-_RUN_CACHE = Path(".dvc/cache/runs")
 _RWLOCK = Path(".dvc/tmp/rwlock")
 _PROGRAMS = ("dvc", "schoenbat-exp", "pipeline.cli", "pytest")
 _PAUSE_FACTOR = 19.0
 """Between two batches passes so many times what the last one took: DVC reads and writes all of its lock file for each,
-which takes seconds where that is long, and cells need the machine. What waits has its receipt."""
+and cells need the machine."""
 _LEAST_PAUSE_SECONDS = 2.0
 _LOCKED_SECONDS = 60.0
 """So long another process of DVC is waited for at the end."""
+
+
+def stage_names(profile: str, cell: Cell) -> tuple[str, str]:
+    """Return the stages of DVC that train and test a cell and those that differ from it in the seed alone."""
+    kernel = "" if cell.dotf is None else "_kernel"
+    return f"train{kernel}@{profile}-{cell.group}", f"evaluate{kernel}@{profile}-{cell.group}"
+
+
+def data_stage_names(profile: str, task: str) -> tuple[str, str]:
+    """Return the stages of DVC that fetch and prepare the data of a task."""
+    return f"download@{profile}-{task}", f"preprocess@{profile}-{task}"
+
+
+def changed_stages() -> dict[str, bool]:
+    """Return the stages that DVC finds changed, and of each whether more than the absence of files is why.
+
+    Raises:
+        UserError: DVC cannot read the project, such as for a conflict of a merge in its lock file.
+    """
+    from dvc.exceptions import DvcException
+
+    drop_stale_rwlock()
+    try:
+        with _repo() as repo:
+            changes = repo.status()
+    except DvcException as error:
+        raise UserError(f"DVC cannot tell what is out of date: {_reason(error)}") from error
+    return {name: not all(map(_is_absence, found)) for name, found in changes.items()}
+
+
+def _is_absence(change: Any) -> bool:
+    """Return whether one entry of DVC's status says only that files are not here."""
+    return isinstance(change, dict) and all(how == "deleted" for files in change.values() for how in files.values())
+
+
+@contextlib.contextmanager
+def _repo() -> "Iterator[Repo]":
+    from dvc.repo import Repo
+
+    # What goes wrong is told by who asks; nothing else is to be seen among the lines of a grid.
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)
+    # What was unpacked and not cloned has no history that DVC could look at.
+    versioned = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
+    with Repo(config={} if versioned else {"core": {"no_scm": True}}) as repo:
+        yield repo
 
 
 class Recorder:
@@ -42,7 +97,7 @@ class Recorder:
         self.failed: dict[str, str] = {}
 
     def add(self, names: Iterable[str]) -> None:
-        """Let stages be recorded whose receipts are written."""
+        """Let stages be recorded whose outputs are complete."""
         self._waiting += names
 
     def poll(self) -> list[str]:
@@ -98,30 +153,31 @@ def _timed(names: Sequence[str]) -> dict[str, str]:
 
 
 def record(names: Sequence[str]) -> dict[str, str]:
-    """Put stages on record as their receipts have them.
+    """Put stages on record as their files are, if these are what today's numerics, settings and data make.
 
     Returns:
-        For each stage "" if it is on record, else why it is not: something has changed since, or DVC cannot write.
+        For each stage "" if it is on record, else why it is not.
     """
     from dvc.lock import LockError
-    from dvc.repo import Repo
     from dvc.stage import PipelineStage
 
-    # What went wrong is in the results; nothing else is to be seen among the lines of the grid.
-    logging.getLogger("dvc").setLevel(logging.CRITICAL)
     results: dict[str, str] = {}
     drop_stale_rwlock()
     try:
-        # What was unpacked and not cloned has no history that DVC could look at.
-        versioned = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
-        with Repo(config={} if versioned else {"core": {"no_scm": True}}) as repo, repo.lock, _whole(LOCK_FILE):
+        with _repo() as repo, repo.lock, _whole(LOCK_FILE):
             stages = {stage.name: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)}
-            ready: list[Any] = []
             for name in dict.fromkeys(names):
-                try:
-                    results[name] = _prepare(stages.get(name), read_receipt(name), ready)
-                except Exception as error:  # noqa: BLE001 - what DVC trips over at one stage is no matter of the others
-                    results[name] = _reason(error)
+                stage = stages.get(name)
+                results[name] = "dvc.yaml does not have it" if stage is None else _told(partial(_save, stage))
+            # After DVC has looked at the files, so that what has changed meanwhile is noticed.
+            current = _current_stages()
+            ready = []
+            for name in [name for name, why in results.items() if not why]:
+                if name in current:
+                    results[name] = _told(partial(_commit, stages[name]))
+                    ready += [] if results[name] else [stages[name]]
+                else:
+                    results[name] = "code, settings or data have changed since it ran"
             if ready:
                 ready[0].dvcfile.dump_stages(ready, update_pipeline=False)
     except LockError:
@@ -131,31 +187,41 @@ def record(names: Sequence[str]) -> dict[str, str]:
     return results
 
 
-def _prepare(stage: Any, receipt: Entry | None, ready: list[Any]) -> str:
-    if receipt is None or stage is None:
-        return "dvc.yaml does not have it any more" if stage is None else "its receipt is gone"
-    stage.save()
-    changed = _changed(stage, receipt)
-    if changed:
-        return f"{changed} has changed since it ran"
+def _told(do: Callable[[], object]) -> str:
+    """Let DVC do something with one stage; why it does not, or ""."""
+    try:
+        do()
+    except Exception as error:  # noqa: BLE001 - what DVC trips over at one stage is no matter of the others
+        return _reason(error)
+    return ""
+
+
+def _save(stage: "PipelineStage") -> None:
+    # Weights may be missing, as in a clone: then those on record stay there. DVC's cache of runs would hold all again.
+    stage.save(allow_missing=True, run_cache=False)
+
+
+def _commit(stage: "PipelineStage") -> None:
     # Relinking would take a file away for a moment, and a process can be killed at any.
-    stage.commit(relink=False)
-    ready.append(stage)
-    return ""
+    stage.commit(allow_missing=True, relink=False)
 
 
-def _changed(stage: Any, receipt: Entry) -> str:
-    """The first thing in which what DVC is about to record differs from what the stage was made from and made."""
-    if " ".join(stage.cmd.split()) != receipt.command:
-        return "its command"
-    for found, known in ((stage.deps, receipt.deps), (stage.outs, receipt.outs)):
-        hashed = {item.def_path: item.hash_info.value for item in found}
-        params = hashed.pop("params.yaml", {})
-        if found is stage.deps and params != receipt.params:
-            return "params.yaml"
-        if hashed != known:
-            return next((path for path in hashed if hashed[path] != known.get(path)), "the list of what it reads")
-    return ""
+def _current_stages() -> set[str]:
+    """Return the stages whose outputs are what would be made from params.yaml, the numerics and the data as they are."""
+    settings = read_yaml(PARAMS_FILE)
+    recorded, here = Freshness(settings, recorded_digests), Freshness(settings)
+    cells = read_cells(settings)
+    stages: dict[str, bool] = {}
+    for cell in cells:
+        trained, tested = stage_names(here.profile, cell)
+        stages[trained] = stages.get(trained, True) and recorded.is_trained(cell)
+        stages[tested] = stages.get(tested, True) and recorded.is_finished(cell)
+    for task in settings["grid"]["tasks"]:
+        downloaded, prepared = data_stage_names(here.profile, task)
+        stages[downloaded] = not sources_have_changed(raw_folder(task))
+        stages[prepared] = recorded.data(task) is not None
+    stages["numerics"] = all(recorded.code(cell.attn, cell.dotf) == here.code(cell.attn, cell.dotf) for cell in cells)
+    return {name for name, current in stages.items() if current}
 
 
 def _reason(error: Exception) -> str:
@@ -185,37 +251,14 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def mend_lock() -> None:
-    """Bring back the lock file of before, if a process was killed while DVC wrote it and something is missing.
-
-    What DVC noted beside it in that moment goes, as it may be half a note; what was about to be
-    recorded has its receipt, so nothing is lost.
-    """
-    if not _BEFORE.exists():
-        return
-    _drop_runs(_BEFORE.stat().st_mtime_ns)
-    before = _BEFORE.read_bytes()
-    now = LOCK_FILE.read_bytes() if LOCK_FILE.exists() else b""
-    try:
-        known, found = read_blocks(_BEFORE), read_blocks()
-        torn = any(
-            name not in found or (block != found[name] and block.startswith(found[name]))
-            for name, block in known.items()
-        )
-    except UserError:
-        torn = True
-    if torn or not now.endswith(b"\n"):
+    """Bring back the lock file of before if a process was killed while DVC wrote it; what is finished is recorded anew."""
+    if _BEFORE.exists():
+        before = _BEFORE.read_bytes()
         if before:
             write_bytes(LOCK_FILE, before)
         else:
             LOCK_FILE.unlink(missing_ok=True)
-    _BEFORE.unlink()
-
-
-def _drop_runs(since_ns: int) -> None:
-    """Delete what DVC has noted since then in its run cache, where half a note of a stage keeps it off the record."""
-    for note in _RUN_CACHE.glob("*/*/*"):
-        if note.stat().st_mtime_ns >= since_ns:
-            note.unlink()
+        _BEFORE.unlink()
 
 
 def drop_stale_rwlock(path: Path = _RWLOCK) -> None:

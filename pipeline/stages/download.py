@@ -1,13 +1,12 @@
 """Stage `download`: the verified raw files of one task."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_json
-from pipeline.grid.cells import raw_folder
+from pipeline.grid.freshness import PROVENANCE, hash_file, named_files, raw_folder, read_provenance
 from pipeline.grid.params import Params, task_section
-from pipeline.grid.sources import PROVENANCE, named_files, read_record
-from pipeline.hashes import hash_of
 from pipeline.monitor.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
 from schoenbat.lra.tasks import TASKS
@@ -16,7 +15,7 @@ from schoenbat.lra.tasks import TASKS
 def run(params: Params, task: str) -> None:
     """Put the raw files of `task` and provenance.json, which says where they came from, into data/raw/TASK.
 
-    Files of this machine that the task's settings name are on record there with their hashes, for `is_outdated`.
+    Files of this machine that the task's settings name are on record there with their hashes, for `sources_have_changed`.
 
     Raises:
         DataUnavailable: no source could be reached, or the only one is too large; the message says what to do.
@@ -33,8 +32,8 @@ def run(params: Params, task: str) -> None:
             provenance = TASKS.get(task)(section.data).download(folder, mirror, params.data.limit_bytes, meter.update)
         except DataUnavailable as error:
             raise DataUnavailable(f"{error}; {TASKS.get(task).how_to_get}") from error
-    before = read_record(folder)
-    sources = {path: hash_of(path) for path in named_files(dataclasses.asdict(section.data))}
+    before = read_provenance(folder)
+    sources = {path: hash_file(Path(path)) for path in named_files(dataclasses.asdict(section.data))}
     write_json(folder / PROVENANCE, _as_at_first(provenance, before) | ({"sources": sources} if sources else {}))
     print(f"{task}: {'generated, nothing to fetch' if provenance.get('generated') else f'raw files in {folder}'}")
 

@@ -1,30 +1,41 @@
 """Stage `evaluate`: the test accuracy of one trained cell."""
 
-import os
 from typing import Any
 
 from pipeline import tracking
 from pipeline.devices import get_device, prepare_host
-from pipeline.grid.cells import Cell, data_folder, data_meta, fingerprint
+from pipeline.grid.cells import Cell, data_meta
 from pipeline.grid.code import check_code
+from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import Params, cell_training
 from pipeline.grid.settings import flat
-from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, TestScore
+<<<<<<< HEAD
 from pipeline.stages.train import description, model_of
+=======
+from pipeline.stages.train import description, identify, model_of
+from schoenbat.data.arrays import Dataset
+>>>>>>> e895d83 (WIP freshness)
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.training import load_model, predict
 
 
-def run(params: Params, cell: Cell, *, device_name: str) -> None:
-    """Score best.pt of `cell` on the test split, into test.json, predictions.npz and the cell's MLflow run.
+def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
+    """Score the best weights of `cell` on the test split, unless its test is up to date; log it in the cell's MLflow run.
+
+    Args:
+        force: test again what is up to date.
 
     Raises:
-        UserError: the cell has not been trained, or best.pt belongs to other settings or other data than today's.
+        UserError: the cell has not been trained, or its weights belong to other settings or other data than today's.
     """
     results = CellResults(params.profile, cell.id)
+    identity = identify(cell, params)
+    if not force and results.fingerprints() == [str(identity)] * 2:
+        print(f"{cell.id}: up to date; --force tests it again", flush=True)
+        return
     best = results.best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
@@ -34,11 +45,7 @@ def run(params: Params, cell: Cell, *, device_name: str) -> None:
     state, described = load_model(best)
     _check_description(cell, described, description(cell, params, meta))
     check_code()
-    identity = fingerprint(cell, params)
     _check_code_of(cell, results, identity)
-    if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
-        # DVC has put the training on record by now.
-        (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
     model = model_of(cell, params, meta)
     model.load_state_dict(state)
     dataset = Dataset(data_folder(params.profile, cell.task))
@@ -74,7 +81,7 @@ def _check_code_of(cell: Cell, results: CellResults, identity: Fingerprint) -> N
     metrics = results.metrics()
     if metrics is not None and metrics.fingerprint.code != identity.code:
         raise UserError(
-            f"best.pt of {cell.id} was trained with other code; train again: schoenbat-exp train "
+            f"the weights of {cell.id} were trained with other code; train again: schoenbat-exp train "
             f"{' '.join(cell.arguments())}"
         )
 
@@ -84,6 +91,6 @@ def _check_description(cell: Cell, saved: dict[str, Any], wanted: dict[str, Any]
     for key in sorted(wanted.keys() | (saved.keys() - {"best_step"})):
         if saved.get(key) != wanted.get(key):
             raise UserError(
-                f"best.pt of {cell.id} was trained with {key} = {saved.get(key)!r}, not {wanted.get(key)!r}; "
+                f"the weights of {cell.id} were trained with {key} = {saved.get(key)!r}, not {wanted.get(key)!r}; "
                 f"train again: schoenbat-exp train {' '.join(cell.arguments())}"
             )

@@ -1,8 +1,13 @@
 """Stage `preprocess`: the arrays of one task that training reads."""
 
 from pipeline.files import write_json
-from pipeline.grid.cells import data_folder, raw_folder, summary_file
+from pipeline.grid.freshness import Freshness, data_folder, raw_folder, summary_file
 from pipeline.grid.params import Params, task_section
+<<<<<<< HEAD
+=======
+from pipeline.grid.settings import params_file, read_yaml
+from schoenbat.data.arrays import Dataset
+>>>>>>> e895d83 (WIP freshness)
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.tasks import TASKS
@@ -11,7 +16,7 @@ from schoenbat.lra.tasks import TASKS
 def run(params: Params, task: str) -> None:
     """Encode the raw files of `task` into data/processed/PROFILE/TASK.
 
-    A copy of meta.json with the baselines of the task is left for the report.
+    A copy of meta.json with the baselines of the task, and with what the data was made from, is left beside the results.
 
     Raises:
         UserError: an unknown task, or raw files that have not been downloaded.
@@ -21,11 +26,12 @@ def run(params: Params, task: str) -> None:
     if not (raw / "provenance.json").is_file():
         raise UserError(f"no raw data for {task} in {raw}; get it with: schoenbat-exp download --task {task}")
     out = data_folder(params.profile, task)
+    made_from = Freshness(read_yaml(params_file())).made_from(task)
     print(f"{task}: preparing {out}", flush=True)
     built = TASKS.get(task)(section.data)
     meta = built.prepare(raw, out)
     baselines = built.baselines(Dataset(out))
-    write_json(summary_file(params.profile, task), {**meta, "baselines": baselines})
+    write_json(summary_file(params.profile, task), {**meta, "baselines": baselines, "made_from": made_from})
     counts = ", ".join(f"{split} {count}" for split, count in meta["splits"].items())
     print(f"{task}: {meta['label']}: {counts}; tokens a text: median {meta['lengths']['median']:g}")
     for rule, accuracy in baselines.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 import sys
@@ -15,20 +16,15 @@ import torch
 from pipeline import tracking
 from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, locked, remove_unfinished
-from pipeline.grid.cells import (
-    Cell,
-    data_folder,
-    data_meta,
-    fingerprint,
-    settings,
-    settings_fingerprint,
-)
+from pipeline.grid.cells import Cell, data_meta, settings
 from pipeline.grid.code import check_code
-from pipeline.grid.params import Params, cell_training, load_params, task_section
-from pipeline.grid.settings import flat
+from pipeline.grid.freshness import Freshness, data_folder
+from pipeline.grid.numerics import component_digests
+from pipeline.grid.params import Params, cell_training, task_section
+from pipeline.grid.settings import PARAMS_FILE, flat, params_file, read_yaml
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
-from pipeline.results import CellResults, Metrics, Resources
+from pipeline.results import CellResults, Fingerprint, Metrics, Resources
 from pipeline.stopping import Stopped, stop_request
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.lra.data.arrays import Dataset
@@ -36,20 +32,25 @@ from schoenbat.lra.encoder import Classifier, build_model
 from schoenbat.lra.training import Evaluation, FitResult, StepReport, fit, save_model
 
 
-def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool) -> None:
-    """Train `cell`; a run that was interrupted goes on from its checkpoint.
+CODE_VARIABLE = "SCHOENBAT_CODE"
+"""The fingerprint that a grid has found for the code of a cell when it started."""
+
+
+def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool, force: bool) -> None:
+    """Train `cell` unless its training is up to date; a run that was interrupted goes on from its checkpoint.
 
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
-    Writes best.pt, curves.csv and, last, metrics.json into the cell's run folder, each complete or not at all. Then the
-    checkpoint goes, unless a grid or DVC is about to put the results on record: it stays until that is done. With
-    `save` false nothing is written or logged.
+    Writes the weights, the curve and, last, the metrics of the cell, each complete or not at all; then the checkpoint
+    goes. With `save` false nothing is written or logged.
 
     Args:
         restart: discard a checkpoint of an interrupted run.
+        force: train again what is up to date.
 
     Raises:
-        UserError: the data is not prepared, the device is not there, or the checkpoint is of another configuration.
+        UserError: the data is not prepared, the device is not there, the checkpoint is of another configuration, or the
+            code is not that of the start of the grid.
         TrainingFailed: the loss is no longer a number.
         OutOfMemory: the device's memory does not suffice.
         Stopped: by a signal; the checkpoint is written.
@@ -57,6 +58,9 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
     device = get_device(device_name)
     prepare_host(params.run.threads)
     training = _Training(params, cell, device)
+    if save and not force and training.is_up_to_date():
+        print(f"{cell.id}: up to date; --force trains it again", flush=True)
+        return
     print(f"{cell.id}: {training.meta['label']}, {device}, {training.num_parameters} parameters", flush=True)
     result = training.keep(restart=restart) if save else training.fit()
     print(
@@ -91,6 +95,30 @@ def description(cell: Cell, params: Params, meta: dict[str, Any]) -> dict[str, A
     return {**dataclasses.asdict(cell), **settings(cell, params), "data": data}
 
 
+def identify(cell: Cell, params: Params) -> Fingerprint:
+    """Return what a result that this process computes for the cell is made from.
+
+    The code is that which was imported: what changes in its files while the process runs does not concern it.
+
+    Raises:
+        UserError: the data has to be prepared first, or the code has changed since the grid started.
+    """
+    prepared = data_meta(cell, params)["fingerprint"]
+    found = Freshness(read_yaml(params_file()), _imported_code).fingerprint(cell)
+    if found is None or found.data != prepared:
+        raise UserError(
+            f"the data of {cell.task} is not what its code and settings make by now; make it again: "
+            f"schoenbat-exp preprocess --task {cell.task}"
+        )
+    if os.environ.get(CODE_VARIABLE, found.code) != found.code:
+        raise UserError(f"the code of {cell.id} has changed since the grid started; run again to use it as it is")
+    return found
+
+
+_imported_code = functools.cache(component_digests)
+"""The code of this process: looked at once, when the first cell has imported it."""
+
+
 class _Training:
     """One cell on a device: its model, its data, and what comes of training it."""
 
@@ -100,9 +128,12 @@ class _Training:
         self.dataset = Dataset(data_folder(params.profile, cell.task))
         self.model = model_of(cell, params, self.meta)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.identity = fingerprint(cell, params)
+        self.identity = identify(cell, params)
         self.results = CellResults(params.profile, cell.id)
         self.checkpoint = cell.checkpoint_folder(params.profile) / "last.pt"
+
+    def is_up_to_date(self) -> bool:
+        return self.results.fingerprints()[0] == str(self.identity) and self.results.best.is_file()
 
     def keep(self, *, restart: bool) -> FitResult:
         """Train with a checkpoint, and write and log what comes of it, while no other process trains the cell."""
@@ -111,12 +142,11 @@ class _Training:
         with locked(self.checkpoint.with_name("train.lock"), lambda: print(waiting, flush=True)):
             if restart:
                 self.checkpoint.unlink(missing_ok=True)
-            for folder in (self.checkpoint.parent, self.results.folder):
-                remove_unfinished(folder)
+            remove_unfinished(self.checkpoint.parent)
+            self.results.remove_unfinished()
             check_code()
             result = self._fit_and_write()
-            if os.environ.keys().isdisjoint((LEASE_VARIABLE, STAGE_VARIABLE)):
-                self.checkpoint.unlink(missing_ok=True)
+            self.checkpoint.unlink(missing_ok=True)
         if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
             self._check_unchanged()
         return result
@@ -177,8 +207,7 @@ class _Training:
 
     def _check_unchanged(self) -> None:
         """DVC would put on record what is there now as what the results were made from."""
-        now = fingerprint(self.cell, self.params), settings_fingerprint(self.cell, load_params())
-        if now != (self.identity, self.identity.settings):
+        if Freshness(read_yaml(PARAMS_FILE)).fingerprint(self.cell) != self.identity:
             raise UserError(f"code, settings or data of {self.cell.id} have changed while it was trained; run again")
 
     def _metrics(self, result: FitResult) -> Metrics:

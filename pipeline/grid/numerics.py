@@ -1,0 +1,285 @@
+"""What the code behind a component computes, as digests that text does not change.
+
+A cell is out of date when what its code computes has changed, not when its text has. The digest of a definition (a
+function, a class, a constant of a module) is that of its syntax tree without docstrings, annotations of functions, what
+is raised, and the names of local variables. Those that count for a component are found from its own file and the entry
+points of its kind, by the names that each of them uses, within the modules that they import. So a comment, a renamed
+local variable and a function that moves to another place or module change nothing, and a change inside one mechanism
+concerns that mechanism alone.
+
+The stage `numerics` writes them as numerics/KIND/NAME.json, on which the stages that run this code depend.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_json
+from schoenbat.registry import VARIANT_MARK, Registry, base_name
+
+FOLDER = Path("numerics")
+_ENTRY_POINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "attention": {
+        "schoenbat.training": ("fit", "predict", "save_model", "load_model"),
+        "schoenbat.nn.encoder": ("build_model",),
+        "schoenbat.data.arrays": ("Dataset",),
+    },
+    "kernel": {},
+    "task": {"schoenbat.data.arrays": ("write_dataset",)},
+}
+"""What is called for a component of a kind, besides its own file."""
+# The registries of the library import torch, which takes seconds; names do not need it.
+_REGISTRIES: Mapping[str, Registry[Any]] = {
+    "attention": Registry("attn", "schoenbat.attention", object),
+    "kernel": Registry("dotf", "schoenbat.kernels", object),
+    "task": Registry("task", "schoenbat.tasks", object),
+}
+_STAGES: Mapping[str, str] = {
+    "bench": "pipeline.stages.bench",
+    "errors": "pipeline.stages.errors",
+    "report": "pipeline.reporting",
+}
+_PACKAGES = ("schoenbat", "pipeline")
+_NO_NUMERICS = ("schoenbat.errors", "schoenbat.files", "schoenbat.registry", "pipeline.files", "pipeline.grid", "pipeline.results")
+"""Prefixes of modules: errors, files, the look-up of names and the grid compute nothing that a result is made of."""
+
+
+def component_digests(kind: str, name: str) -> dict[str, str]:
+    """Return the digests of the definitions that decide what a component computes, by their names.
+
+    Args:
+        kind: "attention", "kernel", "task" or "stage".
+        name: of the component, variants included, or of the stage.
+    """
+    if kind == "stage":
+        return _reachable(((_STAGES[name], None),))
+    registry = _REGISTRIES[kind]
+    entry = registry.external().get(base_name(name))
+    own = f"{registry.package}.{base_name(name)}" if entry is None else entry.module
+    return _reachable(((own, None), *_ENTRY_POINTS[kind].items()))
+
+
+def write_numerics(named: Mapping[str, Iterable[str]], folder: Path = FOLDER) -> None:
+    """Write one file for each component of this project, each name given, and each file that is there already.
+
+    Args:
+        named: names by kind that are needed besides, such as variants and components of other distributions.
+    """
+    known = {kind: set(named.get(kind, ())) | set(registry.names()) for kind, registry in _REGISTRIES.items()}
+    known["stage"] = set(_STAGES)
+    for path in folder.glob("*/*.json"):
+        if path.parent.name not in known or base_name(path.stem) not in known[path.parent.name]:
+            path.unlink()
+        elif VARIANT_MARK in path.stem:
+            known[path.parent.name].add(path.stem)
+    for kind, names in known.items():
+        for name in sorted(names):
+            path, digests = numerics_file(kind, name, folder), component_digests(kind, name)
+            if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != digests:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, digests)
+
+
+def numerics_file(kind: str, name: str, folder: Path = FOLDER) -> Path:
+    """Return where the digests of a component are written."""
+    return folder / kind / f"{name}.json"
+
+
+def digest(value: Any) -> str:
+    """Return a short digest of plain values, equal for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """A statement of a module: its digest, and the names that it uses as the modules that define them know them."""
+
+    name: str
+    digest: str
+    uses: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module of this project.
+
+    Attributes:
+        definitions: by name; what defines nothing but runs on import has the name "".
+        imports: the modules of this project that it imports.
+    """
+
+    definitions: Mapping[str, tuple[_Definition, ...]]
+    imports: tuple[str, ...]
+
+
+def _reachable(roots: Iterable[tuple[str, tuple[str, ...] | None]]) -> dict[str, str]:
+    """Return the digests of `roots`, modules with the names that count (None for all), and of whatever they use."""
+    roots = tuple(roots)
+    modules: dict[str, _Module] = {}
+    waiting = [name for name, _ in roots]
+    while waiting:
+        name = waiting.pop()
+        if name not in modules and not name.startswith(_NO_NUMERICS):
+            modules[name] = _read(_source(name), name)
+            waiting += modules[name].imports
+    by_name: dict[str, list[_Definition]] = {}
+    for module in modules.values():
+        for name, definitions in module.definitions.items():
+            by_name.setdefault(name, []).extend(definitions)
+    found = set(by_name.get("", ()))
+    for name, chosen in roots:
+        for defined in modules[name].definitions if chosen is None else chosen:
+            found |= set(modules[name].definitions[defined])
+    names: set[str] = set()
+    new = {used for definition in found for used in definition.uses}
+    while new:
+        names |= new
+        reached = {definition for name in new for definition in by_name.get(name, ())} - found
+        found |= reached
+        new = {used for definition in reached for used in definition.uses} - names
+    grouped: dict[str, list[str]] = {}
+    for definition in found:
+        grouped.setdefault(definition.name or "on import", []).append(definition.digest)
+    return {name: "+".join(sorted(digests)) for name, digests in grouped.items()}
+
+
+def _source(module: str) -> Path:
+    """Return the file of a module, without importing it."""
+    package, _, name = module.rpartition(".")
+    if module.partition(".")[0] in _PACKAGES and package:
+        # Modules such as `rmfa-sketch` are files of this project whose names are no identifiers.
+        folder = Path(_folder(package))
+        file = folder / f"{name}.py"
+        return file if file.is_file() else folder / name / "__init__.py"
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin)
+
+
+@functools.cache
+def _folder(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return spec.submodule_search_locations[0]
+
+
+def _read(path: Path, module: str) -> _Module:
+    found = path.stat()
+    return _parse(path, module, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _parse(path: Path, module: str, _modified: int, _size: int) -> _Module:
+    """Read a module; again only when its file has changed."""
+    tree = ast.parse(path.read_bytes(), str(path))
+    aliases: dict[str, str] = {}
+    imports: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in _PACKAGES:
+            imports += [node.module, *_submodules(node)]
+            aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names if alias.name.partition(".")[0] in _PACKAGES]
+    definitions: dict[str, list[_Definition]] = {}
+    for statement in tree.body:
+        names = list(_defined(statement))
+        if names == [""] and isinstance(statement, ast.Import | ast.ImportFrom | ast.Assert | ast.If) or _is_text(statement):
+            continue
+        uses = frozenset(aliases.get(used, used) for used in _used(statement))
+        hashed = hashlib.sha256(_canonical(statement).encode()).hexdigest()[:12]
+        for name in names:
+            definitions.setdefault(name, []).append(_Definition(name, hashed, uses))
+    return _Module({name: tuple(found) for name, found in definitions.items()}, tuple(dict.fromkeys(imports)))
+
+
+def _submodules(node: ast.ImportFrom) -> list[str]:
+    """Return what `from package import name` imports that is a module itself."""
+    assert node.module is not None
+    if _source(node.module).name != "__init__.py":
+        return []
+    names = [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in names if _source(name).is_file()]
+
+
+def _defined(statement: ast.stmt) -> Iterator[str]:
+    """Yield the names that a statement of a module defines, "" if it only runs."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield statement.name
+        return
+    stored = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    yield from sorted(stored) or [""]
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _used(tree: ast.AST) -> Iterator[str]:
+    """Yield each name and attribute that occurs."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+
+
+def _canonical(node: Any, local: Mapping[str, str] | None = None) -> str:
+    """Return a text of a syntax tree that is the same for all ways to write it that compute the same by its form alone.
+
+    Left out are docstrings, annotations of functions and of their variables, and what is raised; local variables are
+    numbered. Empty fields are left out, as they differ between versions of Python.
+    """
+    if isinstance(node, list):
+        return f"[{','.join(_canonical(item, local) for item in node if not (isinstance(item, ast.stmt) and _is_text(item)))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.Raise):
+        return "Raise()"
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and local is None:
+        local = _local_names(node)
+    if isinstance(node, ast.ClassDef):
+        local = None
+    if isinstance(node, ast.Name) and local and node.id in local:
+        return local[node.id]
+    skipped = {"type_comment", "type_params", "kind", "ctx", "returns"}
+    if isinstance(node, ast.arg) or (isinstance(node, ast.AnnAssign) and local is not None):
+        skipped.add("annotation")
+    fields = (
+        f"{name}={_canonical(value, local)}"
+        for name, value in ast.iter_fields(node)
+        if name not in skipped and value is not None and value != []
+    )
+    return f"{type(node).__name__}({','.join(fields)})"
+
+
+def _local_names(function: ast.AST) -> dict[str, str]:
+    """Return numbers for the variables of a function and those inside it, in the order in which they occur.
+
+    A name that also stands somewhere as a string, such as that of an argument or of `except ... as`, keeps its text.
+    """
+    stored: dict[str, str] = {}
+    kept: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.ClassDef):
+            return {}
+        if isinstance(node, ast.arg):
+            kept.add(node.arg)
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            kept.update(node.names)
+        elif isinstance(node, ast.alias):
+            kept.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kept.add(node.name)
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
+            kept.add(node.name or "")
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            stored.setdefault(node.id, f"v{len(stored)}")
+    return {name: number for name, number in stored.items() if name not in kept}
