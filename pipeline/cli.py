@@ -110,8 +110,8 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
-    wishes = grid_run.Wishes(filters, jobs, devices, restart, force, fail_fast, dry_run, as_json)
-    raise typer.Exit(grid_run.run_grid(params, expand(params), wishes, slurm=backend == "slurm"))
+    typed = grid_run.RunOptions(filters, jobs, devices, restart, force, fail_fast, dry_run, as_json)
+    raise typer.Exit(grid_run.run_grid(params, expand(params), typed, slurm=backend == "slurm"))
 
 
 @_grid("status", "status --watch", "status --json")

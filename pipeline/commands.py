@@ -130,8 +130,7 @@ def numerics(profile: Profile = None) -> None:
     """Write down what the code of each component computes, on which DVC's stages depend."""
     from pipeline.grid.numerics import write_numerics
 
-    grid = load(profile).grid
-    write_numerics({"attention": grid.plain.attn + grid.kernel.attn, "kernel": grid.kernel.dotf, "task": grid.tasks})
+    write_numerics(load(profile).grid.components())
 
 
 @_add("download --task lra-text")

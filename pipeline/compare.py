@@ -26,9 +26,9 @@ from pipeline.files import git, read_json
 from pipeline.grid.axes import Cell
 from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
 from pipeline.reporting._statistics import Scores, paired_differences
-from pipeline.results import CellResults, Metrics, Resources, TestScore
+from pipeline.results import CellResults, Metrics, Resources, TestScore, trained_cells
 from pipeline.text import counted
-from pipeline.trained import current_profile, trained_cells
+from pipeline.trained import current_profile
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.training import Predictions, load_model
 
@@ -197,7 +197,7 @@ def _side(name: str, stack: ExitStack) -> Side:
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if commit is not None:
         return _revision_side(name, commit, stack)
-    profiles = {path.parents[1].name for path in Path("runs").glob("*/*/metrics.json")}
+    profiles = {path.name for path in Path("runs").glob("*") if trained_cells(path.name)}
     choices = list_choices(name, [HERE, *sorted(profiles), *trained_cells(profile)])
     raise UserError(f"{name!r} is no profile or cell with results, and no git revision; choose from: {choices}")
 
@@ -206,8 +206,8 @@ def _folder_side(name: str, what: str, root: Path, profile: str, revision: str |
     """The results under a folder, and the settings of the profile as they are there."""
     results: dict[str, dict[int, Result]] = {}
     code, made = {}, set()
-    for path in sorted((root / "runs" / profile).glob("*/metrics.json")):
-        cell, result = _result(CellResults(profile, path.parent.name, root))
+    for name_of_cell in trained_cells(profile, root):
+        cell, result = _result(CellResults(profile, name_of_cell, root))
         results.setdefault(_mechanism(cell), {})[cell.seed] = result
         code[cell.id] = result.metrics.fingerprint.code
         made.add(result.metrics.git_revision)
@@ -251,7 +251,7 @@ def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
         folder = f"runs/{profile}"
         for path in files.find(folder) if files.exists(folder) else []:
             kept = Path(path.lstrip("/"))
-            if kept.name in ("metrics.json", "test.json", "predictions.npz") or kept.parent.name == "data":
+            if kept.parent.name in ("metrics", "test", "predictions", "data"):
                 (root / kept).parent.mkdir(parents=True, exist_ok=True)
                 # What the cache does not hold is as if it had not run.
                 with contextlib.suppress(FileNotFoundError):

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.grid.axes import Cell, GridParams, expand_grid
+from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.settings import PARAMS_FILE, enter_project, read_yaml
+from pipeline.results import trained_cells
 from schoenbat.errors import UserError
-from schoenbat.registry import Registry, build_config
+from schoenbat.registry import Registry
 
 Complete = Callable[[str], list[str]]
 
@@ -36,7 +37,7 @@ def _section(name: str) -> Complete:
 
 
 def _cells() -> list[Cell]:
-    return expand_grid(build_config(GridParams, _settings().get("grid"), f"{PARAMS_FILE}: grid"))
+    return read_cells(_settings())
 
 
 def _axis(name: str) -> Complete:
@@ -52,7 +53,9 @@ grid_task, grid_attn, grid_dotf, grid_former, grid_seed, cell = map(
 """Those of the grid, for filters."""
 profile = _quietly(lambda: sorted(path.stem for path in Path("profiles").glob("*.yaml")))
 log = _quietly(lambda: sorted(path.stem for path in Path("logs").glob("*/*.log")))
-trained = _quietly(lambda: sorted(path.parent.name for path in Path("runs").glob("*/*/metrics.json")))
-comparable = _quietly(
-    lambda: sorted({name for path in Path("runs").glob("*/*/metrics.json") for name in path.parts[1:3]})
-)
+trained = _quietly(lambda: sorted(cell for cells in _trained().values() for cell in cells))
+comparable = _quietly(lambda: sorted({name for profile, cells in _trained().items() for name in (profile, *cells)}))
+
+
+def _trained() -> dict[str, list[str]]:
+    return {path.name: trained_cells(path.name) for path in Path("runs").glob("*")}

@@ -2,10 +2,10 @@
 
 The cells that differ in their seeds alone share folders that are outputs of DVC, with a file for each seed. In
 weights/PROFILE/GROUP: SEED.pt, the weights after the best step and what they belong to. In runs/PROFILE/GROUP:
-curves/SEED.csv, one `Evaluation` per row; metrics/SEED.json, `Metrics`, written last, so that a seed that has it has all
-of the training; predictions/SEED.npz, the predictions of the best weights for each test example; test/SEED.json,
-`TestScore`, written after them. Beside the checkpoint of a cell: resources.json, `Resources`, which differs from run to
-run.
+curves/SEED.csv, one `Evaluation` per row; metrics/SEED.json, `Metrics`, written last, so that a seed that has it has
+all of the training; predictions/SEED.npz, the predictions of the best weights for each test example; test/SEED.json,
+`TestScore`, written after them. Beside the checkpoint of a cell: resources.json, `Resources`, which differs from run
+to run.
 """
 
 import csv

@@ -1,7 +1,6 @@
 """Trained cells as their own folders describe them, whatever params.yaml says by now."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
@@ -37,7 +36,8 @@ class TrainedCell:
 
     def code_has_changed(self) -> bool:
         """Whether the code that the training depended on is another one now."""
-        return Freshness({"profile": self.profile}).code(self.cell.attn, self.cell.dotf) != self.metrics.fingerprint.code
+        now = Freshness({"profile": self.profile}).code(self.cell.attn, self.cell.dotf)
+        return now != self.metrics.fingerprint.code
 
 
 def current_profile() -> str:

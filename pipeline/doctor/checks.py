@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from pipeline import tracking
 from pipeline.doctor import Finding
 from pipeline.grid.code import check_code
-from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, PROJECT_FILE, read_yaml
+from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, PROJECT_FILE
 from pipeline.text import counted
 from schoenbat.errors import UserError
 
@@ -172,8 +172,7 @@ def _threads(params: "Params | None") -> Finding:
 
 
 def _dvc() -> Finding:
-    from pipeline.grid.graph import read_graph
-    from pipeline.record.lock_file import read_blocks
+    from pipeline.record.writer import changed_stages
 
     try:
         version = importlib.metadata.version("dvc")
@@ -181,9 +180,8 @@ def _dvc() -> Finding:
         return Finding("dvc", "wrong", "DVC is not installed", "make setup")
     if not Path(".dvc").is_dir():
         return Finding("dvc", "wrong", f"DVC {version}; this folder is no repository of DVC", "dvc init")
-    stages = read_graph(read_yaml(PARAMS_FILE)).stages
-    recorded = len(stages.keys() & read_blocks().keys())
-    return Finding("dvc", "good", f"DVC {version}; {recorded} of {counted(len(stages), 'stage')} on record")
+    changed = changed_stages()
+    return Finding("dvc", "good", f"DVC {version}; {counted(len(changed), 'stage')} out of date, or not here")
 
 
 def _mlflow() -> Finding:
@@ -220,7 +218,7 @@ def _memory() -> Finding:
 
 
 def _data(params: "Params | None") -> Finding:
-    from pipeline.grid.cells import data_folder, raw_folder
+    from pipeline.grid.freshness import data_folder, raw_folder
 
     if params is None:
         return Finding("data", "note", "unknown without settings")

@@ -45,6 +45,10 @@ class GridParams:
     plain: PlainAxes
     kernel: KernelAxes
 
+    def components(self) -> dict[str, list[str]]:
+        """Return the names of components by kind, as `pipeline.grid.numerics` calls it."""
+        return {"attention": self.plain.attn + self.kernel.attn, "kernel": self.kernel.dotf, "task": self.tasks}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -122,3 +126,14 @@ def check_id(cell: Cell, other: Cell) -> None:
             f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
             f"{' '.join(cell.arguments())}; leave one of them out"
         )
+
+
+def stage_names(profile: str, cell: Cell) -> tuple[str, str]:
+    """Return the stages of DVC that train and test a cell and those that differ from it in the seed alone."""
+    kernel = "" if cell.dotf is None else "_kernel"
+    return f"train{kernel}@{profile}-{cell.group}", f"evaluate{kernel}@{profile}-{cell.group}"
+
+
+def data_stage_names(profile: str, task: str) -> tuple[str, str]:
+    """Return the stages of DVC that fetch and prepare the data of a task."""
+    return f"download@{profile}-{task}", f"preprocess@{profile}-{task}"

@@ -14,6 +14,7 @@ from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.encoder import build_model
 from schoenbat.lra.tasks import TASKS
 
+
 def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: str, seed: int | None) -> list[Cell]:
     """Return the cell of these names, inside the grid or not, or those of all seeds of the grid.
 

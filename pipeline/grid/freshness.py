@@ -20,6 +20,8 @@ from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
 PROVENANCE = "provenance.json"
+CODE_VARIABLE = "SCHOENBAT_CODE"
+"""The fingerprint that a grid has found for the code of a cell when it started."""
 
 
 def raw_folder(task: str) -> Path:
@@ -129,7 +131,7 @@ def named_files(settings: Any) -> Iterator[str]:
 
 
 def read_provenance(raw: Path) -> dict[str, Any]:
-    """Return what provenance.json says; nothing where it is absent or cut short, and then the download writes it anew."""
+    """Return what provenance.json says; nothing where it is absent or cut short, so that it is written anew."""
     try:
         return dict(read_json(raw / PROVENANCE))
     except (FileNotFoundError, UserError):
@@ -137,7 +139,7 @@ def read_provenance(raw: Path) -> dict[str, Any]:
 
 
 def sources_have_changed(raw: Path) -> bool:
-    """Return whether a file that the raw data in a folder was taken from has changed since; one that is gone has not."""
+    """Return whether a file that raw data was taken from has changed since; one that is gone has not."""
     sources: dict[str, str] = read_provenance(raw).get("sources", {})
     return any(Path(path).is_file() and hash_file(Path(path)) != found for path, found in sources.items())
 

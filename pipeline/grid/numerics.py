@@ -26,19 +26,19 @@ from schoenbat.registry import VARIANT_MARK, Registry, base_name
 FOLDER = Path("numerics")
 _ENTRY_POINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "attention": {
-        "schoenbat.training": ("fit", "predict", "save_model", "load_model"),
-        "schoenbat.nn.encoder": ("build_model",),
-        "schoenbat.data.arrays": ("Dataset",),
+        "schoenbat.lra.training": ("fit", "predict", "save_model", "load_model"),
+        "schoenbat.lra.encoder": ("build_model",),
+        "schoenbat.lra.data.arrays": ("Dataset",),
     },
     "kernel": {},
-    "task": {"schoenbat.data.arrays": ("write_dataset",)},
+    "task": {"schoenbat.lra.data.arrays": ("write_dataset",)},
 }
 """What is called for a component of a kind, besides its own file."""
 # The registries of the library import torch, which takes seconds; names do not need it.
 _REGISTRIES: Mapping[str, Registry[Any]] = {
     "attention": Registry("attn", "schoenbat.attention", object),
     "kernel": Registry("dotf", "schoenbat.kernels", object),
-    "task": Registry("task", "schoenbat.tasks", object),
+    "task": Registry("task", "schoenbat.lra.tasks", object, group="schoenbat.tasks"),
 }
 _STAGES: Mapping[str, str] = {
     "bench": "pipeline.stages.bench",
@@ -46,7 +46,14 @@ _STAGES: Mapping[str, str] = {
     "report": "pipeline.reporting",
 }
 _PACKAGES = ("schoenbat", "pipeline")
-_NO_NUMERICS = ("schoenbat.errors", "schoenbat.files", "schoenbat.registry", "pipeline.files", "pipeline.grid", "pipeline.results")
+_NO_NUMERICS = (
+    "schoenbat.errors",
+    "schoenbat.files",
+    "schoenbat.registry",
+    "pipeline.files",
+    "pipeline.grid",
+    "pipeline.results",
+)
 """Prefixes of modules: errors, files, the look-up of names and the grid compute nothing that a result is made of."""
 
 
@@ -191,7 +198,9 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> _Module:
     definitions: dict[str, list[_Definition]] = {}
     for statement in tree.body:
         names = list(_defined(statement))
-        if names == [""] and isinstance(statement, ast.Import | ast.ImportFrom | ast.Assert | ast.If) or _is_text(statement):
+        if (names == [""] and isinstance(statement, ast.Import | ast.ImportFrom | ast.Assert | ast.If)) or _is_text(
+            statement
+        ):
             continue
         uses = frozenset(aliases.get(used, used) for used in _used(statement))
         hashed = hashlib.sha256(_canonical(statement).encode()).hexdigest()[:12]
@@ -238,7 +247,8 @@ def _canonical(node: Any, local: Mapping[str, str] | None = None) -> str:
     numbered. Empty fields are left out, as they differ between versions of Python.
     """
     if isinstance(node, list):
-        return f"[{','.join(_canonical(item, local) for item in node if not (isinstance(item, ast.stmt) and _is_text(item)))}]"
+        items = (item for item in node if not (isinstance(item, ast.stmt) and _is_text(item)))
+        return f"[{','.join(_canonical(item, local) for item in items)}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     if isinstance(node, ast.Raise):

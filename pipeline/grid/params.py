@@ -191,6 +191,7 @@ class Params:
         note: one sentence that the report shows.
         attention: the section of each mechanism as it was written (its Config has been built once as a check), less
             `training`.
+        written: the content of the file, which fingerprints are made from.
         own_training: what `training` of the sections of mechanisms and formers replaces of that of the task, by
             ("attention" or "former", name).
     """
@@ -206,6 +207,7 @@ class Params:
     run: RunParams
     bench: BenchParams
     errors: ErrorsParams
+    written: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         UserError: the file is missing or is not YAML, a key is unknown or missing, a value has the wrong type, a name
             is in no registry, or a mechanism stands in the wrong half of the grid.
     """
-    raw = build_config(_RawParams, read_yaml(path), str(path))
+    written = read_yaml(path)
+    raw = build_config(_RawParams, written, str(path))
     if not _PROFILE_NAME.fullmatch(raw.profile):
         raise UserError(
             f"{path}: profile must be 1 to 64 lower-case letters, digits, - and _, not {shorten(raw.profile)}"
@@ -259,6 +262,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         run=raw.run,
         bench=raw.bench,
         errors=raw.errors,
+        written=written,
     )
 
 

@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
-from pipeline.commands import PARAMS_VARIABLE
 from pipeline.files import remove_unfinished
-from pipeline.grid.cells import Cell, check_models, expand, select
+from pipeline.grid.axes import Cell, data_stage_names, stage_names
+from pipeline.grid.cells import check_models, expand, select
 from pipeline.grid.code import check_code
-from pipeline.grid.graph import Graph, read_graph
+from pipeline.grid.freshness import Freshness
+from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import Params
-from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.hashes import Hashes
+from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE, read_yaml
 from pipeline.launch import Backend, Event, GridState, Job, Options, plan, run_jobs, session
 from pipeline.launch.local import LocalBackend
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from pipeline.lease import Lease
 from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
-from pipeline.record.freshness import receipt_file, stage_states
-from pipeline.record.writer import Recorder, mend_lock
+from pipeline.record.writer import Recorder, changed_stages, mend_lock
 from pipeline.text import counted, share
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
@@ -35,8 +34,8 @@ _LOGS = Path("logs")
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What was typed.
+class RunOptions:
+    """The command-line options of `run`.
 
     Attributes:
         filters: values by attribute of a cell, as `select` takes them.
@@ -52,50 +51,65 @@ class Wishes:
     as_json: bool = False
 
 
-def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bool) -> int:
-    """Run what is out of date of the chosen cells, or of everything; the exit code."""
-    chosen = select(cells, **wishes.filters)
+def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm: bool) -> int:
+    """Bring the chosen cells up to date, or everything, and put it on record; return the exit code."""
+    chosen = select(cells, **typed.filters)
     check_models(params, chosen)
     check_code()
-    backend, at_once, kind = _backend(params, wishes, slurm)
+    backend, at_once, kind = _backend(params, typed, slurm)
     alone = (
-        contextlib.nullcontext() if wishes.dry_run else session.only_grid(_LOGS, lambda text: print(text, flush=True))
+        contextlib.nullcontext() if typed.dry_run else session.only_grid(_LOGS, lambda text: print(text, flush=True))
     )
     with session.outliving_readers(), alone:
-        settings = read_yaml(PARAMS_FILE)
-        graph = read_graph(settings)
-        if not wishes.dry_run:
+        if not typed.dry_run:
             backend.clear()
             mend_lock()
-        hashes = Hashes()
-        wanted = _wanted(graph, chosen, everything=not any(wishes.filters.values()))
-        states = stage_states(graph, settings, hashes, wanted)
-        of_cells = {name for name in wanted if graph.stages[name].cell is not None}
-        due = {name for name in wanted if states[name] == "due" or (wishes.force and name in of_cells)}
-        due |= {name for name in wanted if any(other in due for other in graph.gathers[name])}
-        made = [name for name in wanted if states[name] == "made" and name not in due]
-        cells_in_words, stages = counted(len(chosen), "cell"), counted(len(wanted), "stage")
-        title = f"profile {params.profile}: {cells_in_words}, {len(due):,} of {stages} to run"
-        if not due and not made:
-            _drop_checkpoints(params, graph, wanted)
-            asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
-            nothing = f"nothing to do: {asked} up to date, and so is the report"
-            print(json.dumps({"jobs": [], "to_record": []}) if wishes.as_json else nothing, flush=True)
-            if not wishes.dry_run:
-                _show_results(params)
+            write_numerics(params.grid.components())
+        freshness = Freshness(read_yaml(PARAMS_FILE))
+        changed = changed_stages()
+        due = [cell for cell in chosen if typed.force or not freshness.is_finished(cell)]
+        others = _other_stages(params, due, changed, everything=not any(typed.filters.values()))
+        jobs = plan.plan_jobs(params, due, freshness, others, force=typed.force, device=kind)
+        unrecorded = [name for name in _complete_stages(cells, freshness) if changed.get(name)]
+        asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
+        title = f"profile {params.profile}: {len(due):,} of {counted(len(chosen), 'cell')} to run"
+        if typed.dry_run:
+            _show_plan(sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)), unrecorded, title, typed.as_json)
             return 0
-        jobs = plan.plan_jobs(params, chosen, graph, due, settings, hashes, device=kind)
-        if wishes.dry_run:
-            _show_plan(sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)), made, title, wishes.as_json)
-            return 0
+        recorder = Recorder()
+        recorder.add(unrecorded)
+        if not jobs:
+            recorder.finish(patient=True)
+            print(f"nothing to do: {asked} up to date, and so is the report")
+            _show_results(params)
+            return _show_unrecorded(recorder)
         print(title)
-        _drop_checkpoints(params, graph, [name for name in wanted if states[name] == "recorded"])
-        for cell in chosen if wishes.restart else ():
+        for cell in chosen if typed.restart else ():
             (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
         print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
-        recorder = Recorder()
-        recorder.add(made)
-        return _Run(params, graph, chosen, jobs, wishes, recorder).run(backend, at_once)
+        return _Run(params, chosen, jobs, typed, recorder).run(backend, at_once)
+
+
+def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool) -> list[str]:
+    """Return the stages that belong to no cell and are out of date now, or will be when the cells are done."""
+    suffix = f"@{params.profile}"
+    trained = [f"errors_trained{suffix}-{group}" for group in params.errors.trained]
+    groups = {cell.group for cell in due}
+    names = [f"bench{suffix}", f"errors{suffix}", *trained] if everything else []
+    found = [name for name in names if name in changed or name.partition("-")[2] in groups]
+    report = f"report{suffix}"
+    return [*found, report] if due or found or report in changed else []
+
+
+def _complete_stages(cells: Iterable[Cell], freshness: Freshness) -> list[str]:
+    """Return the stages of data and of groups of cells whose outputs are complete and up to date."""
+    stages = {"numerics": True}
+    for cell in cells:
+        train, test = stage_names(freshness.profile, cell)
+        stages |= dict.fromkeys(data_stage_names(freshness.profile, cell.task), freshness.has_arrays(cell.task))
+        stages[train] = stages.get(train, True) and freshness.is_trained(cell)
+        stages[test] = stages.get(test, True) and freshness.is_finished(cell)
+    return [name for name, complete in stages.items() if complete]
 
 
 def _show_results(params: Params) -> None:
@@ -106,44 +120,34 @@ def _show_results(params: Params) -> None:
     show_results(params, Path())
 
 
-def _show_plan(jobs: Sequence[Job], made: Sequence[str], title: str, as_json: bool) -> None:
+def _show_plan(jobs: Sequence[Job], unrecorded: Sequence[str], title: str, as_json: bool) -> None:
     stages = {job.name: [stage.name for stage in job.stages] for job in jobs}
     if as_json:
-        print(json.dumps({"jobs": [{"job": name, "stages": stages[name]} for name in stages], "to_record": made}))
+        planned = [{"job": name, "stages": stages[name]} for name in stages]
+        print(json.dumps({"jobs": planned, "to_record": unrecorded}))
         return
     print(title)
     for names in stages.values():
         print(f"  {' '.join(names)}")
-    if made:
-        print(f"  and {counted(len(made), 'stage')} computed before to be put on record")
+    if unrecorded:
+        print(f"  and {counted(len(unrecorded), 'stage')} computed before to be put on record")
 
 
-def _wanted(graph: Graph, chosen: Sequence[Cell], *, everything: bool) -> list[str]:
-    """The stages in question, in order: of the chosen cells and what they need, and the report."""
-    if everything:
-        return list(graph.stages)
-    ids = {cell.id for cell in chosen}
-    of_cells = {name for name, stage in graph.stages.items() if stage.cell in ids}
-    found = graph.upstream(of_cells) | {name for name in graph.stages if graph.gathers[name]}
-    return [name for name in graph.stages if name in found]
+def _show_unrecorded(recorder: Recorder) -> int:
+    """Say what could not be put on record; return the exit code."""
+    for stage, why in recorder.failed.items():
+        print(f"not on record: {stage}: {why}; the next run sees to it")
+    return int(bool(recorder.failed))
 
 
-def _drop_checkpoints(params: Params, graph: Graph, recorded: Iterable[str]) -> None:
-    """A checkpoint goes when the record of what came of it stands."""
-    for name in recorded:
-        cell = graph.stages[name].cell
-        if cell is not None:
-            Path("checkpoints", params.profile, cell, "last.pt").unlink(missing_ok=True)
-
-
-def _backend(params: Params, wishes: Wishes, slurm: bool) -> tuple[Backend, int, str]:
+def _backend(params: Params, typed: RunOptions, slurm: bool) -> tuple[Backend, int, str]:
     """What starts cells, how many at once, and on which kind of device."""
     if not slurm:
-        found, at_once = plan.plan_devices(params, wishes.devices, wishes.jobs)
+        found, at_once = plan.plan_devices(params, typed.devices, typed.jobs)
         return LocalBackend(found, _LOGS), at_once, found[0].name.partition(":")[0]
-    if wishes.devices is not None:
+    if typed.devices is not None:
         raise UserError("--devices is for --backend local; for Slurm, run.slurm.gpus_per_block says what a block has")
-    found, at_once = plan_slurm(params.run, wishes.jobs)
+    found, at_once = plan_slurm(params.run, typed.jobs)
     kind = "cuda" if params.run.slurm.gpus_per_block else params.run.device.partition(":")[0]
     return SlurmBackend(params.run, found, _LOGS), at_once, kind
 
@@ -154,15 +158,14 @@ class _Run:
     def __init__(
         self,
         params: Params,
-        graph: Graph,
         chosen: Sequence[Cell],
         jobs: Sequence[Job],
-        wishes: Wishes,
+        typed: RunOptions,
         recorder: Recorder,
     ) -> None:
-        self._params, self._graph, self._chosen = params, graph, chosen
-        self._jobs, self._wishes, self._recorder = jobs, wishes, recorder
-        self._stages = {job.name: [stage.name for stage in job.stages] for job in jobs}
+        self._params, self._chosen = params, chosen
+        self._jobs, self._typed, self._recorder = jobs, typed, recorder
+        self._cells = {cell.id: cell for cell in expand(params)}
         self._exclusive = {job.name for job in jobs if job.exclusive}
         self._only_exclusive = False
         self._ended: dict[str, Event] = {}
@@ -171,7 +174,7 @@ class _Run:
         """Run the jobs, say how it went, and return the exit code."""
         params, folder = self._params, _LOGS / self._params.profile
         Path("runs", params.profile).mkdir(parents=True, exist_ok=True)
-        for written in (Path(), _LOGS, folder, Path("checkpoints/made"), Path(".dvc/tmp")):
+        for written in (Path(), _LOGS, folder, Path(".dvc/tmp")):
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
@@ -182,7 +185,7 @@ class _Run:
         for job in self._jobs:
             state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
         cells = [cell.id for cell in self._chosen]
-        options = Options(folder, environment, at_once, params.run.retries, self._wishes.fail_fast, self._holds)
+        options = Options(folder, environment, at_once, params.run.retries, self._typed.fail_fast, self._holds)
         try:
             with session.StopSignals() as stops:
                 try:
@@ -197,14 +200,14 @@ class _Run:
                     self._show_report()
                 finally:
                     lease.end()
-                    self._recorded(self._recorder.finish(patient=stops() < 2))
+                    self._recorder.finish(patient=stops() < 2)
         finally:
             lease.end()
             self._close(backend)
         code = self._summarise()
         tracking.end_grid(tracked, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED")
         if stops():
-            again = "without --restart and --force" if self._wishes.restart or self._wishes.force else "the same"
+            again = "without --restart and --force" if self._typed.restart or self._typed.force else "the same"
             print(f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints")
             return 130
         return code
@@ -212,23 +215,37 @@ class _Run:
     def _note(self, event: Event | None) -> None:
         if event is not None and event.state in ("done", "failed", "unavailable", "stopped", "retried"):
             # Also a job that failed may have done some of its stages.
-            self._recorder.add(stage for stage in self._stages[event.job] if receipt_file(stage).exists())
+            self._recorder.add(self._complete_stages_of(event.job))
         if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
             self._ended[event.job] = event
         self._only_exclusive |= event is not None and event.state == "started" and event.job in self._exclusive
         if not self._only_exclusive:
-            self._recorded(self._recorder.poll())
+            self._recorder.poll()
+
+    def _complete_stages_of(self, job: str) -> list[str]:
+        """Return the stages that a job has completed; those of a cell only with the last of its seeds."""
+        cell = self._cells.get(job)
+        if cell is not None:
+            group = [other for other in self._cells.values() if other.group == cell.group]
+        elif job in self._exclusive:
+            return []
+        else:
+            group = [other for other in self._cells.values() if job == plan.data_job_name(other.task)][:1]
+        own = (
+            {*stage_names(self._params.profile, group[0])}
+            if cell
+            else {*data_stage_names(self._params.profile, group[0].task)}
+        )
+        freshness = Freshness(read_yaml(PARAMS_FILE))
+        return [name for name in _complete_stages(group, freshness) if name in own]
 
     def _holds(self) -> bool:
         """DVC takes a core from what measures time, and touches files that are gathered: not beside it."""
         return not self._only_exclusive and not self._recorder.is_idle()
 
-    def _recorded(self, names: Sequence[str]) -> None:
-        _drop_checkpoints(self._params, self._graph, names)
-
     def _show_report(self) -> None:
-        reports = [job.name for job in self._jobs if any(self._graph.gathers[stage.name] for stage in job.stages)]
-        if reports and not any(name in self._ended for name in reports):
+        report = f"report@{self._params.profile}"
+        if any(job.name == report for job in self._jobs) and report not in self._ended:
             print()
             _show_results(self._params)
 
@@ -251,10 +268,9 @@ class _Run:
         waiting = sum(event.state == "stopped" and event.log is None for event in ended.values())
         if waiting:
             print(f"not started: {counted(waiting, 'job')}")
-        for stage, why in self._recorder.failed.items():
-            print(f"not on record: {stage}: {why}; the next run sees to it")
+        unrecorded = _show_unrecorded(self._recorder)
         if not ended and not self._recorder.failed:
             print(f"{share(len(self._chosen), len(expand(self._params)), 'cell', f'of profile {profile}')} done")
-        if any(event.state != "unavailable" for event in causes.values()) or self._recorder.failed:
+        if any(event.state != "unavailable" for event in causes.values()) or unrecorded:
             return 1
         return 3 if causes else 0

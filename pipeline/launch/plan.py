@@ -1,20 +1,19 @@
 """What there is to do, as jobs: stages that are due, what they will probably take, and the devices they may have."""
 
-import functools
 import os
+import shlex
 import statistics
 import subprocess
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 
 from pipeline.devices import get_device
-from pipeline.grid.cells import Cell
-from pipeline.grid.graph import Graph, Stage, lookup
+from pipeline.grid.axes import Cell, data_stage_names, stage_names
+from pipeline.grid.cells import expand
+from pipeline.grid.freshness import CODE_VARIABLE, Freshness
 from pipeline.grid.params import Params, cell_training
-from pipeline.hashes import Hashes
+from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE
 from pipeline.launch._job import Device, Job, Work
 from pipeline.launch._placement import number_of_jobs
 from pipeline.results import CellResults, Resources
@@ -28,66 +27,74 @@ _TOKENS_PER_SECOND, _PAIRS_PER_SECOND = 2e4, 2e7
 
 
 def plan_jobs(
-    params: Params,
-    cells: Sequence[Cell],
-    graph: Graph,
-    due: Collection[str],
-    settings: Mapping[str, Any],
-    hashes: Hashes,
-    *,
-    device: str,
+    params: Params, due: Sequence[Cell], freshness: Freshness, others: Sequence[str], *, force: bool, device: str
 ) -> list[Job]:
-    """The jobs that do the stages of `due`: one per task for its data, one per cell, one for anything else.
+    """Return the jobs that bring `due` up to date: one per task for its data, one per cell, one for anything else.
 
-    What is neither data nor a cell measures the machine, so it gets the machine; what gathers the results of others
-    comes after everything else, whatever became of it.
+    What is neither data nor a cell measures the machine or gathers results, so it gets the machine and comes last,
+    whatever became of the cells. DVC runs it, if it is out of date by then.
 
     Args:
-        settings: the content of params.yaml, which is fixed for the grid, as is the code.
+        freshness: of the start of the grid, which is fixed for it.
+        others: stages of DVC that belong to no cell, in the order in which they can run.
+        force: train and test again what is up to date.
         device: the kind of device they run on, "cpu" or "cuda": memory is known for the kind it was measured on.
     """
-    job_of: dict[str, str] = {}
-    stages: dict[str, list[Work]] = {}
-    wanted = set(due)
-    value = functools.cache(functools.partial(lookup, settings))
-    for name, stage in graph.stages.items():
-        if name in wanted:
-            job_of[name] = stage.cell or (f"data-{stage.axes['task']}" if "task" in stage.axes else name)
-            stages.setdefault(job_of[name], []).append(_work(stage, graph, value, hashes))
-    known = _Measured(params, cells, device)
-    by_id = {cell.id: cell for cell in cells}
+    tasks = [task for task in dict.fromkeys(cell.task for cell in due) if not freshness.has_arrays(task)]
+    jobs = [_data_job(params, task) for task in tasks]
+    known = _Measured(params, expand(params), device)
     minutes = params.run.timeout_minutes
-    jobs = []
-    for name, work in stages.items():
-        needs = (job_of[other] for stage in work for other in graph.needs[stage.name] if other in job_of)
-        job = Job(
-            name,
-            tuple(work),
-            needs=tuple(dict.fromkeys(other for other in needs if other != name)),
-            seconds=float("inf"),
-            threads=params.run.threads,
-            timeout_seconds=None if minutes is None else minutes * 60,
+    for cell in due:
+        seconds, memory = known.expected(cell)
+        jobs.append(
+            Job(
+                cell.id,
+                _cell_work(params.profile, cell, freshness, force),
+                needs=(data_job_name(cell.task),),
+                seconds=seconds,
+                memory_mb=memory,
+                threads=params.run.threads,
+                timeout_seconds=None if minutes is None else minutes * 60,
+                saves=True,
+            )
         )
-        if name in by_id:
-            seconds, memory = known.expected(by_id[name])
-            job = replace(job, seconds=seconds, memory_mb=memory, saves=True)
-        elif any(graph.gathers[stage.name] for stage in work):
-            job = replace(job, seconds=-1.0, exclusive=True)
-        elif name in graph.stages:
-            job = replace(job, seconds=0.0, exclusive=True)
-        jobs.append(job)
+    jobs += [
+        Job(
+            name,
+            # DVC reads params.yaml itself, so the command has to read the same.
+            (Work(name, f"dvc repro --single-item {shlex.quote(name)}", {PARAMS_VARIABLE: str(PARAMS_FILE)}),),
+            needs=tuple(cell.id for cell in due if name == f"errors_trained@{params.profile}-{cell.group}"),
+            seconds=-float(position),
+            threads=params.run.threads,
+            exclusive=True,
+        )
+        for position, name in enumerate(others)
+    ]
     return jobs
 
 
-def _work(stage: Stage, graph: Graph, value: Callable[[str], Any], hashes: Hashes) -> Work:
-    given = set(graph.given[stage.name])
-    return Work(
-        stage.name,
-        stage.command,
-        deps={dep: hashes.of(dep) if dep in given else None for dep in stage.deps},
-        params={key: value(key) for key in stage.params},
-        outs=stage.outs,
-        persistent=tuple(stage.persistent),
+def _data_job(params: Params, task: str) -> Job:
+    fetch, prepare = data_stage_names(params.profile, task)
+    options = f"--profile {params.profile} --task {shlex.quote(task)}"
+    work = (
+        Work(fetch, f"schoenbat-exp download {options}"),
+        Work(prepare, f"schoenbat-exp preprocess {options}"),
+    )
+    return Job(data_job_name(task), work, seconds=float("inf"), threads=params.run.threads)
+
+
+def data_job_name(task: str) -> str:
+    """Return the name of the job that makes the data of a task."""
+    return f"data-{task}"
+
+
+def _cell_work(profile: str, cell: Cell, freshness: Freshness, force: bool) -> tuple[Work, ...]:
+    """Return the commands of a cell, which themselves leave out what is up to date."""
+    options = shlex.join(["--profile", profile, *cell.arguments(), *(["--force"] if force else [])])
+    environment = {CODE_VARIABLE: freshness.code(cell.attn, cell.dotf)}
+    train, test = stage_names(profile, cell)
+    return Work(train, f"schoenbat-exp train {options}", environment), Work(
+        test, f"schoenbat-exp eval {options}", environment
     )
 
 

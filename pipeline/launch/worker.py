@@ -1,7 +1,6 @@
 """The process that does one job: a child of the fork server, or `python -m pipeline.launch.worker FILE`.
 
-It runs the commands of stages one after the other. It leads a process group; whoever ends that group ends the stage with
-it.
+It runs the commands of stages one after the other. It leads a process group: whoever ends that group ends the stage.
 """
 
 import contextlib

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.grid.axes import Cell, GridParams, expand_grid
+from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.checked import ensure_checked
-from pipeline.grid.graph import read_graph
+from pipeline.grid.freshness import Freshness
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.hashes import Hashes
 from pipeline.lease import EXPIRY_SECONDS, TOUCH_SECONDS
-from pipeline.record.freshness import stage_states
-from schoenbat.registry import build_config
 
 STATE_FILE = "grid.json"
 """In logs/PROFILE, written by the engine."""
@@ -73,8 +70,7 @@ def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
     """Return profile, cells and content of params.yaml; raises UserError."""
     ensure_checked()
     settings = read_yaml(PARAMS_FILE)
-    grid = build_config(GridParams, settings.get("grid"), f"{PARAMS_FILE}: grid")
-    return settings["profile"], expand_grid(grid), settings
+    return settings["profile"], read_cells(settings), settings
 
 
 def take_snapshot() -> Snapshot:
@@ -83,26 +79,18 @@ def take_snapshot() -> Snapshot:
     state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "lease": ""}
     running = bool(state["lease"]) and _is_alive(Path(state["lease"]))
     jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
-    finished = _finished(settings)
+    freshness = Freshness(settings)
     if not running:
         jobs = {}
     rows = [
         job_row(profile, cell.id, jobs[cell.id])
         if cell.id in jobs
         else Row(cell.id, "done")
-        if cell.id in finished
+        if freshness.is_finished(cell)
         else _idle_row(profile, cell)
         for cell in cells
     ]
     return assemble(profile, running, rows, jobs)
-
-
-def _finished(settings: Mapping[str, Any]) -> set[str]:
-    """Return the ids of the cells of which no stage has to run."""
-    graph = read_graph(settings)
-    states = stage_states(graph, settings, Hashes(), graph.upstream(graph.cell_stages()))
-    due = {graph.stages[name].cell for name, state in states.items() if state == "due"}
-    return {cell for name in states if (cell := graph.stages[name].cell) is not None and cell not in due}
 
 
 def assemble(profile: str, running: bool, rows: list[Row], jobs: Mapping[str, Mapping[str, Any]]) -> Snapshot:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from pipeline.grid.axes import Cell, read_cells
+from pipeline.grid.axes import data_stage_names, read_cells, stage_names
 from pipeline.grid.freshness import Freshness, raw_folder, recorded_digests, sources_have_changed
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat.errors import UserError
@@ -36,17 +36,6 @@ and cells need the machine."""
 _LEAST_PAUSE_SECONDS = 2.0
 _LOCKED_SECONDS = 60.0
 """So long another process of DVC is waited for at the end."""
-
-
-def stage_names(profile: str, cell: Cell) -> tuple[str, str]:
-    """Return the stages of DVC that train and test a cell and those that differ from it in the seed alone."""
-    kernel = "" if cell.dotf is None else "_kernel"
-    return f"train{kernel}@{profile}-{cell.group}", f"evaluate{kernel}@{profile}-{cell.group}"
-
-
-def data_stage_names(profile: str, task: str) -> tuple[str, str]:
-    """Return the stages of DVC that fetch and prepare the data of a task."""
-    return f"download@{profile}-{task}", f"preprocess@{profile}-{task}"
 
 
 def changed_stages() -> dict[str, bool]:
@@ -207,7 +196,7 @@ def _commit(stage: "PipelineStage") -> None:
 
 
 def _current_stages() -> set[str]:
-    """Return the stages whose outputs are what would be made from params.yaml, the numerics and the data as they are."""
+    """Return the stages whose outputs are what params.yaml, the numerics and the data make as they are now."""
     settings = read_yaml(PARAMS_FILE)
     recorded, here = Freshness(settings, recorded_digests), Freshness(settings)
     cells = read_cells(settings)
@@ -251,7 +240,7 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def mend_lock() -> None:
-    """Bring back the lock file of before if a process was killed while DVC wrote it; what is finished is recorded anew."""
+    """Bring back the former lock file if a process was killed while DVC wrote it; what is finished is recorded anew."""
     if _BEFORE.exists():
         before = _BEFORE.read_bytes()
         if before:

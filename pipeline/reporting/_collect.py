@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pipeline.files import read_json
-from pipeline.grid.cells import Cell, expand, settings_fingerprint, summary_file
+from pipeline.grid.cells import Cell, expand
+from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params, cell_training
 from pipeline.reporting._statistics import MARGIN, Scores
 from pipeline.results import CellResults, read_rows
@@ -194,9 +195,10 @@ def collect(
             rows += _data_rows(task, summary)
         else:
             setting.unavailable[task] = TASKS.get(task).how_to_get
+    freshness = Freshness(params.written)
     predictions: dict[tuple[str, Mechanism], dict[int, Predictions]] = {}
     for cell in cells:
-        wanted = (settings_fingerprint(cell, params), fingerprints.get(cell.task))
+        wanted = (freshness.settings(cell), fingerprints.get(cell.task))
         results = CellResults(profile, cell.id, root)
         rows += _cell_rows(cell, results, wanted, setting)
         if cell.id not in (*setting.missing[-1:], *setting.outdated[-1:]):

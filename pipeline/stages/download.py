@@ -15,7 +15,7 @@ from schoenbat.lra.tasks import TASKS
 def run(params: Params, task: str) -> None:
     """Put the raw files of `task` and provenance.json, which says where they came from, into data/raw/TASK.
 
-    Files of this machine that the task's settings name are on record there with their hashes, for `sources_have_changed`.
+    Files of this machine that the task's settings name are listed there with hashes, for `sources_have_changed`.
 
     Raises:
         DataUnavailable: no source could be reached, or the only one is too large; the message says what to do.

@@ -26,8 +26,10 @@ from torch.nn import functional as F
 
 from pipeline.devices import prepare_host
 from pipeline.files import git_revision, write_csv
-from pipeline.grid.cells import Cell, data_folder, data_meta
+from pipeline.grid.cells import Cell, data_meta
+from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import Params
+from pipeline.results import CellResults
 from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
 from schoenbat.errors import UserError
@@ -139,7 +141,7 @@ def run(params: Params, cell: Cell, out: Path) -> None:
 
 def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
     """Return the mechanism of each layer of the trained model and its inputs for all examples and heads, not scaled."""
-    best = cell.run_folder(params.profile) / "best.pt"
+    best = CellResults(params.profile, cell.id).best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
     model = model_of(cell, params, data_meta(cell, params))

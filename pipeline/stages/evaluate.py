@@ -11,19 +11,14 @@ from pipeline.grid.params import Params, cell_training
 from pipeline.grid.settings import flat
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, TestScore
-<<<<<<< HEAD
-from pipeline.stages.train import description, model_of
-=======
 from pipeline.stages.train import description, identify, model_of
-from schoenbat.data.arrays import Dataset
->>>>>>> e895d83 (WIP freshness)
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.training import load_model, predict
 
 
 def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
-    """Score the best weights of `cell` on the test split, unless its test is up to date; log it in the cell's MLflow run.
+    """Score the best weights of `cell` on the test split, unless that is up to date; log it in the cell's MLflow run.
 
     Args:
         force: test again what is up to date.

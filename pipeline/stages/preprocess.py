@@ -3,11 +3,7 @@
 from pipeline.files import write_json
 from pipeline.grid.freshness import Freshness, data_folder, raw_folder, summary_file
 from pipeline.grid.params import Params, task_section
-<<<<<<< HEAD
-=======
 from pipeline.grid.settings import params_file, read_yaml
-from schoenbat.data.arrays import Dataset
->>>>>>> e895d83 (WIP freshness)
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.tasks import TASKS
@@ -16,7 +12,7 @@ from schoenbat.lra.tasks import TASKS
 def run(params: Params, task: str) -> None:
     """Encode the raw files of `task` into data/processed/PROFILE/TASK.
 
-    A copy of meta.json with the baselines of the task, and with what the data was made from, is left beside the results.
+    A copy of meta.json, with the baselines of the task and what the data was made from, is left beside the results.
 
     Raises:
         UserError: an unknown task, or raw files that have not been downloaded.

@@ -18,7 +18,7 @@ from pipeline.devices import describe_device, get_device, prepare_host
 from pipeline.files import git_revision, locked, remove_unfinished
 from pipeline.grid.cells import Cell, data_meta, settings
 from pipeline.grid.code import check_code
-from pipeline.grid.freshness import Freshness, data_folder
+from pipeline.grid.freshness import CODE_VARIABLE, Freshness, data_folder
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import Params, cell_training, task_section
 from pipeline.grid.settings import PARAMS_FILE, flat, params_file, read_yaml
@@ -30,10 +30,6 @@ from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.encoder import Classifier, build_model
 from schoenbat.lra.training import Evaluation, FitResult, StepReport, fit, save_model
-
-
-CODE_VARIABLE = "SCHOENBAT_CODE"
-"""The fingerprint that a grid has found for the code of a cell when it started."""
 
 
 def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool, force: bool) -> None:
