@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import yaml
 
 from pipeline.grid.axes import Cell
-from pipeline.grid.graph import read_graph
 from pipeline.launch import Job, Work
 from pipeline.results import CellResults, Fingerprint, Metrics, Resources, TestScore
 from schoenbat.lra.training import Evaluation, Predictions
@@ -120,11 +120,9 @@ def made_up_predictions(accuracy: float, seed: int, examples: int = 200) -> Pred
     return Predictions(correct, np.ones(examples, np.int64), np.where(correct, -0.4, -1.1), correct)
 
 
-def job(name: str, stages: tuple[str, ...], **options: Any) -> Job:
-    """A job of stages of the dvc.yaml in the current folder."""
-    graph = read_graph({})
-    work = (Work(stage.name, stage.command, outs=stage.outs) for stage in map(graph.stages.__getitem__, stages))
-    return Job(name, tuple(work), **options)
+def job(name: str, commands: Mapping[str, str], **options: Any) -> Job:
+    """Return a job of shell commands, by the name of their stages."""
+    return Job(name, tuple(Work(stage, command) for stage, command in commands.items()), **options)
 
 
 def init_dvc(folder: Path) -> None:
