@@ -132,6 +132,35 @@ def status(
     print(json.dumps(dataclasses.asdict(snapshot), indent=2) if as_json else "\n".join(view.lines(snapshot, width)))
 
 
+@_grid("carry v1.2", "carry HEAD~3 --tolerance 1e-6")
+def carry(
+    revision: Annotated[str, typer.Argument(help="The git revision whose code has made the results.")],
+    tolerance: Annotated[
+        float, option("The largest relative difference of weights, losses and outputs. Default: the same bits.")
+    ] = 0.0,
+) -> None:
+    """Carry results over from a revision whose code computes the same, as golden records of both show."""
+    from pipeline.launch.grid_run import recording
+    from pipeline.record.carry import carry_over
+
+    params = commands.load()
+    with recording(params):
+        carry_over(params, revision, tolerance=tolerance)
+
+
+@_grid("import ../other-checkout", name="import")
+def import_results(
+    folder: Annotated[Path, typer.Argument(help="The root folder of another checkout of this project.")],
+) -> None:
+    """Take over cells that were finished in another checkout and are what this one would compute."""
+    from pipeline.launch.grid_run import recording
+    from pipeline.record.carry import take_over
+
+    params = commands.load()
+    with recording(params):
+        take_over(params, folder)
+
+
 @_grid("results", "results --json")
 def results(as_json: Json = False) -> None:
     """Show what the finished cells have reached, also while a grid runs."""

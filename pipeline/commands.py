@@ -133,6 +133,20 @@ def numerics(profile: Profile = None) -> None:
     write_numerics(load(profile).grid.components())
 
 
+@_add("golden golden.npz", "golden golden.npz --cell lra-text-softmax-transformer-42")
+def golden(
+    out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    cell: Annotated[list[str] | None, option("Only this cell; repeat for more.", names=completion.cell)] = None,
+    profile: Profile = None,
+) -> None:
+    """Train cells for a few steps, and write what that gives, to compare two revisions of the code."""
+    from pipeline.grid.cells import expand, select
+    from pipeline.stages import golden as stage
+
+    params = load(profile)
+    stage.run(params, select(expand(params), id=cell), out)
+
+
 @_add("download --task lra-text")
 def download(task: Task, profile: Profile = None) -> None:
     """Fetch and verify the raw data of one task."""

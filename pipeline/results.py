@@ -169,6 +169,15 @@ class CellResults:
         kinds = {"curves": "csv", "metrics": "json", "predictions": "npz", "test": "json"}
         return [self.best, *(self._file(kind, suffix) for kind, suffix in kinds.items())]
 
+    def set_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Say of results that are there that they are made from this."""
+        metrics, test = self.metrics(), self.test()
+        assert metrics is not None
+        assert test is not None
+        write_json(self._file("test", "json"), dataclasses.asdict(dataclasses.replace(test, fingerprint=fingerprint)))
+        changed = dataclasses.replace(metrics, fingerprint=fingerprint)
+        write_json(self._file("metrics", "json"), dataclasses.asdict(changed))
+
     def remove_unfinished(self) -> None:
         """Delete what writers of this cell's files leave when they are killed; other seeds may be writing theirs."""
         for file in self.files():

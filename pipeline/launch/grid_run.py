@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
         due = [cell for cell in chosen if typed.force or not freshness.is_finished(cell)]
         others = _other_stages(params, due, changed, everything=not any(typed.filters.values()))
         jobs = plan.plan_jobs(params, due, freshness, others, force=typed.force, device=kind)
-        unrecorded = [name for name in _complete_stages(cells, freshness) if changed.get(name)]
+        unrecorded = _unrecorded(cells, freshness, changed)
         asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
         title = f"profile {params.profile}: {len(due):,} of {counted(len(chosen), 'cell')} to run"
         if typed.dry_run:
@@ -88,6 +88,29 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
             (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
         print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
         return _Run(params, chosen, jobs, typed, recorder).run(backend, at_once)
+
+
+@contextlib.contextmanager
+def recording(params: Params) -> Iterator[None]:
+    """Put on record what is complete after the block, in which no grid runs in this checkout.
+
+    Raises:
+        UserError: something could not be put on record.
+    """
+    with session.only_grid(_LOGS, lambda text: print(text, flush=True)):
+        mend_lock()
+        write_numerics(params.grid.components())
+        yield
+        recorder = Recorder()
+        recorder.add(_unrecorded(expand(params), Freshness(read_yaml(PARAMS_FILE)), changed_stages()))
+        recorder.finish(patient=True)
+        for stage, why in recorder.failed.items():
+            raise UserError(f"not on record: {stage}: {why}")
+
+
+def _unrecorded(cells: Iterable[Cell], freshness: Freshness, changed: Mapping[str, bool]) -> list[str]:
+    """Return the stages that are complete and not on record as they are."""
+    return [name for name in _complete_stages(cells, freshness) if changed.get(name)]
 
 
 def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool) -> list[str]:

@@ -1,0 +1,151 @@
+"""Results of one revision carried over to another that computes the same, and taken over from another checkout."""
+
+import contextlib
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.devices import describe_device
+from pipeline.files import git, git_revision, write_csv
+from pipeline.grid.axes import Cell
+from pipeline.grid.cells import expand
+from pipeline.grid.freshness import Freshness, summary_file
+from pipeline.grid.params import Params
+from pipeline.grid.settings import PARAMS_FILE
+from pipeline.results import CellResults, Fingerprint
+from pipeline.stages.golden import STEPS
+from schoenbat.errors import UserError
+from schoenbat.files import write_bytes
+
+_COLUMNS = ("group", "from", "to", "device", "threads", "torch", "steps", "difference")
+
+
+def carry_over(params: Params, revision: str, *, tolerance: float) -> None:
+    """Give results that `revision` made the numerics of today's code where both compute the same.
+
+    Of each group of cells whose results are out of date for their code alone, the first seed is trained for a few steps
+    by both revisions, on this machine and with the data that is prepared here. Where weights, losses and outputs differ
+    by no more than `tolerance`, its results count as those of today's code, and a line of runs/PROFILE/carried.csv says
+    so. The others stay out of date.
+
+    Raises:
+        UserError: no such revision, or one that has no golden records.
+    """
+    freshness = Freshness(params.written)
+    groups: dict[str, list[Cell]] = {}
+    for cell in expand(params):
+        if _is_of_other_code(cell, freshness):
+            groups.setdefault(cell.group, []).append(cell)
+    if not groups:
+        print("no results are out of date for their code alone")
+        return
+    if git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
+        raise UserError(f"{revision!r} is no git revision")
+    firsts = [cells[0] for cells in groups.values()]
+    with _checked_out(revision) as tree:
+        before, after = _golden(params.profile, firsts, tree), _golden(params.profile, firsts, Path.cwd())
+    commit = git("rev-parse", "--short=12", revision)
+    device = describe_device(torch.device("cpu"))
+    rows = []
+    for cell in firsts:
+        difference = _difference(before, after, cell.id)
+        if difference > tolerance:
+            print(f"{cell.group}: differs by {difference:.3g}, so it is out of date")
+            continue
+        where = [device, params.run.threads, torch.__version__]
+        rows.append([cell.group, commit, git_revision(), *where, STEPS, difference])
+        for each in groups[cell.group]:
+            fingerprint = freshness.fingerprint(each)
+            assert fingerprint is not None
+            CellResults(params.profile, each.id).set_fingerprint(fingerprint)
+    path = Path("runs", params.profile, "carried.csv")
+    known: list[list[str]] = []
+    if path.is_file():
+        known = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))[1:]
+    if rows:
+        write_csv(path, _COLUMNS, [*known, *rows])
+    print(f"{len(rows)} of {len(groups)} groups of cells compute the same as at {commit}: {path}")
+
+
+def take_over(params: Params, folder: Path) -> None:
+    """Copy the results of another checkout that are what today's code, settings and data of this one make.
+
+    Args:
+        folder: the root of the other checkout; its cells may be finished in part, and its record does not matter.
+
+    Raises:
+        UserError: there are no results of the profile.
+    """
+    if not (folder / "runs" / params.profile).is_dir():
+        raise UserError(f"{folder} has no results of profile {params.profile} (runs/{params.profile})")
+    for task in params.grid.tasks:
+        theirs = folder / summary_file(params.profile, task)
+        if theirs.is_file() and Freshness(params.written).data(task) is None:
+            write_bytes(summary_file(params.profile, task), theirs.read_bytes())
+    freshness, taken = Freshness(params.written), 0
+    for cell in expand(params):
+        wanted, other = freshness.fingerprint(cell), CellResults(params.profile, cell.id, folder)
+        if wanted is None or freshness.is_finished(cell) or other.fingerprints() != [str(wanted)] * 2:
+            continue
+        own = CellResults(params.profile, cell.id)
+        for source, target in zip(other.files(), own.files(), strict=True):
+            if source.is_file():
+                write_bytes(target, source.read_bytes())
+        taken += 1
+    print(f"{taken} of {len(expand(params))} cells of profile {params.profile} were taken from {folder}")
+
+
+def _is_of_other_code(cell: Cell, freshness: Freshness) -> bool:
+    results, wanted = CellResults(freshness.profile, cell.id), freshness.fingerprint(cell)
+    metrics, test = results.metrics(), results.test()
+    if wanted is None or metrics is None or test is None or metrics.fingerprint != test.fingerprint:
+        return False
+    found: Fingerprint = metrics.fingerprint
+    return found != wanted and replace(found, code=wanted.code) == wanted
+
+
+@contextlib.contextmanager
+def _checked_out(revision: str) -> Iterator[Path]:
+    """Yield a folder with the files of a revision, today's params.yaml and the data that is prepared here."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch, "tree")
+        subprocess.run(["git", "worktree", "add", "--detach", str(tree), revision], check=True, capture_output=True)
+        try:
+            (tree / PARAMS_FILE).write_bytes(PARAMS_FILE.read_bytes())
+            (tree / "data").symlink_to(Path("data").absolute())
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True, capture_output=True)
+
+
+def _golden(profile: str, cells: Sequence[Cell], tree: Path) -> dict[str, np.ndarray]:
+    """Return the golden records of cells by the code of a checkout."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "golden.npz")
+        options = [word for cell in cells for word in ("--cell", cell.id)]
+        command = [sys.executable, "-m", "pipeline.cli", "golden", str(out), "--profile", profile, *options]
+        done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
+        if done.returncode:
+            raise UserError(f"the code in {tree} gives no golden records; its output says why")
+        with np.load(out) as arrays:
+            return dict(arrays)
+
+
+def _difference(before: dict[str, np.ndarray], after: dict[str, np.ndarray], cell: str) -> float:
+    """Return the largest difference relative to the largest value of its kind; 0 for the same bits."""
+    largest = 0.0
+    for name in ("weights", "losses", "outputs"):
+        one, other = before[f"{cell}/{name}"], after[f"{cell}/{name}"]
+        if one.shape != other.shape:
+            return float("inf")
+        if not np.array_equal(one, other):
+            largest = max(largest, float(np.abs(one - other).max() / np.abs(one).max()))
+    return largest
