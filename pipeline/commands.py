@@ -185,18 +185,18 @@ def bench(profile: Profile = None) -> None:
     stage.run(params, Path("runs", params.profile, "bench.csv"))
 
 
-@_add("errors --cell lra-text-rmfa-exp-maclauformer-42")
+@_add("errors --group lra-text-rmfa-exp-maclauformer")
 def errors(
-    cell: Annotated[str, option("The id of a trained cell of the grid.", names=completion.cell)],
+    group: Annotated[str, option("TASK-ATTN-DOTF-FORMER of a trained cell of the grid.", names=completion.group)],
     profile: Profile = None,
 ) -> None:
-    """Measure how much of a trained cell's attention each estimate of a kernel explains."""
+    """Measure how much of the attention of a trained cell, of its first seed, each estimate of a kernel explains."""
     from pipeline.grid.cells import expand, select
     from pipeline.stages import errors as stage
 
     params = load(profile)
-    (chosen,) = select(expand(params), id=[cell])
-    stage.run(params, chosen, Path("runs", params.profile, "errors", f"{cell}.csv"))
+    cell, *_ = select(expand(params), group=[group])
+    stage.run(params, cell, Path("runs", params.profile, "errors", f"{group}.csv"))
 
 
 def load(profile: str | None = None) -> "Params":

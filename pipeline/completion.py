@@ -47,8 +47,8 @@ def _axis(name: str) -> Complete:
 task, attn, former = _section("task"), _section("attention"), _section("former")
 """Those that have settings, for one cell."""
 kernel = _quietly(lambda: Registry("dotf", "schoenbat.kernels", object).names())
-grid_task, grid_attn, grid_dotf, grid_former, grid_seed, cell = map(
-    _axis, ("task", "attn", "dotf", "former", "seed", "id")
+grid_task, grid_attn, grid_dotf, grid_former, grid_seed, cell, group = map(
+    _axis, ("task", "attn", "dotf", "former", "seed", "id", "group")
 )
 """Those of the grid, for filters."""
 profile = _quietly(lambda: sorted(path.stem for path in Path("profiles").glob("*.yaml")))

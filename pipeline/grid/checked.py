@@ -36,11 +36,11 @@ def load_checked(path: Path = PARAMS_FILE) -> "Params":
     params = load_params(path)
     if not _is_recorded(digest):
         cells = expand(params)
-        ids = [cell.id for cell in cells]
+        groups = list(dict.fromkeys(cell.group for cell in cells))
         for name in params.errors.trained:
-            if name not in ids:
-                choices = list_choices(name, ids)
-                raise UserError(f"{path}: errors.trained: the grid has no cell {name!r}; choose from: {choices}")
+            if name not in groups:
+                choices = list_choices(name, groups)
+                raise UserError(f"{path}: errors.trained: the grid has no {name!r}; choose from: {choices}")
         check_models(params, cells)
         if path == PARAMS_FILE:
             with _unless_read_only():

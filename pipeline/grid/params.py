@@ -170,7 +170,7 @@ class ErrorsParams:
         num_features: the budgets.
         tokens: queries, and keys, of a set.
         draws: of the features, for mean and spread.
-        trained: ids of cells of the grid whose queries, keys and values are used as well, once they are trained.
+        trained: cells of the grid without their seeds, whose queries, keys and values are used once they are trained.
     """
 
     num_features: list[int]

@@ -116,9 +116,8 @@ def _unrecorded(cells: Iterable[Cell], freshness: Freshness, changed: Mapping[st
 def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool) -> list[str]:
     """Return the stages that belong to no cell and are out of date now, or will be when the cells are done."""
     suffix = f"@{params.profile}"
-    trained = [f"errors_trained{suffix}-{group}" for group in params.errors.trained]
     groups = {cell.group for cell in due}
-    names = [f"bench{suffix}", f"errors{suffix}", *trained] if everything else []
+    names = [f"bench{suffix}", *(f"errors{suffix}-{group}" for group in params.errors.trained)] if everything else []
     found = [name for name in names if name in changed or name.partition("-")[2] in groups]
     report = f"report{suffix}"
     return [*found, report] if due or found or report in changed else []

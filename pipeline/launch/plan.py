@@ -63,7 +63,7 @@ def plan_jobs(
             name,
             # DVC reads params.yaml itself, so the command has to read the same.
             (Work(name, f"dvc repro --single-item {shlex.quote(name)}", {PARAMS_VARIABLE: str(PARAMS_FILE)}),),
-            needs=tuple(cell.id for cell in due if name == f"errors_trained@{params.profile}-{cell.group}"),
+            needs=tuple(cell.id for cell in due if name == f"errors@{params.profile}-{cell.group}"),
             seconds=-float(position),
             threads=params.run.threads,
             exclusive=True,

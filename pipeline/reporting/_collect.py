@@ -35,7 +35,7 @@ Quantities by where they come from:
 - every prepared task: `data_*` for counts and lengths of its summary; `rule_accuracy`, of each rule that needs no
   model, whose name is the direction
 - every timing: `bench_*` for the numeric columns of bench.csv
-- every estimate of a kernel in a trained cell: `error_*` for the numeric columns of errors/CELL.csv, with the name of
+- every estimate of a kernel in a trained cell: `error_*` for the numeric columns of errors/GROUP.csv, with the name of
   the estimator as attn and the cell as direction
 """
 
@@ -304,12 +304,12 @@ def _bench_rows(path: Path, params: Params, setting: Setting) -> list[dict[str, 
 
 def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for cell in params.errors.trained:
-        path = folder / f"{cell}.csv"
+    for group in params.errors.trained:
+        path = folder / f"{group}.csv"
         if path.is_file():
-            found += [row | {"cell": cell} for row in read_rows(path, ERROR_VALUES)]
+            found += read_rows(path, ERROR_VALUES)
         else:
-            setting.errors_missing.append(cell)
+            setting.errors_missing.append(group)
     for name in ERROR_SETTING:
         setting.errors[name] = list(dict.fromkeys(row[name] for row in found))
     return [
@@ -317,7 +317,7 @@ def _error_rows(folder: Path, params: Params, setting: Setting) -> list[dict[str
             "attn": row["estimator"],
             "dotf": row["dotf"],
             "num_features": int(row["num_features"]),
-            "direction": row["cell"],
+            "direction": row["points"].removeprefix("trained "),
             "quantity": f"error_{name}",
             "value": row[name],
         }
