@@ -228,9 +228,11 @@ def use(
     profile: Annotated[str, typer.Argument(autocompletion=completion.profile, help="Name of a file in profiles/.")],
     force: Annotated[bool, option("Even if params.yaml is not a copy of any profile.", "--force")] = False,
 ) -> None:
-    """Put profiles/PROFILE.yaml into params.yaml."""
+    """Put profiles/PROFILE.yaml into params.yaml, and its record, if it has one, into dvc.lock."""
     from pipeline.grid.checked import load_checked
     from pipeline.grid.settings import PARAMS_FILE
+    from pipeline.record.writer import exchange_record
+    from pipeline.trained import current_profile
     from schoenbat.files import write_bytes
 
     known = [each.name for each in names(Kind.PROFILES)]
@@ -246,6 +248,8 @@ def use(
             raise UserError(
                 "params.yaml differs from every profile; keep it as profiles/NAME.yaml first, or pass --force"
             )
+    if PARAMS_FILE.exists():
+        exchange_record(current_profile(), profile)
     write_bytes(PARAMS_FILE, source.read_bytes())
     print(f"params.yaml is now profile {profile}{': ' + params.note if params.note else ''}")
 

@@ -169,6 +169,9 @@ def record(names: Sequence[str]) -> dict[str, str]:
                     results[name] = "code, settings or data have changed since it ran"
             if ready:
                 ready[0].dvcfile.dump_stages(ready, update_pipeline=False)
+                kept = _kept_record(read_yaml(PARAMS_FILE)["profile"])
+                if kept.is_file():
+                    write_bytes(kept, LOCK_FILE.read_bytes())
     except LockError:
         return dict.fromkeys(names, _LOCKED)
     except Exception as error:  # noqa: BLE001 - DVC lets through what its databases raise
@@ -248,6 +251,25 @@ def mend_lock() -> None:
         else:
             LOCK_FILE.unlink(missing_ok=True)
         _BEFORE.unlink()
+
+
+def exchange_record(former: str, profile: str) -> None:
+    """Put the record of a profile in place, and keep that of the former one beside its settings.
+
+    So a profile on record costs the others nothing: DVC reads and writes all of dvc.lock for each stage. Nothing is
+    computed again where a record is lost; the next grid puts it on record anew.
+    """
+    if former == profile:
+        return
+    if LOCK_FILE.is_file():
+        write_bytes(_kept_record(former), LOCK_FILE.read_bytes())
+        LOCK_FILE.unlink()
+    if _kept_record(profile).is_file():
+        write_bytes(LOCK_FILE, _kept_record(profile).read_bytes())
+
+
+def _kept_record(profile: str) -> Path:
+    return Path("profiles", f"{profile}.lock")
 
 
 def drop_stale_rwlock(path: Path = _RWLOCK) -> None:
