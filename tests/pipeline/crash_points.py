@@ -128,10 +128,11 @@ def put_on_record() -> bool:
 
 def lock_and_states() -> object:
     from pipeline.grid.graph import read_graph
-    from pipeline.grid.settings import PARAMS_FILE, read_yaml
     from pipeline.hashes import Hashes, hash_of
     from pipeline.record.freshness import stage_states
     from pipeline.record.lock_file import read_blocks
+
+    from pipeline.grid.settings import PARAMS_FILE, read_yaml
 
     settings = read_yaml(PARAMS_FILE)
     states = stage_states(read_graph(settings), settings, Hashes(memory=None))
@@ -227,11 +228,12 @@ class Walk:
         import json
         from dataclasses import asdict
 
-        from pipeline.grid.cells import expand
         from pipeline.grid.graph import read_graph
+        from pipeline.hashes import Hashes
+
+        from pipeline.grid.cells import expand
         from pipeline.grid.params import load_params
         from pipeline.grid.settings import PARAMS_FILE, read_yaml
-        from pipeline.hashes import Hashes
         from pipeline.launch.plan import plan_jobs
 
         settings, params = read_yaml(PARAMS_FILE), load_params()

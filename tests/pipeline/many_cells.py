@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.grid.graph import Stage, lookup, read_graph
+from pipeline.hashes import Hashes
+from pipeline.record.freshness import stage_states, write_receipt
+from pipeline.record.lock_file import Entry
 from project_folder import ROOT, Project, write_results
 
 from pipeline import reporting
 from pipeline.files import read_json
 from pipeline.grid.cells import expand, settings_fingerprint, summary_file
-from pipeline.grid.graph import Stage, lookup, read_graph
 from pipeline.grid.params import load_params
-from pipeline.hashes import Hashes
 from pipeline.launch import Attempt, Device, Ended, GridState, Job, Lease, Options, plan, run_jobs
 from pipeline.monitor.status import take_snapshot
-from pipeline.record.freshness import stage_states, write_receipt
-from pipeline.record.lock_file import Entry
 from pipeline.record.writer import record
 from pipeline.results import CellResults, Fingerprint
 from pipeline.stages import download, preprocess

@@ -5,11 +5,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from pipeline.grid.components import link_components
+from pipeline.grid.graph import cell_sources
 from project_folder import ROOT, Project
 
 from pipeline.grid.axes import Cell
-from pipeline.grid.components import link_components
-from pipeline.grid.graph import cell_sources
 from schoenbat import registry
 from schoenbat.errors import UserError
 

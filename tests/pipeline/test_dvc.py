@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.grid.graph import cell_sources, read_graph
+from pipeline.hashes import Hashes
+from pipeline.record.freshness import stage_states
 from project_folder import Project
 
 from pipeline.grid.cells import expand
-from pipeline.grid.graph import cell_sources, read_graph
 from pipeline.grid.params import load_params
-from pipeline.hashes import Hashes
-from pipeline.record.freshness import stage_states
 from schoenbat.errors import UserError
 
 

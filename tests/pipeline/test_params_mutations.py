@@ -256,8 +256,8 @@ def test_what_is_accepted_means_what_it_means_to_dvc(
     name: str, project: Project, sources: Path, invoke: Invoke
 ) -> None:
     from dvc.repo import Repo
-
     from pipeline.grid.graph import read_graph
+
     from pipeline.grid.params import load_params
     from pipeline.grid.settings import read_yaml
 

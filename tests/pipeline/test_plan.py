@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from pipeline.grid.graph import read_graph
+from pipeline.hashes import Hashes
 from project_folder import Project, write_results
 
 from pipeline.grid.cells import expand
-from pipeline.grid.graph import read_graph
 from pipeline.grid.params import load_params
-from pipeline.hashes import Hashes
 from pipeline.launch import Job
 from pipeline.launch.plan import plan_jobs
 from pipeline.results import CellResults, Fingerprint

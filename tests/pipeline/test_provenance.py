@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pipeline.record.lock_file import read_blocks
 from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, make_small, start_grid
-
-from pipeline.record.lock_file import read_blocks
 
 pytestmark = pytest.mark.slow
 

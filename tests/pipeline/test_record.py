@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from dvc.utils.serialize import dumps_yaml
+from pipeline.grid.graph import read_graph
+from pipeline.hashes import Hashes, hash_of
+from pipeline.record.freshness import stage_states, write_receipt
+from pipeline.record.lock_file import Entry, parse_block, read_blocks
 from project_folder import ROOT, init_dvc
 
 from pipeline.files import git_revision
-from pipeline.grid.graph import read_graph
-from pipeline.hashes import Hashes, hash_of
 from pipeline.record import writer
-from pipeline.record.freshness import stage_states, write_receipt
-from pipeline.record.lock_file import Entry, parse_block, read_blocks
 from schoenbat.errors import UserError
 
 COMMAND = "schoenbat-exp train --task lra-listops --attn mean --former transformer --seed 0 " + "--more " * 20

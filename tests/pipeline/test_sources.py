@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from project_folder import ROOT, Project
-
 from pipeline.grid.graph import read_graph
-from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.grid.sources import is_outdated
 from pipeline.hashes import Hashes
 from pipeline.record.freshness import stage_states
+from project_folder import ROOT, Project
+
+from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat import registry
 
 Invoke = Callable[..., tuple[int, str, str]]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.grid.graph import cell_sources
 from project_folder import ROOT, Project
 from test_dvc import as_dvc_reads_it, as_it_is_read_here
 
 from pipeline.grid.axes import Cell
 from pipeline.grid.cells import expand, make_cell, settings
 from pipeline.grid.checked import load_checked
-from pipeline.grid.graph import cell_sources
 from pipeline.grid.params import cell_training, load_params
 from pipeline.reporting._collect import collect
 from schoenbat.attention import ATTENTIONS
