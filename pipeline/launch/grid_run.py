@@ -118,9 +118,9 @@ def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, boo
     suffix = f"@{params.profile}"
     groups = {cell.group for cell in due}
     names = [f"bench{suffix}", *(f"errors{suffix}-{group}" for group in params.errors.trained)] if everything else []
-    found = [name for name in names if name in changed or name.partition("-")[2] in groups]
+    found = [name for name in names if changed.get(name) or name.partition("-")[2] in groups]
     report = f"report{suffix}"
-    return [*found, report] if due or found or report in changed else []
+    return [*found, report] if due or found or changed.get(report) else []
 
 
 def _complete_stages(cells: Iterable[Cell], freshness: Freshness) -> list[str]:

@@ -56,8 +56,12 @@ def changed_stages() -> dict[str, bool]:
 
 
 def _is_absence(change: Any) -> bool:
-    """Return whether one entry of DVC's status says only that files are not here."""
-    return isinstance(change, dict) and all(how == "deleted" for files in change.values() for how in files.values())
+    """Return whether one entry of DVC's status says only that files are not here, as weights in a clone."""
+    return isinstance(change, dict) and all(
+        how == "deleted" or (how == "not in cache" and not Path(path).exists())
+        for files in change.values()
+        for path, how in files.items()
+    )
 
 
 @contextlib.contextmanager
