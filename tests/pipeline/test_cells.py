@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.grid.cells import Cell, check_models, expand, fingerprint, make_cell, select
+from pipeline.grid.cells import Cell, check_models, expand, make_cells, select
+from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
+from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
 
@@ -60,7 +62,12 @@ def test_a_cell_has_one_name_everywhere(project: Project) -> None:
     kernel = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
     assert plain.id == "lra-text-softmax-transformer-42"
     assert kernel.id == "lra-text-rmfa-exp-maclauformer-42"
-    assert kernel.run_folder("quick") == Path("runs/quick/lra-text-rmfa-exp-maclauformer-42")
+    weights, *figures = (str(path) for path in CellResults("quick", kernel.id).files())
+    assert weights == "weights/quick/lra-text-rmfa-exp-maclauformer/42.pt"
+    assert figures == [
+        f"runs/quick/lra-text-rmfa-exp-maclauformer/{name}"
+        for name in ("curves/42.csv", "metrics/42.json", "predictions/42.npz", "test/42.json")
+    ]
 
 
 def test_filters_keep_the_cells_that_have_one_of_the_values(project: Project) -> None:
@@ -96,7 +103,9 @@ def test_a_combination_that_fits_no_cell_is_refused(project: Project) -> None:
 
 def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> None:
     params = load_params()
-    assert make_cell(params, "lra-text", "mean", None, "transformer", None).seed == 0
+    names = ("lra-text", "mean", None, "transformer")
+    assert [cell.seed for cell in make_cells(params, *names, None)] == [0, 1], "the seeds of the grid"
+    assert [cell.seed for cell in make_cells(params, *names, 7)] == [7], "inside the grid or not"
     for arguments, message in (
         (("lra-text", "rmfa", None, "maclauformer", 0), "needs a kernel; choose dotf from: exp"),
         (("lra-text", "mean", "exp", "transformer", 0), "takes no kernel; leave out dotf 'exp'"),
@@ -105,7 +114,7 @@ def test_a_cell_is_checked_by_name_before_anything_runs(project: Project) -> Non
         (("lra-text", "taylor1", "exp", "maclauformer", 0), "missing section attention.taylor1"),
     ):
         with pytest.raises(UserError) as caught:
-            make_cell(params, *arguments)
+            make_cells(params, *arguments)
         assert message in str(caught.value)
 
 
@@ -118,28 +127,32 @@ def test_a_kernel_that_the_former_does_not_bound_is_found_before_the_grid_starts
         check_models(params, expand(params))
 
 
-def _write_meta(fingerprint: str) -> None:
-    folder = Path("data/processed/tiny/lra-text")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}))
-
-
 def test_the_fingerprint_changes_with_what_decides_the_numbers_and_with_nothing_else(project: Project) -> None:
-    project.add_code()
     cell = Cell("lra-text", "rmfa", "exp", "maclauformer", 0)
-    with pytest.raises(UserError, match="schoenbat-exp preprocess --task lra-text"):
-        fingerprint(cell, load_params())
-    _write_meta("a")
-    first = fingerprint(cell, load_params())
+    code = dict.fromkeys((("attention", "rmfa"), ("kernel", "exp"), ("kernel", "inverse"), ("task", "lra-text")), "a")
+    summary = Path("runs/tiny/data/lra-text.json")
+
+    def found(of: Cell = cell) -> Fingerprint | None:
+        return Freshness(project.settings, lambda kind, name: code[kind, name]).fingerprint(of)
+
+    def prepare(fingerprint: str) -> None:
+        made_from = Freshness(project.settings, lambda kind, name: code[kind, name]).made_from("lra-text")
+        summary.write_text(json.dumps({"fingerprint": fingerprint, "made_from": made_from}))
+
+    assert found() is None, "nobody knows before the data is there"
+    summary.parent.mkdir(parents=True)
+    prepare("a")
+    first = found()
+    assert first is not None
 
     project.set("run.threads", 2)
     project.set("note", "another")
+    project.set("grid.seeds", [0, 1, 2])
     project.set("task.lra-listops.training.steps", 9)
-    with Path("schoenbat/kernels/inverse.py").open("a") as file:
-        file.write("# changed\n")
-    assert fingerprint(cell, load_params()) == first
+    code["kernel", "inverse"] = "b"
+    assert found() == first
 
-    seen = {first, fingerprint(Cell("lra-text", "rmfa", "exp", "maclauformer", 1), load_params())}
+    seen = {first, found(Cell("lra-text", "rmfa", "exp", "maclauformer", 1))}
     for key, value in (
         ("task.lra-text.training.steps", 9),
         ("task.lra-text.model.dropout", 0.2),
@@ -147,11 +160,16 @@ def test_the_fingerprint_changes_with_what_decides_the_numbers_and_with_nothing_
         ("former.maclauformer.power", True),
     ):
         project.set(key, value)
-        seen.add(fingerprint(cell, load_params()))
-    for source in ("schoenbat/kernels/exp.py", "schoenbat/lra/encoder.py", "schoenbat/attention/rmfa.py"):
-        with Path(source).open("a") as file:
-            file.write("# changed\n")
-        seen.add(fingerprint(cell, load_params()))
-    _write_meta("b")
-    seen.add(fingerprint(cell, load_params()))
-    assert len(seen) == 10
+        seen.add(found())
+    for component in (("kernel", "exp"), ("attention", "rmfa")):
+        code[component] = "b"
+        seen.add(found())
+    prepare("b")
+    seen.add(found())
+    assert len(seen) == 9
+
+    code["task", "lra-text"] = "b"
+    assert found() is None, "other data would be made now"
+    prepare("b")
+    project.set("task.lra-text.data.max_length", 32)
+    assert found() is None

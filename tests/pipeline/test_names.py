@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.grid.cells import expand, make_cell
+from pipeline.grid.cells import expand, make_cells
 from pipeline.grid.params import MAX_SEED, load_params
 from pipeline.names import PROMISES, Kind, Name, described, names
 from schoenbat import registry
@@ -55,8 +55,8 @@ def hyphenated(
 def test_two_cells_of_one_id_are_an_error_that_names_both(hyphenated: Project, invoke: Invoke) -> None:
     assert len(expand(load_params())) == 16
     with pytest.raises(UserError, match="two cells have the id lra-text-rmfa-exp-maclauformer-0"):
-        make_cell(load_params(), "lra-text", "rmfa-exp", None, "maclauformer", 0)
-    assert make_cell(load_params(), "lra-text", "rmfa-exp", None, "transformer", 0)
+        make_cells(load_params(), "lra-text", "rmfa-exp", None, "maclauformer", 0)
+    assert make_cells(load_params(), "lra-text", "rmfa-exp", None, "transformer", 0)
 
     hyphenated.set("grid.plain", {"attn": ["rmfa-exp"], "former": ["maclauformer"]})
     for arguments in (("run", "--grid", "--dry-run"), ("status",), ("list",)):

@@ -15,7 +15,8 @@ from project_folder import write_results
 from recompute import check_report
 
 from pipeline import reporting
-from pipeline.grid.cells import Cell, expand, settings_fingerprint
+from pipeline.grid.cells import Cell, expand
+from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import Params, load_params
 from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import OnTask
@@ -87,7 +88,7 @@ def made_up_accuracy(cell: Cell) -> float:
 
 def write_cell(root: Path, cell: Cell, params: Params, *, test_code: str = "code") -> None:
     accuracy = made_up_accuracy(cell)
-    made_from = Fingerprint("code", settings_fingerprint(cell, params), f"data of {cell.task}")
+    made_from = Fingerprint("code", Freshness(params.written).settings(cell), f"data of {cell.task}")
     write_results(CellResults("cpu", cell.id, root), cell, made_from, accuracy, test_code=test_code)
 
 

@@ -48,9 +48,10 @@ def test_a_certain_mistake_is_kept_as_a_finite_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x93NUMPY", b"correct"])
 def test_damaged_predictions_are_one_line_that_names_the_file(tmp_path: Path, damage: bytes) -> None:
-    results = CellResults("tiny", "a-cell", tmp_path)
+    results = CellResults("tiny", "a-cell-0", tmp_path)
     assert results.predictions() is None
-    results.folder.mkdir(parents=True)
-    (results.folder / "predictions.npz").write_bytes(damage)
-    with pytest.raises(UserError, match=r"predictions\.npz is damaged"):
+    path = tmp_path / "runs/tiny/a-cell/predictions/0.npz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"predictions/0\.npz is damaged"):
         results.predictions()
