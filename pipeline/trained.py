@@ -22,7 +22,7 @@ class TrainedCell:
 
     Attributes:
         metrics: of the training.
-        description: what best.pt says about itself.
+        description: what the file of weights says about itself.
         meta: the description of the data, with the baselines.
     """
 

@@ -48,9 +48,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what an unknown name is called in an error, such as "task".
-        package: the package whose files are the components; files that begin with an underscore are not, and neither
-            are those of variants, or links that lead out of the package, which stand for components of other
-            distributions (see `pipeline.grid.components`).
+        package: the package whose files are the components; files that begin with an underscore are not.
         base: the class that each component derives from.
         has_variants: `get` takes names of variants, too, as the components have settings.
         group: of the entry points; called like the package where it is None.
@@ -116,13 +114,7 @@ class Registry(Generic[T]):
         assert spec is not None
         assert spec.submodule_search_locations
         folder = Path(spec.submodule_search_locations[0])
-        # An installation may consist of links: they lead to where the package's own __init__.py leads, under its names.
-        home = (folder / "__init__.py").resolve().parent
-        return {
-            path.stem: path
-            for path in folder.glob("*.py")
-            if _NAME.fullmatch(path.stem) and (not path.is_symlink() or path.resolve() == home / path.name)
-        }
+        return {path.stem: path for path in folder.glob("*.py") if _NAME.fullmatch(path.stem)}
 
     def _load(self, entry: EntryPoint) -> type[T]:
         where = f"{self.kind} {entry.name!r} ({describe_entry(entry)})"

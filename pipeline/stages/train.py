@@ -86,7 +86,7 @@ def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
 
 
 def description(cell: Cell, params: Params, meta: dict[str, Any]) -> dict[str, Any]:
-    """What best.pt says about itself: the cell, its settings and its data."""
+    """What a file of weights says about itself: the cell, its settings and its data."""
     data = {key: meta[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
     return {**dataclasses.asdict(cell), **settings(cell, params), "data": data}
 

@@ -24,8 +24,8 @@ def test_cells_share_a_gpu_once_their_memory_is_known(tmp_path: Path, monkeypatc
     from project_folder import ROOT
     from small_grid import make_small
 
-    from pipeline.grid.axes import GridParams, expand_grid
-    from schoenbat.registry import build_config
+    from pipeline.grid.axes import read_cells
+    from pipeline.results import CellResults
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -34,7 +34,7 @@ def test_cells_share_a_gpu_once_their_memory_is_known(tmp_path: Path, monkeypatc
     project.set("run.device", str(DEVICE))
     project.set("task.lra-listops.training.steps", 400)
     project.set("task.lra-listops.training.eval_every", 100)
-    cells = [cell.id for cell in expand_grid(build_config(GridParams, project.settings["grid"], "grid"))]
+    cells = [cell.id for cell in read_cells(project.settings)]
     assert len(cells) == 3
 
     def run(*options: str) -> dict[str, Any]:
@@ -48,11 +48,12 @@ def test_cells_share_a_gpu_once_their_memory_is_known(tmp_path: Path, monkeypatc
         return {cell: jobs[cell] for cell in cells}
 
     def losses() -> dict[str, float]:
-        folders = {cell: tmp_path / "runs/tiny" / cell for cell in cells}
-        return {cell: json.loads((folder / "test.json").read_text())["loss"] for cell, folder in folders.items()}
+        tests = {cell: CellResults("tiny", cell, tmp_path).test() for cell in cells}
+        return {cell: test.loss for cell, test in tests.items() if test is not None}
 
     first = run()
     alone = losses()
+    assert alone.keys() == set(cells)
     second = run("--force")
     if ON_GPU:
         assert side_by_side(first) == 1

@@ -1,6 +1,6 @@
 """The numbers of a report once more, from the raw files of its cells alone, with none of the project's code.
 
-It reads {metrics,test}.json, curves.csv and predictions.npz of each cell, and the summaries of the data, and compares
+It reads metrics/, test/, curves/ and predictions/ of each group of cells, and the summaries of the data, and compares
 what follows from them with the tables of the report. Where the report resamples, the standard error is computed in
 closed form here, and may be off by the noise of 2,000 replicates.
 """
@@ -32,17 +32,17 @@ class Raw:
             self.rules[path.stem] = summary.get("baselines", {})
             self.sizes[path.stem] = summary["splits"]
         self.cells: dict[tuple[str, Mechanism, int], dict[str, Any]] = {}
-        for path in folder.glob("*/metrics.json"):
-            metrics = json.loads(path.read_text())
-            with np.load(path.with_name("predictions.npz")) as arrays:
+        for path in folder.glob("*/metrics/*.json"):
+            metrics, group = json.loads(path.read_text()), path.parents[1]
+            with np.load(group / f"predictions/{path.stem}.npz") as arrays:
                 correct, targets = arrays["correct"].astype(float), arrays["targets"].astype(float)
             key = (metrics["task"], (metrics["attn"], metrics["dotf"] or "", metrics["former"]), metrics["seed"])
             self.cells[key] = {
                 "metrics": metrics,
-                "test": json.loads(path.with_name("test.json").read_text()),
+                "test": json.loads((group / f"test/{path.stem}.json").read_text()),
                 "right": correct / targets.mean(),
                 "accuracy": 100 * correct.sum() / targets.sum(),
-                "curve": pd.read_csv(path.with_name("curves.csv")),
+                "curve": pd.read_csv(group / f"curves/{path.stem}.csv"),
             }
 
     def of(self, task: str, mechanism: Mechanism) -> dict[int, dict[str, Any]]:

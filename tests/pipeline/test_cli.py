@@ -13,6 +13,7 @@ import pytest
 from project_folder import Project
 
 from pipeline import commands
+from pipeline.results import CellResults
 from schoenbat.errors import OutOfMemory, TrainingFailed
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -33,7 +34,7 @@ KERNEL = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former"
         (("train", *PLAIN, "--device", "gpu"), "unknown device 'gpu'; choose one of: cpu"),
         (("train", *PLAIN, "--device", "cuda:99"), "device 'cuda:99' is not available here; choose one of: cpu"),
         (("train", *PLAIN), "no prepared data for lra-listops"),
-        (("eval", *PLAIN), "train first: schoenbat-exp train --task lra-listops --attn softmax --former transformer"),
+        (("eval", *PLAIN), "no prepared data for lra-listops"),
         (("preprocess", "--task", "lra-listops"), "schoenbat-exp download --task lra-listops"),
         (("preprocess", "--task", "lra-txet"), "unknown task"),
         (("download", "--task", "lra-txet"), "unknown task"),
@@ -164,25 +165,31 @@ def prepared(project: Project, invoke: Invoke) -> Project:
 
 
 def test_one_cell_from_data_to_test_accuracy(prepared: Project, invoke: Invoke) -> None:
+    cell = "lra-listops-rmfa-exp-maclauformer-1"
+    code, _, err = invoke("eval", *KERNEL, "--seed", "1")
+    assert code == 2
+    assert "train first: schoenbat-exp train --task lra-listops --attn rmfa --dotf exp --former maclauformer" in err
     code, out, err = invoke("train", *KERNEL, "--seed", "1")
     assert code == 0, err
-    folder = Path("runs/tiny/lra-listops-rmfa-exp-maclauformer-1")
-    assert {path.name for path in folder.iterdir()} == {"best.pt", "curves.csv", "metrics.json"}
-    assert not Path("checkpoints/tiny/lra-listops-rmfa-exp-maclauformer-1/last.pt").exists()
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["cell"] == "lra-listops-rmfa-exp-maclauformer-1"
+    best, curve, written, predictions, tested = CellResults("tiny", cell).files()
+    found = {path for folder in ("runs/tiny", "weights") for path in Path(folder).glob("**/1.*")}
+    assert found == {best, curve, written}
+    assert not Path("checkpoints/tiny", cell, "last.pt").exists()
+    metrics = json.loads(written.read_text())
+    assert metrics["cell"] == cell
     assert (metrics["steps"], metrics["dev_examples"], metrics["dotf"], metrics["seed"]) == (6, 16, "exp", 1)
     assert metrics["attention"] == {"num_features": 8}
-    curves = (folder / "curves.csv").read_text().splitlines()
+    curves = curve.read_text().splitlines()
     assert curves[0] == "step,epoch,learning_rate,train_loss,train_accuracy,dev_loss,dev_accuracy"
     assert [line.split(",")[0] for line in curves[1:]] == ["3", "6"]
     assert metrics["threads"] == 1
-    resources = json.loads(Path("checkpoints/tiny", folder.name, "resources.json").read_text())
+    resources = json.loads(Path("checkpoints/tiny", cell, "resources.json").read_text())
     assert resources["resumed"] == 0
 
     code, out, err = invoke("eval", *KERNEL, "--seed", "1")
     assert code == 0, err
-    test = json.loads((folder / "test.json").read_text())
+    assert predictions.is_file()
+    test = json.loads(tested.read_text())
     assert test["examples"] == 16
     assert test["best_step"] == metrics["best_step"]
     assert f"test accuracy {test['accuracy']:.4f}" in out
@@ -190,22 +197,30 @@ def test_one_cell_from_data_to_test_accuracy(prepared: Project, invoke: Invoke) 
     prepared.set("task.lra-listops.training.steps", 9)
     code, _, err = invoke("eval", *KERNEL, "--seed", "1")
     assert code == 2
-    assert "was trained with training.steps = 6, not 9; train again: schoenbat-exp train --task lra-listops" in err
+    assert "were trained with training.steps = 6, not 9; train again: schoenbat-exp train --task lra-listops" in err
 
-    (folder / "best.pt").write_bytes((folder / "best.pt").read_bytes()[:100])
+    best.write_bytes(best.read_bytes()[:100])
     code, _, err = invoke("eval", *KERNEL, "--seed", "1")
     assert code == 2
-    assert "best.pt" in err
+    assert str(best) in err
 
 
-def test_training_twice_gives_the_same_bytes(prepared: Project, invoke: Invoke) -> None:
-    folder = Path("runs/tiny/lra-listops-softmax-transformer-0")
+def test_each_seed_is_trained_once_and_again_by_force_with_the_same_bytes(prepared: Project, invoke: Invoke) -> None:
+    cells = [f"lra-listops-softmax-transformer-{seed}" for seed in (0, 1)]
 
-    def train() -> list[bytes]:
-        assert invoke("train", *PLAIN)[0] == 0
-        return [(folder / name).read_bytes() for name in ("metrics.json", "curves.csv", "best.pt")]
+    def call(command: str, *options: str) -> tuple[list[str], list[tuple[bytes, int]]]:
+        code, out, err = invoke(command, *PLAIN, *options)
+        assert code == 0, err
+        files = [path for cell in cells for path in CellResults("tiny", cell).files() if path.is_file()]
+        return out.splitlines(), [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
 
-    assert train() == train()
+    for command, verb, number in (("train", "trains", 6), ("eval", "tests", 10)):
+        _, first = call(command)
+        assert len(first) == number, "both seeds of the grid"
+        assert call(command) == ([f"{cell}: up to date; --force {verb} it again" for cell in cells], first)
+        _, forced = call(command, "--force")
+        assert [content for content, _ in forced] == [content for content, _ in first]
+        assert forced != first
 
 
 def test_no_save_leaves_nothing_behind(prepared: Project, invoke: Invoke) -> None:
@@ -226,17 +241,18 @@ def test_a_checkpoint_of_another_configuration_is_used_only_after_it_was_given_u
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "best.pt")
 
+    cell = (*PLAIN, "--seed", "0")
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_model", fail)
-        code, _, err = invoke("train", *PLAIN)
+        code, _, err = invoke("train", *cell)
         assert code == 1
         assert err.splitlines()[-1] == "error: No space left on device: best.pt"
     assert last.exists()
 
     prepared.set("task.lra-listops.training.learning_rate", 0.5)
-    code, _, err = invoke("train", *PLAIN)
+    code, _, err = invoke("train", *cell)
     assert code == 2
     assert str(last) in err.splitlines()[-1]
     assert "--restart" in err.splitlines()[-1]
-    assert invoke("train", *PLAIN, "--restart")[0] == 0
+    assert invoke("train", *cell, "--restart")[0] == 0
     assert not last.exists()

@@ -12,6 +12,7 @@ from pipeline import reporting
 from pipeline.files import write_csv
 from pipeline.grid.cells import data_meta, expand, select
 from pipeline.grid.params import load_params
+from pipeline.results import CellResults
 from pipeline.stages import errors
 from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS, KernelAttention
@@ -65,33 +66,33 @@ def test_uniform_weights_explain_nothing_and_the_exact_ones_all() -> None:
 
 
 def test_a_cell_that_is_not_in_the_grid_is_refused(project: Project, invoke: Invoke) -> None:
-    project.set("errors.trained", ["lra-text-mean-transformer-9"])
-    for arguments in (("run", "--grid"), ("errors", "--cell", "lra-text-mean-transformer-9")):
+    project.set("errors.trained", ["lra-text-mean-transformer-0"])
+    for arguments in (("run", "--grid"), ("errors", "--group", "lra-text-mean-transformer-0")):
         code, _, err = invoke(*arguments)
         assert code == 2
-        assert "errors.trained: the grid has no cell 'lra-text-mean-transformer-9'; choose from: lra-text-mean-" in err
+        assert "errors.trained: the grid has no 'lra-text-mean-transformer-0'; choose from: lra-text-mean-" in err
 
 
 @pytest.mark.parametrize("attn", ["rmfa", "rmfa-sketch"])
 def test_the_vectors_of_a_trained_cell_are_used_and_its_own_draw(project: Project, invoke: Invoke, attn: str) -> None:
     project.add_code()
-    cell = f"lra-listops-{attn}-exp-maclauformer-0"
+    group = f"lra-listops-{attn}-exp-maclauformer"
     project.set("grid.kernel.attn", [attn])
     project.set("attention", {"softmax": {}, "mean": {}, attn: {"num_features": 7}})
-    project.set("errors", {"num_features": [6], "tokens": 5, "draws": 2, "trained": [cell]})
-    code, _, err = invoke("errors", "--cell", cell)
+    project.set("errors", {"num_features": [6], "tokens": 5, "draws": 2, "trained": [group]})
+    code, _, err = invoke("errors", "--group", group)
     assert code == 2
     assert f"train first: schoenbat-exp train --task lra-listops --attn {attn} --dotf exp" in err
     for command in ("download", "preprocess"):
         assert invoke(command, "--task", "lra-listops")[0] == 0
     params = load_params()
-    (trained,) = select(expand(params), id=[cell])
+    trained, _ = select(expand(params), group=[group])
     model = model_of(trained, params, data_meta(trained, params))
-    save_model(trained.run_folder("tiny") / "best.pt", model, {})
-    code, _, err = invoke("errors", "--cell", cell)
+    save_model(CellResults("tiny", trained.id).best, model, {})
+    code, _, err = invoke("errors", "--group", group)
     assert code == 0, err
-    rows = read(Path(f"runs/tiny/errors/{cell}.csv"))
-    assert {row["points"] for row in rows} == {f"trained {cell}"}
+    rows = read(Path(f"runs/tiny/errors/{group}.csv"))
+    assert {row["points"] for row in rows} == {f"trained {group}-0"}, "the first seed"
     assert {row["dotf"] for row in rows} == set(KERNELS.names())
     assert {(row["head_dim"], row["tokens"]) for row in rows} == {("4", "5")}
     (own,) = [row for row in rows if row["estimator"] == f"{attn} as trained"]
@@ -107,7 +108,7 @@ def test_the_vectors_of_a_trained_cell_are_used_and_its_own_draw(project: Projec
 
 
 def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Project) -> None:
-    measured, missing = "lra-text-rmfa-exp-maclauformer-0", "lra-text-rmfa-exp-maclauformer-1"
+    measured, missing = "lra-text-rmfa-exp-maclauformer", "lra-text-rmfa-inverse-maclauformer"
     project.set("errors.trained", [measured, missing])
     rows = [
         {

@@ -127,8 +127,8 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
     "a profile that is a number": (put("profile", 2024), "profile must be a str, not 2024 (int)"),
     "a profile of 300 letters": (put("profile", "a" * 300), "profile must be 1 to 64 lower-case letters"),
     "a cell that is not in the grid": (
-        put("errors.trained", ["lra-text-mean-transformer-9"]),
-        "the grid has no cell",
+        put("errors.trained", ["lra-text-mean-transformer-0"]),
+        "the grid has no 'lra-text-mean-transformer-0'",
     ),
     "a kernel beyond its radius": (put("grid.kernel.former", ["transformer"]), "dotf 'inverse'"),
 }
@@ -256,8 +256,9 @@ def test_what_is_accepted_means_what_it_means_to_dvc(
     name: str, project: Project, sources: Path, invoke: Invoke
 ) -> None:
     from dvc.repo import Repo
-    from pipeline.grid.graph import read_graph
 
+    from pipeline.grid.axes import stage_names
+    from pipeline.grid.cells import expand
     from pipeline.grid.params import load_params
     from pipeline.grid.settings import read_yaml
 
@@ -266,12 +267,11 @@ def test_what_is_accepted_means_what_it_means_to_dvc(
     project.write()
     mutate(project)
     assert invoke("status")[0] == 0
-    load_params()
+    params = load_params()
     with Repo() as repo:
         stages = {stage.name for stage in repo.index.stages if stage.name.startswith("train")}
         (seen,) = repo.params.show(targets=["params.yaml"])[""]["data"].values()
-    graph = read_graph(read_yaml(Path("params.yaml")))
-    assert stages == {name for name in graph.stages if name.startswith("train")}
+    assert stages == {stage_names(params.profile, cell)[0] for cell in expand(params)}
     assert seen["data"] == read_yaml(Path("params.yaml"))
     for key, value in expected.items():
         assert lookup(seen["data"], key) == value

@@ -1,5 +1,6 @@
 """The report of made-up results: complete, deterministic, and plain about what is missing."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -343,12 +344,11 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
     write_everything(tmp_path, params)
     first, second = expand(params)[:2]
     for cell in (first, second):
-        for file in (tmp_path / cell.run_folder("cpu")).iterdir():
+        for file in CellResults("cpu", cell.id, tmp_path).files()[1:]:
             file.unlink()
-        (tmp_path / cell.run_folder("cpu")).rmdir()
-    section = params.task[first.task]
-    wider = dataclasses.replace(section, model=dataclasses.replace(section.model, width=32))
-    write_cell(tmp_path, first, dataclasses.replace(params, task={**params.task, first.task: wider}))
+    wider = copy.deepcopy(dict(params.written))
+    wider["task"][first.task]["model"]["width"] = 32
+    write_cell(tmp_path, first, dataclasses.replace(params, written=wider))
     write_cell(tmp_path, second, params, test_code="other code")
     _, setting = collect("cpu", params, tmp_path)
     assert f"Left out because they are out of date: {first.id}." in setting.status()
@@ -362,13 +362,13 @@ DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "s
     ("name", "damage"),
     [
         (name, damage)
-        for name in ("metrics.json", "test.json", "curves.csv", "bench.csv")
+        for name in ("metrics/42.json", "test/42.json", "curves/42.csv", "bench.csv")
         for damage in DAMAGES[name.partition(".")[2]]
     ],
 )
 def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Params, name: str, damage: str) -> None:
     write_everything(tmp_path, params)
-    folder = tmp_path / "runs/cpu" / ("" if name == "bench.csv" else expand(params)[0].id)
+    folder = tmp_path / "runs/cpu" / ("" if name == "bench.csv" else expand(params)[0].group)
     (folder / name).write_text(damage)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         reporting.build("cpu", params, tmp_path)

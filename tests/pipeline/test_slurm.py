@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import project_folder
 import pytest
-from project_folder import Project, init_dvc, job
+from project_folder import Project
 from small_grid import numbers, processes_of, start_grid
 
 from pipeline.grid.cells import expand
@@ -28,17 +29,12 @@ needs_parsl = pytest.mark.skipif(
 )
 RUN = RunParams(threads=1, slurm=SlurmParams(max_blocks=2, walltime_minutes=60))
 
-STAGES = """
-stages:
-  good:
-    cmd: echo hello $GREETING
-  broken:
-    cmd: echo the reason && exit 1
-  slow:
-    cmd: touch slow.txt && sleep 300
-  saving:
-    cmd: python saving.py
-"""
+COMMANDS = {
+    "good": "echo hello $GREETING",
+    "broken": "echo the reason && exit 1",
+    "slow": "touch slow.txt && sleep 300",
+    "saving": "python saving.py",
+}
 SAVING = """
 import pathlib, signal, sys, time
 saved = pathlib.Path("saved.txt")
@@ -71,9 +67,7 @@ def cluster(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def stages(cluster: Path) -> Path:
-    Path("dvc.yaml").write_text(STAGES)
     Path("saving.py").write_text(SAVING)
-    init_dvc(cluster)
     return cluster
 
 
@@ -88,6 +82,10 @@ def slurm_jobs(state: str = "all states that are not over") -> list[str]:
     wanted = [f"--states={state}"] if state.isupper() else []
     command = ["squeue", "--noheader", "--format=%A", *wanted]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def job(name: str, **options: Any) -> Job:
+    return project_folder.job(name, {name: COMMANDS[name]}, **options)
 
 
 def run(run_params: RunParams, *jobs: Job, on_event: Callable[[Event], object] = print, **options: Any) -> list[Event]:
@@ -111,8 +109,8 @@ def run(run_params: RunParams, *jobs: Job, on_event: Callable[[Event], object] =
 
 @needs_parsl
 def test_each_job_ends_for_itself(stages: Path) -> None:
-    slow = job("slow", ("slow",), timeout_seconds=10)
-    events = run(RUN, job("good", ("good",)), job("broken", ("broken",)), slow)
+    slow = job("slow", timeout_seconds=10)
+    events = run(RUN, job("good"), job("broken"), slow)
     ended = {event.job: event for event in events}
     assert {name: event.state for name, event in ended.items()} == {
         "good": "done",
@@ -126,7 +124,7 @@ def test_each_job_ends_for_itself(stages: Path) -> None:
 @needs_parsl
 def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(stages: Path) -> None:
     short = dataclasses.replace(RUN, slurm=SlurmParams(walltime_minutes=2))
-    events = run(short, job("saving", ("saving",), saves=True))
+    events = run(short, job("saving", saves=True))
     assert [event.state for event in events] == ["queued", "started", "retried", "started", "done"]
     assert "walltime" in events[2].text
     assert Path("saved.txt").read_text() == "half"
@@ -135,7 +133,7 @@ def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(sta
 @needs_parsl
 def test_blocks_that_cannot_start_workers_are_a_failure_with_a_reason(stages: Path) -> None:
     wrong = dataclasses.replace(RUN, slurm=SlurmParams(worker_init="echo no such module >&2; exit 1"))
-    (*_, last) = run(wrong, job("good", ("good",)))
+    (*_, last) = run(wrong, job("good"))
     assert last.state == "failed"
     assert "no such module" in last.text
 
@@ -150,7 +148,7 @@ def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -
 
     killer = threading.Thread(target=kill_pool)
     killer.start()
-    (*_, last) = run(RUN, job("slow", ("slow",)))
+    (*_, last) = run(RUN, job("slow"))
     killer.join()
     assert last.state == "failed"
     assert last.text.startswith("Slurm job")
@@ -162,7 +160,7 @@ def test_an_attempt_that_cannot_even_be_handed_over_is_a_failure_with_a_reason(s
     Path("logs").mkdir()
     # A file where a folder is needed.
     Path("logs/.slurm").write_text("")
-    (*_, last) = run(RUN, job("good", ("good",)))
+    (*_, last) = run(RUN, job("good"))
     assert last.state == "failed"
     assert last.text.startswith("could not be started")
 
@@ -239,7 +237,7 @@ def training(folder: Path) -> list[Path]:
 
 
 def finished(folder: Path) -> list[Path]:
-    return list(folder.glob("runs/tiny/*/test.json"))
+    return list(folder.glob("runs/tiny/*/test/*.json"))
 
 
 @needs_parsl
@@ -276,5 +274,5 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     found = numbers(cluster, CELLS)
     for cell in expand(load_params()):
         for verb in ("train", "eval"):
-            assert invoke(verb, *cell.arguments())[0] == 0
+            assert invoke(verb, *cell.arguments(), "--force")[0] == 0
     assert numbers(cluster, CELLS) == found

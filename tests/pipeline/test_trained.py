@@ -18,7 +18,7 @@ import yaml
 from project_folder import ROOT, Project
 
 from pipeline import cli
-from pipeline.results import pack_predictions, read_predictions
+from pipeline.results import CellResults, pack_predictions, read_predictions
 from pipeline.trained import load_trained
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
@@ -30,6 +30,11 @@ Invoke = Callable[..., tuple[int, str, str]]
 
 SOFTMAX, MEAN = "table-softmax-transformer-0", "table-mean-transformer-0"
 WORDS = {"bad": ["dull", "flat", "weak"], "good": ["fine", "bold", "warm"]}
+
+
+def file_of(kind: str, cell: str, profile: str = "tiny") -> Path:
+    group, _, seed = cell.rpartition("-")
+    return Path("runs", profile, group, kind, f"{seed}.{'npz' if kind == 'predictions' else 'json'}")
 
 
 def run(*arguments: str) -> None:
@@ -115,7 +120,7 @@ def test_predict_gives_the_logits_that_the_test_was_scored_with(trained: Path) -
     texts = [known[tokens.numpy().tobytes()] for tokens in batch.tokens]
     predicted = [next(iter(classes)) for classes in found.classifier.predict(texts)]
     truth = [found.classifier.class_names[label] for label in batch.labels]
-    score = json.loads((trained / "runs/tiny" / SOFTMAX / "test.json").read_text())
+    score = json.loads(file_of("test", SOFTMAX).read_text())
     assert score["examples"] == 24
     assert sum(map(str.__eq__, predicted, truth)) / 24 == score["accuracy"]
 
@@ -188,8 +193,8 @@ def test_the_card_states_results_data_seed_revision_and_its_code_runs(
     card = (tmp_path / "exported/README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "mit"
-    test = json.loads((trained / "runs/tiny" / SOFTMAX / "test.json").read_text())
-    metrics = json.loads((trained / "runs/tiny" / SOFTMAX / "metrics.json").read_text())
+    test = json.loads(file_of("test", SOFTMAX).read_text())
+    metrics = json.loads(file_of("metrics", SOFTMAX).read_text())
     for row in (
         f"| test accuracy | {100 * test['accuracy']:.2f} % of 24 examples |",
         "| data | reviews.csv, words; reviews.csv |",
@@ -221,16 +226,17 @@ def test_an_export_is_refused_where_it_could_not_be_made_again(trained: Path, in
     (tmp_path / "full/file").touch()
     assert "is no empty folder" in invoke("export", SOFTMAX, str(tmp_path / "full"))[2]
     target = tmp_path / "exported"
-    for file, change, message in (
-        ("schoenbat/attention/softmax.py", "\n# changed\n", "the code has changed since"),
-        ("params.yaml", "", "trained with other settings than those of params.yaml"),
+    code = load_trained(SOFTMAX).metrics.fingerprint.code
+    for file, text, changed, message in (
+        (file_of("metrics", SOFTMAX), code, "of other code", "the code has changed since"),
+        (Path("params.yaml"), "steps: 60", "steps: 90", "trained with other settings than those of params.yaml"),
     ):
-        before = Path(file).read_text()
-        Path(file).write_text(before + change if change else before.replace("steps: 60", "steps: 90"))
+        before = file.read_text()
+        file.write_text(before.replace(text, changed))
         code, _, err = invoke("export", SOFTMAX, str(target))
         assert (code, len(err.splitlines())) == (2, 1), err
         assert message in err
-        Path(file).write_text(before)
+        file.write_text(before)
         assert list(tmp_path.iterdir()) == [tmp_path / "full"]
 
 
@@ -263,12 +269,12 @@ def test_two_cells_differ_in_what_they_were_told_and_in_their_numbers(trained: P
     assert (found["data"], found["code_differs"]) == ({}, None)
     numbers = {number["name"]: number for number in found["numbers"]}
     for side, cell in (("a", SOFTMAX), ("b", MEAN)):
-        metrics = json.loads((trained / "runs/tiny" / cell / "metrics.json").read_text())
-        test = json.loads((trained / "runs/tiny" / cell / "test.json").read_text())
+        metrics = json.loads(file_of("metrics", cell).read_text())
+        test = json.loads(file_of("test", cell).read_text())
         assert numbers["parameters"][side] == metrics["num_parameters"]
         assert numbers["dev loss"][side] == metrics["best_dev_loss"]
         assert numbers["test accuracy"][side] == test["accuracy"]
-    right = [read_predictions(trained / "runs/tiny" / cell / "predictions.npz").correct for cell in (SOFTMAX, MEAN)]
+    right = [read_predictions(file_of("predictions", cell)).correct for cell in (SOFTMAX, MEAN)]
     apart = [int(((right[0] - right[1]) * sign > 0).sum()) for sign in (1, -1)]
     expected = scipy.stats.binomtest(apart[0], sum(apart)).pvalue if sum(apart) else 1.0
     assert numbers["test accuracy"]["p"] == expected
@@ -283,22 +289,23 @@ def test_two_cells_differ_in_what_they_were_told_and_in_their_numbers(trained: P
 def test_two_profiles_are_paired_by_seed_and_tested(trained: Path, invoke: Invoke) -> None:
     other = trained / "runs/other"
     shutil.copytree(trained / "runs/tiny", other)
-    for file in other.glob("*/*.json"):
+    for file in other.glob("*/*/*.json"):
         file.write_text(file.read_text().replace('"profile": "tiny"', '"profile": "other"'))
     losses = {}
     for seed, loss in ((0, 0.1), (1, 0.3)):
-        path = other / f"table-mean-transformer-{seed}/metrics.json"
+        path = file_of("metrics", f"table-mean-transformer-{seed}", "other")
         content = json.loads(path.read_text())
         losses[seed] = content["best_dev_loss"]
         path.write_text(json.dumps({**content, "best_dev_loss": losses[seed] + loss, "git_revision": "abc"}))
-    shutil.rmtree(other / "table-softmax-transformer-1")
-    file = other / SOFTMAX / "predictions.npz"
+    for file in CellResults("other", "table-softmax-transformer-1").files()[1:]:
+        file.unlink()
+    file = file_of("predictions", SOFTMAX, "other")
     predicted = read_predictions(file)
     wrong = predicted.correct.copy()
     wrong[:10] = 1 - wrong[:10]
     file.write_bytes(pack_predictions(dataclasses.replace(predicted, correct=wrong)))
-    score = json.loads((other / SOFTMAX / "test.json").read_text())
-    (other / SOFTMAX / "test.json").write_text(json.dumps({**score, "accuracy": float(wrong.mean())}))
+    file = file_of("test", SOFTMAX, "other")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "accuracy": float(wrong.mean())}))
     found = compared(invoke, "tiny", "other")
     numbers = {(number["of"].split()[1], number["name"]): number for number in found["numbers"]}
     changed = numbers["mean", "dev loss"]
@@ -334,14 +341,15 @@ def test_a_revision_is_compared_by_what_git_and_dvc_have_of_it(
 
     git("init", "-q")
     Path(".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
-    Path(".gitignore").write_text("/data\n/mlflow.db\n/mlruns\n/logs\n/checkpoints\n/.dvc/cache\n/.dvc/tmp\n")
-    stages = [f"{stage}@tiny-{SOFTMAX}" for stage in ("train", "evaluate")]
+    Path(".gitignore").write_text("/data\n/mlflow.db\n/mlruns\n/logs\n/checkpoints\n/weights\n/.dvc/cache\n/.dvc/tmp\n")
+    run("numerics")
+    stages = [f"{stage}@tiny-{SOFTMAX.removesuffix('-0')}" for stage in ("train", "evaluate")]
     commit = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *stages]
     subprocess.run(commit, check=True, capture_output=True)
     git("add", ".")
     git("commit", "-q", "-m", "before")
     git("tag", "before")
-    metrics = Path("runs/tiny", SOFTMAX, "metrics.json")
+    metrics = file_of("metrics", SOFTMAX)
     content = json.loads(metrics.read_text())
     metrics.unlink()
     metrics.write_text(json.dumps({**content, "best_dev_loss": content["best_dev_loss"] + 1}))

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.grid.graph import cell_sources
 from project_folder import ROOT, Project
-from test_dvc import as_dvc_reads_it, as_it_is_read_here
 
-from pipeline.grid.axes import Cell
-from pipeline.grid.cells import expand, make_cell, settings
+from pipeline.grid.axes import Cell, stage_names
+from pipeline.grid.cells import expand, make_cells, settings
 from pipeline.grid.checked import load_checked
+from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import cell_training, load_params
 from pipeline.reporting._collect import collect
 from schoenbat.attention import ATTENTIONS
@@ -61,7 +60,7 @@ def test_a_variant_is_a_point_of_its_axis_with_a_section_of_its_own(varied: Proj
         "lra-listops-rmfa-exp-maclauformer+gain2-0",
         "lra-listops-rmfa+4-exp-maclauformer+gain2-0",
     ]
-    assert make_cell(params, "lra-listops", "rmfa+4", "exp", "maclauformer+gain2", 0) == SMALL
+    assert make_cells(params, "lra-listops", "rmfa+4", "exp", "maclauformer+gain2", 0) == [SMALL]
     found = settings(SMALL, params)
     assert (found["attention"], found["former"]["gain"]) == ({"num_features": 4}, 2.0)
 
@@ -160,42 +159,29 @@ def test_what_does_not_fit_is_one_line_that_names_it(varied: Project, changes: d
     assert "\n" not in str(caught.value)
 
 
-def test_a_variant_depends_on_the_file_of_its_mechanism_and_dvc_sees_the_same(varied: Project) -> None:
-    load_checked()
-    sources = cell_sources(SMALL, "train", "tiny")
-    assert "schoenbat/attention/rmfa+4.py" in sources
-    assert Path("schoenbat/attention/rmfa+4.py").resolve() == Path("schoenbat/attention/rmfa.py").resolve()
-    assert as_it_is_read_here(varied.settings) == as_dvc_reads_it(varied.folder)
-
-    varied.settings["attention"].pop("rmfa+4")
-    varied.set("grid.kernel.attn", ["rmfa"])
-    load_checked()
-    assert not Path("schoenbat/attention/rmfa+4.py").is_symlink()
-    assert Path("schoenbat/attention/mean+fast.py").is_symlink()
-
-
-def test_the_settings_of_a_running_grid_take_no_links_from_those_of_now(varied: Project) -> None:
-    older = Path("older.yaml")
-    varied.set("grid.plain.attn", ["mean", "mean+fast"])
-    older.write_bytes(Path("params.yaml").read_bytes())
-    varied.settings["attention"]["mean+new"] = {}
-    varied.set("grid.plain.attn", ["mean", "mean+fast", "mean+new"])
-    load_checked()
-    load_checked(older)
-    assert Path("schoenbat/attention/mean+new.py").is_symlink()
-    assert "/mean+new.py" in Path("schoenbat/attention/.gitignore").read_text()
+def test_a_variant_is_computed_by_the_code_of_its_mechanism_and_dvc_sees_it(varied: Project, invoke: Invoke) -> None:
+    assert component_digests("attention", "rmfa+4") == component_digests("attention", "rmfa")
+    assert invoke("numerics")[0] == 0
+    folder = Path("numerics/attention")
+    assert (folder / "rmfa+4.json").read_bytes() == (folder / "rmfa.json").read_bytes()
+    assert (folder / "rmfa+4.json").read_bytes() != (folder / "mean+fast.json").read_bytes()
+    listed = {line.split()[0] for line in dvc("stage", "list", "--all").splitlines()}
+    assert {stage for cell in expand(load_params()) for stage in stage_names("tiny", cell)} <= listed
 
 
 @pytest.mark.slow
-def test_dvc_alone_trains_a_variant_and_sees_when_the_file_of_its_mechanism_changes(
+def test_dvc_alone_trains_a_variant_and_sees_when_what_its_mechanism_computes_changes(
     varied: Project, invoke: Invoke
 ) -> None:
-    stage = f"train_kernel@tiny-{SMALL.id}"
+    stage, evaluate = stage_names("tiny", SMALL)
     dvc("repro", "--quiet", stage)
-    assert json.loads(Path(f"runs/tiny/{SMALL.id}/metrics.json").read_text())["attention"] == {"num_features": 4}
-    planned = invoke("run", "--cell", SMALL.id, "--dry-run", "--json")[1]
-    assert f'"{stage.replace("train", "evaluate")}"' in planned
-    assert f'"{stage}"' not in planned
-    with Path("schoenbat/attention/rmfa.py").open("a") as file:
-        file.write("# changed\n")
-    assert "modified:           schoenbat/attention/rmfa+4.py" in dvc("status", stage)
+    metrics = Path(f"runs/tiny/{SMALL.group}/metrics/0.json")
+    assert json.loads(metrics.read_text())["attention"] == {"num_features": 4}
+    assert json.loads(dvc("status", "--json", stage)) == {}
+    assert list(json.loads(dvc("status", "--json", "--single-item", evaluate))) == [evaluate]
+    (job, *_) = json.loads(invoke("run", "--cell", SMALL.id, "--dry-run", "--json")[1])["jobs"]
+    assert job == {"job": SMALL.id, "stages": [stage, evaluate]}
+    numerics = Path("numerics/attention/rmfa+4.json")
+    numerics.write_text(json.dumps({**json.loads(numerics.read_text()), "added": "0"}))
+    changed = json.loads(dvc("status", "--json", "--single-item", stage))
+    assert changed[stage] == [{"changed deps": {str(numerics): "modified"}}]
