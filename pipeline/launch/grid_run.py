@@ -26,6 +26,7 @@ from pipeline.lease import Lease
 from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
 from pipeline.record.writer import Recorder, changed_stages, mend_lock
+from pipeline.results import CellResults
 from pipeline.text import counted, share
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
@@ -116,9 +117,13 @@ def _unrecorded(cells: Iterable[Cell], freshness: Freshness, changed: Mapping[st
 def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool) -> list[str]:
     """Return the stages that belong to no cell and are out of date now, or will be when the cells are done."""
     suffix = f"@{params.profile}"
+    first = {cell.group: cell for cell in reversed(expand(params))}
     groups = {cell.group for cell in due}
-    names = [f"bench{suffix}", *(f"errors{suffix}-{group}" for group in params.errors.trained)] if everything else []
-    found = [name for name in names if changed.get(name) or name.partition("-")[2] in groups]
+    # A clone has the errors without the weights that they are of.
+    measured = {group for group in params.errors.trained if CellResults(params.profile, first[group].id).best.is_file()}
+    errors = {f"errors{suffix}-{group}": group for group in params.errors.trained if group in groups | measured}
+    names = [f"bench{suffix}", *errors] if everything else []
+    found = [name for name in names if changed.get(name) or errors.get(name) in groups]
     report = f"report{suffix}"
     return [*found, report] if due or found or changed.get(report) else []
 
