@@ -6,7 +6,6 @@ from typing import Any
 
 from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.settings import PARAMS_FILE, enter_project, read_yaml
-from pipeline.results import trained_cells
 from schoenbat.errors import UserError
 from schoenbat.registry import Registry
 
@@ -58,4 +57,7 @@ comparable = _quietly(lambda: sorted({name for profile, cells in _trained().item
 
 
 def _trained() -> dict[str, list[str]]:
+    # It imports numpy, which other names do not need.
+    from pipeline.results import trained_cells
+
     return {path.name: trained_cells(path.name) for path in Path("runs").glob("*")}
