@@ -5,6 +5,7 @@ import shlex
 import statistics
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 
 import psutil
 
@@ -43,7 +44,6 @@ def plan_jobs(
     tasks = [task for task in dict.fromkeys(cell.task for cell in due) if not freshness.has_arrays(task)]
     jobs = [_data_job(params, task) for task in tasks]
     known = _Measured(params, expand(params), device)
-    minutes = params.run.timeout_minutes
     for cell in due:
         seconds, memory = known.expected(cell)
         jobs.append(
@@ -54,7 +54,6 @@ def plan_jobs(
                 seconds=seconds,
                 memory_mb=memory,
                 threads=params.run.threads,
-                timeout_seconds=None if minutes is None else minutes * 60,
                 saves=True,
             )
         )
@@ -70,7 +69,8 @@ def plan_jobs(
         )
         for position, name in enumerate(others)
     ]
-    return jobs
+    minutes = params.run.timeout_minutes
+    return [replace(job, timeout_seconds=None if minutes is None else minutes * 60) for job in jobs]
 
 
 def _data_job(params: Params, task: str) -> Job:

@@ -3,34 +3,46 @@
 from pathlib import Path
 
 import pytest
-from pipeline.grid.graph import read_graph
-from pipeline.hashes import Hashes
 from project_folder import Project, write_results
 
 from pipeline.grid.cells import expand
+from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
 from pipeline.launch import Job
 from pipeline.launch.plan import plan_jobs
 from pipeline.results import CellResults, Fingerprint
 
+OTHERS = ["bench@tiny", "errors@tiny", "errors_trained@tiny-lra-text-rmfa-exp-maclauformer", "report@tiny"]
+
 
 def planned(project: Project) -> dict[str, Job]:
-    params, graph = load_params(), read_graph(project.settings)
-    jobs = plan_jobs(params, expand(params), graph, graph.stages, project.settings, Hashes(), device="cpu")
+    params = load_params()
+    jobs = plan_jobs(params, expand(params), Freshness(project.settings), OTHERS, force=False, device="cpu")
     return {job.name: job for job in jobs}
 
 
+def test_what_is_no_cell_comes_alone_and_last_and_needs_only_the_cells_that_it_measures(project: Project) -> None:
+    jobs = planned(project)
+    cells = [cell.id for cell in expand(load_params())]
+    assert list(jobs) == ["data-lra-listops", "data-lra-text", *cells, *OTHERS]
+    assert [name for name, job in jobs.items() if job.exclusive] == OTHERS
+    assert sorted(OTHERS, key=lambda name: -jobs[name].seconds) == OTHERS
+    seeds = tuple(f"lra-text-rmfa-exp-maclauformer-{seed}" for seed in (0, 1))
+    assert {name: jobs[name].needs for name in OTHERS if jobs[name].needs} == {OTHERS[2]: seeds}
+    assert jobs[seeds[0]].needs == ("data-lra-text",)
+    train, test = jobs[seeds[0]].stages
+    assert (train.name, test.name) == (f"train_kernel@tiny-{seeds[0][:-2]}", f"evaluate_kernel@tiny-{seeds[0][:-2]}")
+    assert train.environment == test.environment == {"SCHOENBAT_CODE": Freshness(project.settings).code("rmfa", "exp")}
+
+
 def test_every_job_has_the_time_limit_also_those_of_data(project: Project) -> None:
-    project.add_code()
     project.set("run.timeout_minutes", 5)
     jobs = planned(project)
-    assert {"data-lra-text", "bench@tiny", "report@tiny", "lra-text-mean-transformer-0"} <= jobs.keys()
     assert {job.timeout_seconds for job in jobs.values()} == {300.0}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"device": "cpu"}', "\0"])
 def test_of_a_damaged_record_of_what_a_cell_took_nothing_is_known(project: Project, damage: str) -> None:
-    project.add_code()
     cell = expand(load_params())[0]
     unknown = planned(project)[cell.id]
     results = CellResults("tiny", cell.id)
