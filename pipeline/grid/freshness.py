@@ -53,6 +53,10 @@ class Freshness:
         self._data = functools.cache(self._read_data)
         self.profile: str = settings["profile"]
 
+    def look_again(self) -> "Freshness":
+        """Return the same with data and results as they are by now, and code and settings as they were."""
+        return Freshness(self._settings, self._digests)
+
     def code(self, attn: str, dotf: str | None) -> str:
         """Return the fingerprint of the code of a mechanism and its kernel."""
         return digest([self._digests("attention", attn), dotf and self._digests("kernel", dotf)])

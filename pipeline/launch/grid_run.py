@@ -88,7 +88,7 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
         for cell in chosen if typed.restart else ():
             (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
         print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
-        return _Run(params, chosen, jobs, typed, recorder).run(backend, at_once)
+        return _Run(params, chosen, jobs, typed, freshness, recorder).run(backend, at_once)
 
 
 @contextlib.contextmanager
@@ -188,10 +188,11 @@ class _Run:
         chosen: Sequence[Cell],
         jobs: Sequence[Job],
         typed: RunOptions,
+        freshness: Freshness,
         recorder: Recorder,
     ) -> None:
         self._params, self._chosen = params, chosen
-        self._jobs, self._typed, self._recorder = jobs, typed, recorder
+        self._jobs, self._typed, self._freshness, self._recorder = jobs, typed, freshness, recorder
         self._cells = {cell.id: cell for cell in expand(params)}
         self._exclusive = {job.name for job in jobs if job.exclusive}
         self._only_exclusive = False
@@ -250,7 +251,10 @@ class _Run:
             self._recorder.poll()
 
     def _complete_stages_of(self, job: str) -> list[str]:
-        """Return the stages that a job has completed; those of a cell only with the last of its seeds."""
+        """Return the stages that a job has completed; those of a cell only with the last of its seeds.
+
+        They are judged by the code and the settings of the start: if these have changed, the recorder says so.
+        """
         cell = self._cells.get(job)
         if cell is not None:
             group = [other for other in self._cells.values() if other.group == cell.group]
@@ -263,8 +267,7 @@ class _Run:
             if cell
             else {*data_stage_names(self._params.profile, group[0].task)}
         )
-        freshness = Freshness(read_yaml(PARAMS_FILE))
-        return [name for name in _complete_stages(group, freshness) if name in own]
+        return [name for name in _complete_stages(group, self._freshness.look_again()) if name in own]
 
     def _holds(self) -> bool:
         """DVC takes a core from what measures time, and touches files that are gathered: not beside it."""

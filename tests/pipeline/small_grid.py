@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import IO
 
 import psutil
-from project_folder import ROOT, Project
+from project_folder import Project
 
 from pipeline.lease import LEASE_VARIABLE
+from pipeline.results import CellResults
 
 TASK = ("--task", "lra-listops")
 CELLS = {
@@ -21,7 +22,6 @@ CELLS = {
     "lra-listops-rmfa-exp-maclauformer-0": (*TASK, "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer"),
 }
 MEAN, RMFA = CELLS
-NUMBERS = ("metrics.json", "curves.csv", "test.json", "predictions.npz")
 
 
 def make_small(folder: Path) -> Project:
@@ -43,7 +43,7 @@ def start_grid(
     return subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **variables},
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
@@ -52,7 +52,9 @@ def start_grid(
 
 
 def numbers(folder: Path, cells: Iterable[str] = CELLS) -> dict[str, bytes]:
-    return {f"{cell}/{name}": (folder / "runs/tiny" / cell / name).read_bytes() for cell in cells for name in NUMBERS}
+    """Return the content of each file of results but the weights."""
+    files = [file for cell in cells for file in CellResults("tiny", cell, folder).files()[1:]]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -29,6 +29,8 @@ from mlflow_server import Server, running_server
 from slurm_node import Node
 from small_grid import CELLS, make_small, numbers, processes_of, start_grid, tracked_runs
 
+from pipeline.results import CellResults
+
 pytestmark = pytest.mark.slow
 
 NUM_FAULTS = int(os.environ.get("SCHOENBAT_CHAOS", "6"))
@@ -227,7 +229,7 @@ def wait_until(condition: Callable[[], bool], said: str, seconds: float = 60) ->
 
 
 def start_over(folder: Path) -> None:
-    for name in ("runs", "checkpoints", "mlruns", "logs", ".dvc/cache"):
+    for name in ("runs", "weights", "checkpoints", "mlruns", "logs", ".dvc/cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for path in (folder / "dvc.lock", *folder.glob("mlflow.db*")):
         path.unlink(missing_ok=True)
@@ -241,6 +243,7 @@ def scores_and_weights(folder: Path) -> dict[str, tuple[int, bool]]:
         for run, cell in cells:
             query = "select count(*) from metrics where key = 'test_accuracy' and run_uuid = ?"
             ((scores,),) = database.execute(query, [run])
-            weights = [path.read_bytes() for path in folder.glob(f"mlruns/**/{run}/artifacts/best.pt")]
-            found[cell] = scores, weights == [(folder / "runs/tiny" / cell / "best.pt").read_bytes()]
+            best = CellResults("tiny", cell, folder).best
+            weights = [path.read_bytes() for path in folder.glob(f"mlruns/**/{run}/artifacts/{best.name}")]
+            found[cell] = scores, weights == [best.read_bytes()]
     return found

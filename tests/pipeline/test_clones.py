@@ -10,6 +10,8 @@ import pytest
 from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, make_small, numbers
 
+from pipeline.results import CellResults
+
 pytestmark = pytest.mark.slow
 
 
@@ -32,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def shown_of(*command: str) -> set[str]:
     """The files of results that a command of DVC's shows."""
-    return set(re.findall(r"runs/tiny/[^/]+/(?:metrics|test)\.json", call(Path.cwd(), "dvc", *command)))
+    return set(re.findall(r"runs/tiny/[^/]+/(?:metrics|test)/0\.json", call(Path.cwd(), "dvc", *command)))
 
 
 def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_nothing_to_run(
@@ -58,18 +60,18 @@ def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_
     git(first, "add", "--all")
     git(first, "commit", "--message", "results")
     in_git = git(first, "ls-files", "runs/tiny")
-    assert {"bench.csv", "bench-checks.csv", "predictions.npz"} < {Path(name).name for name in in_git.split()}
-    assert not re.search(r"best\.pt|\.gitignore", in_git)
+    assert {"bench.csv", "bench-checks.csv", "0.npz"} < {Path(name).name for name in in_git.split()}
+    assert not re.search(r"\.pt|\.gitignore", in_git)
 
     git(tmp_path, "clone", str(first), str(second))
     monkeypatch.chdir(second)
     assert numbers(second) == numbers(first)
-    results = {f"runs/tiny/{cell}/{name}.json" for cell in CELLS for name in ("metrics", "test")}
+    results = {str(file) for cell in CELLS for file in CellResults("tiny", cell).files() if file.suffix == ".json"}
     assert shown_of("metrics", "show", "--json") == results
     assert shown_of("metrics", "diff", "HEAD~1", "--json") == results
     call(second, "dvc", "plots", "show", "--out", "plots")
     page = Path("plots/index.html").read_text()
-    assert all(f"{cell}/curves.csv" in page for cell in CELLS)
+    assert all(f"{CellResults('tiny', cell).group}/curves" in page for cell in CELLS)
     shutil.rmtree("plots")
     report = files(first / "reports/tiny")
     shutil.rmtree("reports")
@@ -79,9 +81,9 @@ def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_
 
     call(first, "dvc", "push")
     call(second, "dvc", "pull", "--allow-missing")
-    weights = f"runs/tiny/{MEAN}/best.pt"
+    weights = CellResults("tiny", MEAN).best
     assert (second / weights).read_bytes() == (first / weights).read_bytes()
     assert "nothing to do: all 2 cells" in call(second, "pipeline.cli", "run", "--grid")
-    call(second, "pipeline.cli", "eval", *CELLS[MEAN])
+    call(second, "pipeline.cli", "eval", *CELLS[MEAN], "--force")
     assert numbers(second) == numbers(first)
     assert git(second, "status", "--porcelain") == ""

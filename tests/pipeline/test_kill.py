@@ -18,6 +18,7 @@ from project_folder import ROOT, Project
 from small_grid import tracked_runs
 
 from pipeline.lease import STOPPED
+from pipeline.results import CellResults
 
 pytestmark = pytest.mark.slow
 
@@ -73,9 +74,9 @@ def test_killed_three_times_it_ends_with_the_same_bytes_and_one_run(prepared: Pr
     child = start(prepared.folder)
     assert child.wait() == 0, child.communicate()
 
-    for name in ("metrics.json", "curves.csv"):
-        ours, expected = (folder / "runs/tiny" / CELL / name for folder in (prepared.folder, undisturbed))
-        assert ours.read_bytes() == expected.read_bytes(), name
+    trained = (CellResults("tiny", CELL, folder).files()[:3] for folder in (prepared.folder, undisturbed))
+    for ours, expected in zip(*trained, strict=True):
+        assert ours.read_bytes() == expected.read_bytes(), ours
     assert not checkpoint.exists()
 
     assert tracked_runs(prepared.folder) == {CELL: list(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))}
@@ -136,7 +137,7 @@ def test_full_disk_ends_in_one_line_and_keeps_what_was_there(prepared: Project) 
     assert "Traceback" not in err
     assert checkpoint.read_bytes() == before
     assert [path.name for path in checkpoint.parent.iterdir() if path.suffix == ".tmp"] == []
-    assert not (prepared.folder / "runs/tiny" / CELL / "metrics.json").exists()
+    assert CellResults("tiny", CELL, prepared.folder).metrics() is None
 
 
 def test_read_only_folder_ends_in_one_line(prepared: Project) -> None:

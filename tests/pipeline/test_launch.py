@@ -15,59 +15,42 @@ from typing import Any
 
 import psutil
 import pytest
-from project_folder import Project, init_dvc, job
+from project_folder import Project, job
 
 from pipeline.launch import Device, Event, GridState, Job, Lease, Options, run_jobs
 from pipeline.launch.local import LocalBackend
 from pipeline.launch.session import only_grid
 from schoenbat.errors import UserError
 
-STAGES = """
-stages:
-  good:
-    cmd: echo hello $GREETING && echo done > good.txt
-    outs: [good.txt]
-  absent:
-    cmd: >-
-      printf '{"kind":"unavailable","message":"not to be had"}' > $SCHOENBAT_OUTCOME_FILE && exit 3
-  broken:
-    cmd: echo the reason && exit 1
-  later:
-    cmd: echo never > later.txt
-  slow:
-    cmd: echo started > slow.txt && sleep 100
-  deaf:
-    cmd: trap '' INT TERM && echo started > deaf.txt && sleep 100
-  hangs:
-    cmd: sleep 100
-  crashes:
-    cmd: echo x >> crashes.txt && exit 7
-  crashes_once:
-    cmd: test -e crashes_once.txt || { touch crashes_once.txt && kill -9 $$; }
-  loses_its_worker:
-    cmd: test -e loses_its_worker.txt || { touch loses_its_worker.txt && kill -9 $PPID && sleep 100; }
-  stops_itself:
-    cmd: test -e stops_itself.txt || { touch stops_itself.txt && exit 75; }
-  never_ends:
-    cmd: echo x >> never_ends.txt && exit 75
-  memory:
-    cmd: >-
-      echo x >> memory.txt && printf '{"kind":"memory","message":"too little"}' > $SCHOENBAT_OUTCOME_FILE && exit 1
-  usage:
-    cmd: >-
-      echo x >> usage.txt && printf '{"kind":"usage","message":"unknown"}' > $SCHOENBAT_OUTCOME_FILE && exit 2
-  nan:
-    cmd: >-
-      echo x >> nan.txt && printf '{"kind":"failed","message":"loss is nan"}' > $SCHOENBAT_OUTCOME_FILE && exit 1
-"""
+FAILS = 'echo x >> {0}.txt && printf \'{{"kind":"{1}","message":"{2}"}}\' > $SCHOENBAT_OUTCOME_FILE && exit {3}'
+COMMANDS = {
+    "good": "echo hello $GREETING && echo done > good.txt",
+    "absent": FAILS.format("absent", "unavailable", "not to be had", 3),
+    "broken": "echo the reason && exit 1",
+    "later": "echo never > later.txt",
+    "slow": "echo started > slow.txt && sleep 100",
+    "deaf": "trap '' INT TERM && echo started > deaf.txt && sleep 100",
+    "hangs": "sleep 100",
+    "crashes": "echo x >> crashes.txt && exit 7",
+    "crashes_once": "test -e crashes_once.txt || { touch crashes_once.txt && kill -9 $$; }",
+    "loses_its_worker": "test -e loses_its_worker.txt || { touch loses_its_worker.txt && kill -9 $PPID && sleep 100; }",
+    "stops_itself": "test -e stops_itself.txt || { touch stops_itself.txt && exit 75; }",
+    "never_ends": "echo x >> never_ends.txt && exit 75",
+    "memory": FAILS.format("memory", "memory", "too little", 1),
+    "usage": FAILS.format("usage", "usage", "unknown", 2),
+    "nan": FAILS.format("nan", "failed", "loss is nan", 1),
+}
 
 
 @pytest.fixture
-def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text(STAGES)
-    init_dvc(tmp_path)
     return tmp_path
+
+
+def does(name: str, stages: Iterable[str], **options: Any) -> Job:
+    """Return a job of some of the commands, by their names."""
+    return job(name, {stage: COMMANDS[stage] for stage in stages}, **options)
 
 
 def run(
@@ -87,13 +70,13 @@ def ends(events: Iterable[Event | None]) -> dict[str, Event]:
     return {event.job: event for event in events if event is not None and event.state in final}
 
 
-def test_a_job_that_fails_stops_only_those_that_need_it(stages: Path) -> None:
+def test_a_job_that_fails_stops_only_those_that_need_it(folder: Path) -> None:
     jobs = [
-        job("absent", ("absent",)),
-        job("broken", ("broken", "later")),
-        job("later", ("later",), needs=("absent",)),
-        job("slow", ("slow",), needs=("later",)),
-        job("good", ("good",), needs=("elsewhere",)),
+        does("absent", ("absent",)),
+        does("broken", ("broken", "later")),
+        does("later", ("later",), needs=("absent",)),
+        does("slow", ("slow",), needs=("later",)),
+        does("good", ("good",), needs=("elsewhere",)),
     ]
     ended = ends(run(*jobs, environment={"GREETING": "you"}))
     assert {name: event.state for name, event in ended.items()} == {
@@ -114,9 +97,9 @@ def attempts(stage: str) -> int:
 
 
 @pytest.mark.slow
-def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: Path) -> None:
+def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(folder: Path) -> None:
     names = ("crashes", "crashes_once", "loses_its_worker", "stops_itself", "memory", "usage", "nan")
-    jobs = [job(name, (name,), saves=name == "stops_itself") for name in (*names, "never_ends")]
+    jobs = [does(name, (name,), saves=name == "stops_itself") for name in (*names, "never_ends")]
     events = list(run(*jobs, retries=1))
     assert {name: (event.state, event.text) for name, event in ends(events).items() if event.state != "done"} == {
         "crashes": ("failed", "> echo x >> crashes.txt && exit 7"),
@@ -136,21 +119,21 @@ def test_crashes_and_lack_of_memory_are_tried_again_and_nothing_else_is(stages: 
     assert tried_again["crashes_once"] == "crash: ended by SIGKILL"
     assert tried_again["loses_its_worker"] == "crash: ended by SIGKILL"
     assert tried_again["stops_itself"] == "stopped itself; goes on from its checkpoint"
-    assert _processes_in(stages) == []
+    assert _processes_in(folder) == []
 
 
 @pytest.mark.slow
-def test_a_job_that_hangs_is_ended_and_not_tried_again(stages: Path) -> None:
-    events = list(run(job("hangs", ("hangs",), timeout_seconds=6.0), retries=2))
+def test_a_job_that_hangs_is_ended_and_not_tried_again(folder: Path) -> None:
+    events = list(run(does("hangs", ("hangs",), timeout_seconds=6.0), retries=2))
     (event,) = ends(events).values()
     assert (event.state, event.text) == ("failed", "took more than 0.1 minutes")
     assert [event.state for event in events if event is not None].count("started") == 1
-    assert _processes_in(stages) == []
+    assert _processes_in(folder) == []
 
 
 @pytest.mark.slow
-def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
-    jobs = (job("slow", ("slow",), seconds=2.0), job("nan", ("nan",), seconds=1.0), job("later", ("later",)))
+def test_the_first_failure_stops_a_grid_that_is_told_so(folder: Path) -> None:
+    jobs = (does("slow", ("slow",), seconds=2.0), does("nan", ("nan",), seconds=1.0), does("later", ("later",)))
     ended = ends(run(*jobs, fail_fast=True))
     assert {name: event.state for name, event in ended.items()} == {
         "slow": "stopped",
@@ -159,16 +142,16 @@ def test_the_first_failure_stops_a_grid_that_is_told_so(stages: Path) -> None:
     }, ended
     assert ended["slow"].log is not None
     assert ended["later"].log is None, "it was never started"
-    assert _processes_in(stages) == []
+    assert _processes_in(folder) == []
 
 
 @pytest.mark.slow
-def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(stages: Path) -> None:
+def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(folder: Path) -> None:
     jobs = (
-        job("measures", ("crashes_once",), exclusive=True, seconds=100.0),
-        job("short", ("stops_itself",), seconds=1.0),
-        job("long", ("good",), seconds=2.0),
-        job("after", ("later",), needs=("short",)),
+        does("measures", ("crashes_once",), exclusive=True, seconds=100.0),
+        does("short", ("stops_itself",), seconds=1.0),
+        does("long", ("good",), seconds=2.0),
+        does("after", ("later",), needs=("short",)),
     )
     running: set[str] = set()
     order = []
@@ -185,17 +168,17 @@ def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(stages: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 2])
-def test_a_stage_that_does_not_heed_a_stop_is_killed(stages: Path, requests: int) -> None:
-    events = run(job("deaf", ("deaf",)), stops=lambda: requests if Path("deaf.txt").exists() else 0)
+def test_a_stage_that_does_not_heed_a_stop_is_killed(folder: Path, requests: int) -> None:
+    events = run(does("deaf", ("deaf",)), stops=lambda: requests if Path("deaf.txt").exists() else 0)
     ended = ends(events)
     assert [event.state for event in ended.values()] == ["stopped"], ended
-    assert _processes_in(stages) == []
+    assert _processes_in(folder) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
-    stages: Path, number: signal.Signals
+    folder: Path, number: signal.Signals
 ) -> None:
     def strike() -> None:
         while not Path("slow.txt").exists():
@@ -205,10 +188,10 @@ def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
                 child.send_signal(number)
 
     threading.Thread(target=strike, daemon=True).start()
-    ended = ends(run(job("slow", ("slow",), timeout_seconds=15.0), job("good", ("good",), needs=("slow",))))
+    ended = ends(run(does("slow", ("slow",), timeout_seconds=15.0), does("good", ("good",), needs=("slow",))))
     assert ended["slow"].state == "failed"
-    assert _processes_in(stages) == []
-    again = ends(run(job("good", ("good",))))
+    assert _processes_in(folder) == []
+    again = ends(run(does("good", ("good",))))
     assert again["good"].state == "done", again
 
 
@@ -300,20 +283,20 @@ def heeded_interrupt() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_no_child_behind(stages: Path, heeded_interrupt: None) -> None:
+def test_an_interrupt_leaves_no_child_behind(folder: Path, heeded_interrupt: None) -> None:
     seen: list[str] = []
 
     def interrupt_once_it_runs() -> None:
         while not Path("slow.txt").exists():
             time.sleep(0.05)
-        seen.extend(process.name() for process in _processes_in(stages))
+        seen.extend(process.name() for process in _processes_in(folder))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt_once_it_runs, daemon=True).start()
-    with contextlib.closing(run(job("slow", ("slow",)))) as events, pytest.raises(KeyboardInterrupt):
+    with contextlib.closing(run(does("slow", ("slow",)))) as events, pytest.raises(KeyboardInterrupt):
         list(events)
     assert {"schoenbat-exp", "sleep"} <= set(seen)
-    assert _processes_in(stages) == []
+    assert _processes_in(folder) == []
 
 
 @pytest.mark.slow

@@ -9,15 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pipeline.record.lock_file import read_blocks
+import yaml
 from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, make_small, start_grid
 
+from pipeline.grid.axes import stage_names
+from pipeline.grid.cells import expand
+from pipeline.grid.params import load_params
+from pipeline.results import CellResults
+
 pytestmark = pytest.mark.slow
 
-Invoke = Callable[..., tuple[int, str, str]]
 STARTED = f"{MEAN}: started"
-TRAIN, EVALUATE = f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}"
+GROUP = CellResults("tiny", MEAN).group
+TRAIN, EVALUATE = f"train@tiny-{GROUP}", f"evaluate@tiny-{GROUP}"
 
 
 @pytest.fixture
@@ -52,49 +57,75 @@ def dvc_changes() -> set[str]:
     return set(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
-def state_of(cell: str, invoke: Invoke) -> str:
-    (row,) = [row for row in json.loads(invoke("status", "--json")[1])["cells"] if row["cell"] == cell]
-    return row["state"]
+def recorded() -> set[str]:
+    return set(yaml.safe_load(Path("dvc.lock").read_text())["stages"]) if Path("dvc.lock").exists() else set()
 
 
-def test_code_that_is_edited_while_a_cell_trains_is_not_the_code_of_its_result(small: Project, invoke: Invoke) -> None:
+def train_stage(cell: str) -> str:
+    (stage,) = [stage_names("tiny", each)[0] for each in expand(load_params()) if each.id == cell]
+    return stage
+
+
+def states() -> dict[str, str]:
+    """What a process with the code of the current folder says of each cell."""
+    command = [sys.executable, "-m", "pipeline.cli", "status", "--json"]
+    snapshot = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {row["cell"]: row["state"] for row in snapshot["cells"]}
+
+
+def test_code_that_is_edited_while_a_grid_runs_is_not_the_code_of_its_results(small: Project) -> None:
     source = small.folder / "schoenbat/lra/encoder.py"
-    before = source.read_bytes()
-    code, out = run_and_change(small, lambda: source.write_bytes(before + b"# edited\n"), "--cell", MEAN)
+    before = source.read_text()
+    edited = before.replace("nn.LayerNorm(config.width)", "nn.LayerNorm(config.width, 1e-3)")
+    assert edited != before
+    code, out = run_and_change(small, lambda: source.write_text(edited), "--jobs", "1")
     assert code == 1
-    assert "schoenbat/lra/encoder.py" in out
-    assert "changed" in out
-    assert TRAIN not in read_blocks()
-    assert TRAIN in dvc_changes()
-    assert state_of(MEAN, invoke) in ("to run", "failed")
+    first, second = sorted(CELLS, key=lambda cell: CellResults("tiny", cell).metrics() is None)
+    assert CellResults("tiny", second).metrics() is None
+    assert f"the code of {second} has changed since the grid started; run again" in out
+    # What the first was made from is on record, and that this is no more what the code computes.
+    assert {name for name in recorded() if name.startswith("train")} == {train_stage(first)}
+    assert states() == {first: "to run", second: "failed"}
+    assert "numerics" in dvc_changes()
 
-    # With the code that it was trained with, nothing of the training has to be done again.
-    source.write_bytes(before)
-    code, out = finish(small.folder, "--cell", MEAN)
+    # With the code that it was trained with, nothing of it has to be done again.
+    source.write_text(before)
+    code, out = finish(small.folder)
     assert code == 0, out
-    log = Path("logs/tiny", f"{MEAN}.log").read_text()
-    assert ("schoenbat-exp eval" in log, "schoenbat-exp train" in log) == (True, False)
+    assert f"{first}: started" not in out, out
+    assert dvc_changes() <= {"bench@tiny", "errors@tiny"}
+    assert states() == dict.fromkeys(CELLS, "done")
+
+
+def test_text_that_is_edited_while_a_cell_trains_changes_nothing(small: Project) -> None:
+    source = small.folder / "schoenbat/lra/encoder.py"
+    edited = source.read_text() + "# edited\n"
+    code, out = run_and_change(small, lambda: source.write_text(edited), "--cell", MEAN)
+    assert code == 0, out
     assert {TRAIN, EVALUATE}.isdisjoint(dvc_changes())
-    assert state_of(MEAN, invoke) == "done"
+    assert states()[MEAN] == "done"
 
 
-def test_settings_that_change_while_a_grid_runs_are_not_mixed_into_it(small: Project, invoke: Invoke) -> None:
+def test_settings_that_change_while_a_grid_runs_are_not_mixed_into_it(small: Project) -> None:
     code, out = run_and_change(
         small, lambda: small.set("task.lra-listops.training.steps", 6), "--jobs", "1", "--task", "lra-listops"
     )
     assert code == 1
-    assert "params.yaml has changed since it ran" in out
+    assert f"not on record: {TRAIN}: code, settings or data have changed since it ran" in out
     for cell in CELLS:
-        assert json.loads(Path("runs/tiny", cell, "metrics.json").read_bytes())["steps"] == 1600
-        assert state_of(cell, invoke) == "to run"
-    assert {name for name in read_blocks() if name.startswith("train")} == set()
+        metrics = CellResults("tiny", cell).metrics()
+        assert metrics is not None
+        assert metrics.steps == 1600
+    assert states() == dict.fromkeys(CELLS, "to run")
+    assert {name for name in recorded() if name.startswith("train")} == set()
 
     # Another profile, and then back: what was computed gets on record.
     small.set("task.lra-listops.training.steps", 1600)
     code, out = finish(small.folder)
     assert code == 0, out
     assert STARTED not in out, out
-    assert {state_of(cell, invoke) for cell in CELLS} == {"done"}
+    assert states() == dict.fromkeys(CELLS, "done")
+    assert {TRAIN, EVALUATE} < recorded()
 
 
 def test_the_code_of_another_checkout_is_an_error_of_one_line(small: Project) -> None:
@@ -117,19 +148,17 @@ def test_the_code_of_another_checkout_is_an_error_of_one_line(small: Project) ->
         assert "PYTHONPATH" in line
 
 
-def test_what_cannot_be_recorded_keeps_its_checkpoint_and_is_recorded_without_training_again(small: Project) -> None:
+def test_what_cannot_be_recorded_is_told_and_is_recorded_without_training_again(small: Project) -> None:
     # A file where a folder is needed stops root as well, whom a full disk would not.
     Path(".dvc/cache").write_text("")
     code, out = finish(small.folder, "--cell", MEAN)
     assert code == 1
     assert f"not on record: {TRAIN}: " in out
-    assert Path("checkpoints/tiny", MEAN, "last.pt").is_file()
 
     Path(".dvc/cache").unlink()
     code, out = finish(small.folder, "--cell", MEAN)
     assert code == 0, out
     assert STARTED not in out, out
-    assert not Path("checkpoints/tiny", MEAN, "last.pt").exists()
     assert {TRAIN, EVALUATE}.isdisjoint(dvc_changes())
 
     # A record that is lost, as by git checkout, is made again as well.
@@ -145,40 +174,35 @@ def test_what_cannot_be_recorded_keeps_its_checkpoint_and_is_recorded_without_tr
     assert {TRAIN, EVALUATE}.isdisjoint(dvc_changes())
 
 
-NEW_STAGE = """
-  weigh:
-    matrix:
-      profile: ["${profile}"]
-      task: ${grid.tasks}
-      attn: ${grid.plain.attn}
-      former: ${grid.plain.former}
-      seed: ${grid.seeds}
-    cmd: python weigh.py ${item.profile}/${item.task}-${item.attn}-${item.former}-${item.seed}
-    deps:
-      - weigh.py
-      - runs/${item.profile}/${item.task}-${item.attn}-${item.former}-${item.seed}/best.pt
-    outs:
-      - runs/${item.profile}/${item.task}-${item.attn}-${item.former}-${item.seed}/weight.txt:
-          cache: false
-"""
-WEIGH = """
-import pathlib, sys
-folder = pathlib.Path("runs", sys.argv[1])
-(folder / "weight.txt").write_text(str((folder / "best.pt").stat().st_size))
-"""
-
-
-def test_a_new_stage_is_its_file_and_its_entry_in_dvc_yaml(small: Project) -> None:
-    Path("weigh.py").write_text(WEIGH)
-    with Path("dvc.yaml").open("a") as file:
-        file.write(NEW_STAGE)
-    code, out = finish(small.folder, "--cell", MEAN)
+def test_a_seed_added_to_the_grid_is_trained_alone(small: Project) -> None:
+    code, out = finish(small.folder)
     assert code == 0, out
-    folder = Path("runs/tiny", MEAN)
-    assert int((folder / "weight.txt").read_text()) == (folder / "best.pt").stat().st_size
-    assert {TRAIN, EVALUATE, f"weigh@tiny-{MEAN}"}.isdisjoint(dvc_changes())
-    assert "nothing to do" in finish(small.folder, "--cell", MEAN)[1]
-    Path("weigh.py").write_text(f"{WEIGH}# changed\n")
-    out = finish(small.folder, "--cell", MEAN, "--dry-run")[1]
-    assert f"  weigh@tiny-{MEAN}\n" in out
-    assert TRAIN not in out
+    files = [file for cell in CELLS for file in CellResults("tiny", cell).files()]
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    small.set("grid.seeds", [0, 1])
+    assert dvc_changes() >= {TRAIN}
+    new = [cell.id for cell in expand(load_params()) if cell.seed == 1]
+    assert states() == dict.fromkeys(CELLS, "done") | dict.fromkeys(new, "to run")
+
+    code, out = finish(small.folder)
+    assert code == 0, out
+    assert [cell for cell in (*CELLS, *new) if f"{cell}: started" in out] == new, out
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
+    assert dvc_changes() <= {"bench@tiny", "errors@tiny"}
+    assert set(states().values()) == {"done"}
+    lock = yaml.safe_load(Path("dvc.lock").read_text())["stages"][TRAIN]
+    assert lock["params"]["params.yaml"]["grid.seeds"] == [0, 1]
+    assert {out["path"]: out["nfiles"] for out in lock["outs"]} == {
+        f"runs/tiny/{GROUP}/curves": 2,
+        f"runs/tiny/{GROUP}/metrics": 2,
+        f"weights/tiny/{GROUP}": 2,
+    }
+
+    # By DVC, which knows a group of seeds only as a whole, it is the same.
+    small.set("grid.seeds", [0, 1, 2])
+    scripts = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(small.folder)}
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", EVALUATE]
+    subprocess.run(command, env=os.environ | scripts, capture_output=True, text=True, check=True)
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
+    assert {TRAIN, EVALUATE}.isdisjoint(dvc_changes())
+    assert states()[MEAN.removesuffix("0") + "2"] == "done"

@@ -1,169 +1,163 @@
-"""DVC's record: what is read of it is what DVC reads, only what is true gets into it, and no kill can damage it."""
+"""DVC's record: only what is true gets into it, DVC is content with it, and no kill can damage it."""
 
+import contextlib
+import errno
 import json
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from dvc.utils.serialize import dumps_yaml
-from pipeline.grid.graph import read_graph
-from pipeline.hashes import Hashes, hash_of
-from pipeline.record.freshness import stage_states, write_receipt
-from pipeline.record.lock_file import Entry, parse_block, read_blocks
-from project_folder import ROOT, init_dvc
+import yaml
+from project_folder import ROOT, Project, make_up_results
 
 from pipeline.files import git_revision
 from pipeline.record import writer
+from pipeline.results import CellResults
 from schoenbat.errors import UserError
 
-COMMAND = "schoenbat-exp train --task lra-listops --attn mean --former transformer --seed 0 " + "--more " * 20
-PARAMS = {
-    "floats": [1e-05, 0.001, 1.0, -2.5e10, 1e22],
-    "words": ["on", "no", "1e-5", "12", "null", "~", "a: b", "# c", "2026-01-01", "1:30", ""],
-    "others": [True, False, None, 0, -7, 10],
-    "section": {"dropout": 0.1, "nested": {"list": []}},
-}
-OUTS = ["out", "runs/" + "long" * 20 + "/test.json", "runs/" + "long and " * 20 + "more"]
-"""DVC folds those that are too long for a line."""
-STAGES = {
-    "train@tiny-lra-listops-mean-transformer-0": {
-        "cmd": COMMAND.strip(),
-        "deps": [{"path": "a b/c", "hash": "md5", "md5": "00e6bd93cb9ed47dafb0d2ea91932365", "size": 3}],
-        "params": {"params.yaml": PARAMS},
-        "outs": [{"path": path, "hash": "md5", "md5": "11e6bd93cb9ed47dafb0d2ea91932365", "size": 3} for path in OUTS],
-    },
-    "b": {"cmd": "other"},
-}
-TEXT = dumps_yaml({"schema": "2.0", "stages": STAGES})
+if TYPE_CHECKING:
+    from dvc.stage import PipelineStage
+
+MEAN, SOFTMAX = ("lra-listops-mean-transformer", "lra-listops-softmax-transformer")
+TRAIN, EVALUATE = f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}"
+DATA = ("download@tiny-lra-listops", "preprocess@tiny-lra-listops")
+STAGES = ("numerics", *DATA, TRAIN, EVALUATE, f"train@tiny-{SOFTMAX}", f"evaluate@tiny-{SOFTMAX}")
+NOT_CELLS = {"bench@tiny", "errors@tiny", "report@tiny"}
+CHANGED = "code, settings or data have changed since it ran"
 
 
-def test_a_block_is_read_as_dvc_reads_it(tmp_path: Path) -> None:
-    (tmp_path / "dvc.lock").write_text(TEXT)
-    blocks = read_blocks(tmp_path / "dvc.lock")
-    assert list(blocks) == list(STAGES)
-    assert parse_block(blocks["b"]) == Entry("other", {}, {}, {})
-    assert parse_block(blocks["train@tiny-lra-listops-mean-transformer-0"]) == Entry(
-        COMMAND.strip(),
-        {"a b/c": "00e6bd93cb9ed47dafb0d2ea91932365"},
-        PARAMS,
-        dict.fromkeys(OUTS, "11e6bd93cb9ed47dafb0d2ea91932365"),
-    )
-    assert read_blocks(tmp_path / "absent") == {}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [TEXT + "datasets: []\n", TEXT[:-10] + "\nx", TEXT.replace("  b:\n", "  ? b\n  :\n"), "stages: {}\n", "<<<<<"],
-)
-def test_a_file_that_is_laid_out_otherwise_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "dvc.lock").write_text(text)
-    with pytest.raises(UserError, match="not as DVC writes it"):
-        read_blocks(tmp_path / "dvc.lock")
-
-
-PIPELINE = """
-stages:
-  first:
-    cmd: make first
-    deps: [code.py]
-    params: [a]
-    outs: [first.txt]
-  second:
-    cmd: make second
-    deps: [first.txt]
-    outs: [second.txt]
-"""
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the results of two groups of cells, of which DVC knows nothing."""
+    folder = tmp_path_factory.mktemp("template") / "project"
+    folder.mkdir()
+    with contextlib.chdir(folder):
+        project = Project(folder)
+        project.set("grid.tasks", ["lra-listops"])
+        project.set("grid.kernel.dotf", [])
+        project.add_dvc()
+        make_up_results()
+    return folder
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of two stages that have run, of which DVC knows nothing."""
-    monkeypatch.chdir(tmp_path)
-    for name, text in (("dvc.yaml", PIPELINE), ("params.yaml", "a: 1\n"), ("code.py", "x"), ("first.txt", "1")):
-        Path(name).write_text(text)
-    Path("second.txt").write_text("2")
-    init_dvc(tmp_path)
-    for name, stage in read_graph({"a": 1}).stages.items():
-        deps, outs = ({path: hash_of(path) for path in paths} for paths in (stage.deps, stage.outs))
-        write_receipt(name, Entry(stage.command, deps, {"a": 1} if stage.params else {}, outs))
-    return tmp_path
+def made(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project"
+    shutil.copytree(template, folder)
+    monkeypatch.chdir(folder)
+    return folder
 
 
-def states(value: int = 1) -> dict[str, str]:
-    return dict(stage_states(read_graph({"a": value}), {"a": value}, Hashes()))
+def recorded() -> set[str]:
+    """Return the stages that are in the lock file."""
+    return set(yaml.safe_load(Path("dvc.lock").read_text())["stages"]) if Path("dvc.lock").exists() else set()
 
 
-def dvc_status() -> dict[str, object]:
+def dvc_changes() -> set[str]:
+    """Return the stages that DVC finds changed, but those that nobody has run here."""
     command = [sys.executable, "-m", "dvc", "status", "--json"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return set(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)) - NOT_CELLS
 
 
 def test_what_is_made_gets_on_record_and_dvc_is_content(made: Path) -> None:
-    assert states() == {"first": "made", "second": "made"}
-    assert writer.record(["first", "second"]) == {"first": "", "second": ""}
-    assert states() == {"first": "recorded", "second": "recorded"}
-    assert dvc_status() == {}
+    assert writer.record(STAGES) == dict.fromkeys(STAGES, "")
+    assert recorded() == set(STAGES)
+    assert dvc_changes() == set()
+    assert writer.changed_stages().keys() == NOT_CELLS
+    # It holds every stage once more, and nobody reads it.
+    assert not Path(".dvc/cache/runs").exists()
+
+
+def edit(path: str, change: Callable[[str], str]) -> Callable[[], None]:
+    def apply() -> None:
+        Path(path).write_text(change(Path(path).read_text()))
+
+    return apply
+
+
+METRICS, SUMMARY = f"runs/tiny/{MEAN}/metrics/1.json", "runs/tiny/data/lra-listops.json"
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "why"),
+    ("change", "stages"),
     [
-        ("code.py", "y", "code.py has changed since it ran"),
-        ("params.yaml", "a: 2\n", "params.yaml has changed since it ran"),
-        ("first.txt", "3", "first.txt has changed since it ran"),
-        ("dvc.yaml", PIPELINE.replace("make first", "make more"), "its command has changed since it ran"),
+        (edit("numerics/attention/mean.json", lambda text: text.replace('": "', '": "0', 1)), (TRAIN, EVALUATE)),
+        (edit("params.yaml", lambda text: text.replace("steps: 6", "steps: 7")), (TRAIN, EVALUATE)),
+        (edit("params.yaml", lambda text: text.replace("seeds:", "seeds:\n  - 2")), (TRAIN, EVALUATE)),
+        (edit("params.yaml", lambda text: text.replace("train_size: 64", "train_size: 65")), (DATA[1], TRAIN)),
+        (edit(SUMMARY, lambda text: text.replace('"made_from": "', '"made_from": "0')), DATA[1:]),
+        (edit(METRICS, lambda text: text.replace('"settings": "', '"settings": "0')), (TRAIN, EVALUATE)),
+        (Path(METRICS).unlink, (TRAIN, EVALUATE)),
+        (Path(METRICS.replace("metrics", "test")).unlink, (EVALUATE,)),
     ],
+    ids=["code", "settings", "a seed more", "settings of data", "data", "another fingerprint", "no metrics", "no test"],
 )
-def test_nothing_is_recorded_under_other_hashes_than_those_it_was_made_from(
-    made: Path, file: str, text: str, why: str
+def test_nothing_is_recorded_that_was_made_from_something_else(
+    made: Path, change: Callable[[], None], stages: tuple[str, ...]
 ) -> None:
-    Path(file).write_text(text)
-    assert writer.record(["first"]) == {"first": why}
-    assert read_blocks() == {}
-    value = 2 if file == "params.yaml" else 1
-    assert states(value) == {"first": "due", "second": "due"}
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    change()
+    assert writer.record(stages) == dict.fromkeys(stages, CHANGED)
+    assert recorded() == set()
     # It is the same again, so it need not be computed again.
-    original = {"code.py": "x", "params.yaml": "a: 1\n", "first.txt": "1", "dvc.yaml": PIPELINE}
-    Path(file).write_text(original[file])
-    assert writer.record(["first"]) == {"first": ""}
+    for path, content in before.items():
+        if not path.is_file() or path.read_bytes() != content:
+            path.write_bytes(content)
+    assert writer.record(stages) == dict.fromkeys(stages, "")
+
+
+def test_what_the_code_computes_now_is_compared_with_what_is_on_record_as_numerics(made: Path) -> None:
+    edit("numerics/attention/mean.json", lambda text: text.replace('": "', '": "0', 1))()
+    assert writer.record(["numerics", f"train@tiny-{SOFTMAX}"]) == {"numerics": CHANGED, f"train@tiny-{SOFTMAX}": ""}
 
 
 def test_what_is_in_no_cache_any_more_only_has_to_be_recorded_again(made: Path) -> None:
-    writer.record(["first", "second"])
+    writer.record(STAGES)
     for path in Path(".dvc/cache/files/md5").glob("*/*"):
         path.chmod(0o644)
         path.unlink()
-    assert states() == {"first": "made", "second": "made"}
-    assert writer.record(["first", "second"]) == {"first": "", "second": ""}
-    assert dvc_status() == {}
+    lost = {TRAIN, f"train@tiny-{SOFTMAX}", DATA[1]}
+    assert {name for name, more in writer.changed_stages().items() if more} - NOT_CELLS == lost
+    assert writer.record(STAGES) == dict.fromkeys(STAGES, "")
+    assert dvc_changes() == set()
+
+
+def test_weights_that_are_not_here_stay_on_record(made: Path) -> None:
+    writer.record(STAGES)
+    before = Path("dvc.lock").read_bytes()
+    shutil.rmtree("weights")
+    assert writer.record(STAGES) == dict.fromkeys(STAGES, "")
+    assert Path("dvc.lock").read_bytes() == before
+    assert not any(more for name, more in writer.changed_stages().items() if name not in NOT_CELLS)
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet", TRAIN], check=True)
+    best = CellResults("tiny", f"{MEAN}-0").best
+    assert best.read_bytes() == f"weights of {MEAN}-0".encode()
 
 
 def test_a_stage_that_is_not_in_dvc_yaml_any_more_is_told_and_the_others_are_recorded(made: Path) -> None:
-    results = writer.record(["gone", "first"])
-    assert results["first"] == ""
-    assert results["gone"]
+    assert writer.record(["gone", TRAIN]) == {"gone": "dvc.yaml does not have it", TRAIN: ""}
 
 
 CONFLICT = "<<<<<<< HEAD\n{}=======\n{}>>>>>>> theirs\n"
 
 
 def test_a_merge_conflict_is_settled_without_losing_what_is_not_committed(made: Path) -> None:
-    writer.record(["first", "second"])
+    writer.record(STAGES)
     lock = Path("dvc.lock")
     ours = lock.read_text()
     stages = ours.partition("stages:\n")[2]
     lock.write_text(ours.replace(stages, CONFLICT.format(stages, "  third:\n    cmd: x\n")))
-    with pytest.raises(UserError, match="settle it, or move it away") as refused:
-        states()
-    assert "git" not in str(refused.value)
-    lock.rename("dvc.lock.conflict")
-    # As it says: nothing is computed again.
-    assert states() == {"first": "made", "second": "made"}
-    assert writer.record(["first", "second"]) == {"first": "", "second": ""}
-    assert lock.read_text() == ours
+    with pytest.raises(UserError, match="DVC cannot tell what is out of date"):
+        writer.changed_stages()
+    lock.unlink()
+    # Nothing has to be computed again.
+    assert writer.record(STAGES) == dict.fromkeys(STAGES, "")
+    assert yaml.safe_load(lock.read_text()) == yaml.safe_load(ours)
 
 
 def test_a_recorder_waits_for_another_process_of_dvc_and_says_so_if_it_must_not(made: Path) -> None:
@@ -172,14 +166,14 @@ def test_a_recorder_waits_for_another_process_of_dvc_and_says_so_if_it_must_not(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"  # noqa: PT018
         hurried = writer.Recorder()
-        hurried.add(["first"])
+        hurried.add([TRAIN])
         assert hurried.finish(patient=False) == []
-        assert hurried.failed == {"first": "another process of DVC has locked the project"}
+        assert hurried.failed == {TRAIN: "another process of DVC has locked the project"}
         patient = writer.Recorder()
-        patient.add(["first"])
+        patient.add([TRAIN])
         release = threading.Timer(3.0, lambda: other.communicate("\n"))
         release.start()
-        assert patient.finish(patient=True) == ["first"]
+        assert patient.finish(patient=True) == [TRAIN]
         assert patient.failed == {}
         release.join()
 
@@ -187,67 +181,58 @@ def test_a_recorder_waits_for_another_process_of_dvc_and_says_so_if_it_must_not(
 def test_what_was_unpacked_and_not_cloned_gets_on_record(made: Path) -> None:
     shutil.copy(ROOT / ".dvc/config", ".dvc/config")
     assert not any((folder / ".git").exists() for folder in (made, *made.parents))
-    assert writer.record(["first", "second"]) == {"first": "", "second": ""}
-    assert states() == {"first": "recorded", "second": "recorded"}
+    assert writer.record(STAGES) == dict.fromkeys(STAGES, "")
     assert git_revision() == "none"
 
 
 def test_wherever_dvc_is_killed_while_it_writes_nothing_that_was_on_record_is_lost(made: Path) -> None:
-    writer.record(["first"])
+    writer.record([TRAIN])
     before = Path("dvc.lock").read_bytes()
-    writer.record(["second"])
+    writer.record([EVALUATE])
     after = Path("dvc.lock").read_bytes()
     for length in range(len(after) + 1):
         Path("dvc.lock").write_bytes(after[:length])
         Path(".dvc/tmp/dvc.lock.before").write_bytes(before)
         writer.mend_lock()
-        assert Path("dvc.lock").read_bytes() in (before, after[:length]), length
-        assert states()["first"] == "recorded", length
-        assert states()["second"] in ("made", "recorded"), length
+        assert Path("dvc.lock").read_bytes() == before, length
         assert not Path(".dvc/tmp/dvc.lock.before").exists()
+    Path("dvc.lock").write_bytes(after[: len(after) // 2])
+    # There was none before.
+    Path(".dvc/tmp/dvc.lock.before").touch()
+    writer.mend_lock()
+    assert not Path("dvc.lock").exists()
+    writer.mend_lock()
+    assert writer.record([TRAIN]) == {TRAIN: ""}
+    assert Path("dvc.lock").read_bytes() == before
 
 
-def run_notes() -> list[Path]:
-    return [note for note in Path(".dvc/cache/runs").rglob("*") if note.is_file()]
+def test_a_stage_that_dvc_trips_over_leaves_the_others_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = writer._commit
 
+    def trip(stage: "PipelineStage") -> None:
+        if stage.name == TRAIN:
+            raise OSError(errno.EIO, "Input/output error")
+        commit(stage)
 
-def test_half_a_note_of_dvc_in_its_run_cache_keeps_nothing_off_the_record(made: Path) -> None:
-    writer.record(["first"])
-    (note,) = run_notes()
-    whole = note.read_bytes()
-    for length in range(len(whole)):
-        Path("dvc.lock").unlink(missing_ok=True)
-        Path(".dvc/tmp/dvc.lock.before").touch()
-        note.write_bytes(whole[:length])
-        writer.mend_lock()
-        assert writer.record(["first"]) == {"first": ""}, length
-        assert note.read_bytes() == whole, length
-
-
-def test_a_stage_that_dvc_trips_over_leaves_the_others_alone(made: Path) -> None:
-    writer.record(["first"])
-    (note,) = run_notes()
-    note.write_bytes(note.read_bytes().partition(b"outs:")[0])
-    Path("dvc.lock").unlink()
-    results = writer.record(["first", "second"])
-    assert results["first"]
-    assert results["second"] == ""
+    monkeypatch.setattr(writer, "_commit", trip)
+    assert writer.record([TRAIN, EVALUATE]) == {TRAIN: "Input/output error", EVALUATE: ""}
+    assert recorded() == {EVALUATE}
 
 
 def test_a_full_disk_leaves_the_record_as_it_was(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
-    writer.record(["first"])
+    writer.record([TRAIN])
     before = Path("dvc.lock").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
     try:
-        results = writer.record(["second"])
+        results = writer.record([EVALUATE])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert results["second"]
+    assert results[EVALUATE]
     assert Path("dvc.lock").read_bytes() == before
-    assert writer.record(["second"]) == {"second": ""}
+    assert writer.record([EVALUATE]) == {EVALUATE: ""}
 
 
 def test_a_list_of_readers_and_writers_is_dropped_when_it_is_damaged_or_nobody_in_it_runs_dvc(tmp_path: Path) -> None:
