@@ -37,6 +37,8 @@ WHERE = {
     ("run", "--backend"): "test_slurm.py",
     **{(command, option): HERE for command in ("train", "eval") for option in OF_A_CELL},
     **{(command, "--force"): "test_cli.py" for command in ("train", "eval")},
+    ("golden", "--cell"): "test_carry.py",
+    ("carry", "--tolerance"): "test_carry.py",
     ("train", "--save"): HERE,
     ("train", "--no-save"): "test_cli.py",
     ("train", "--restart"): "test_cli.py",
