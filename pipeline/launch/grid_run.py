@@ -116,16 +116,19 @@ def _unrecorded(cells: Iterable[Cell], freshness: Freshness, changed: Mapping[st
 
 def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool) -> list[str]:
     """Return the stages that belong to no cell and are out of date now, or will be when the cells are done."""
-    suffix = f"@{params.profile}"
+    suffix, folder = f"@{params.profile}", Path("runs", params.profile)
     first = {cell.group: cell for cell in reversed(expand(params))}
     groups = {cell.group for cell in due}
-    # A clone has the errors without the weights that they are of.
-    measured = {group for group in params.errors.trained if CellResults(params.profile, first[group].id).best.is_file()}
-    errors = {f"errors{suffix}-{group}": group for group in params.errors.trained if group in groups | measured}
-    names = [f"bench{suffix}", *errors] if everything else []
-    found = [name for name in names if changed.get(name) or errors.get(name) in groups]
-    report = f"report{suffix}"
-    return [*found, report] if due or found or changed.get(report) else []
+    outs = {f"bench{suffix}": folder / "bench-checks.csv"}
+    for group in params.errors.trained:
+        # A clone has the errors without the weights that they are of.
+        if group in groups or CellResults(params.profile, first[group].id).best.is_file():
+            outs[f"errors{suffix}-{group}"] = folder / "errors" / f"{group}.csv"
+    again = {f"errors{suffix}-{group}" for group in groups}
+    due_now = [name for name, out in outs.items() if name in again or changed.get(name) or not out.exists()]
+    found = due_now if everything else []
+    report, page = f"report{suffix}", Path("reports", params.profile, "index.html")
+    return [*found, report] if due or found or changed.get(report) or not page.exists() else []
 
 
 def _complete_stages(cells: Iterable[Cell], freshness: Freshness) -> list[str]:

@@ -1,18 +1,21 @@
 """What a grid plans: every job has a limit, and what earlier runs have left is a help and no need."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from project_folder import Project, write_results
 
+from pipeline.grid.axes import Cell
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
 from pipeline.launch import Job
+from pipeline.launch.grid_run import _other_stages
 from pipeline.launch.plan import plan_jobs
 from pipeline.results import CellResults, Fingerprint
 
-OTHERS = ["bench@tiny", "errors@tiny", "errors_trained@tiny-lra-text-rmfa-exp-maclauformer", "report@tiny"]
+OTHERS = ["bench@tiny", "errors@tiny-lra-text-rmfa-exp-maclauformer", "report@tiny"]
 
 
 def planned(project: Project) -> dict[str, Job]:
@@ -28,7 +31,7 @@ def test_what_is_no_cell_comes_alone_and_last_and_needs_only_the_cells_that_it_m
     assert [name for name, job in jobs.items() if job.exclusive] == OTHERS
     assert sorted(OTHERS, key=lambda name: -jobs[name].seconds) == OTHERS
     seeds = tuple(f"lra-text-rmfa-exp-maclauformer-{seed}" for seed in (0, 1))
-    assert {name: jobs[name].needs for name in OTHERS if jobs[name].needs} == {OTHERS[2]: seeds}
+    assert {name: jobs[name].needs for name in OTHERS if jobs[name].needs} == {OTHERS[1]: seeds}
     assert jobs[seeds[0]].needs == ("data-lra-text",)
     train, test = jobs[seeds[0]].stages
     assert (train.name, test.name) == (f"train_kernel@tiny-{seeds[0][:-2]}", f"evaluate_kernel@tiny-{seeds[0][:-2]}")
@@ -50,3 +53,31 @@ def test_of_a_damaged_record_of_what_a_cell_took_nothing_is_known(project: Proje
     assert planned(project)[cell.id].memory_mb == 300.0
     Path("checkpoints/tiny", cell.id, "resources.json").write_text(damage)
     assert planned(project)[cell.id] == unknown
+
+
+def test_what_is_no_cell_is_due_where_dvc_finds_it_changed_or_its_output_is_gone(project: Project) -> None:
+    bench, errors, report = OTHERS
+    project.set("errors.trained", [errors.partition("-")[2]])
+    params, cells = load_params(), expand(load_params())
+
+    def due(*changed: str, cells: Sequence[Cell] = (), everything: bool = True) -> list[str]:
+        return _other_stages(params, cells, dict.fromkeys(changed, True), everything=everything)
+
+    assert due(cells=cells) == OTHERS
+    assert due() == [bench, report], "the weights are not here, as in a clone"
+    weights = CellResults("tiny", "lra-text-rmfa-exp-maclauformer-0").best
+    outputs = (
+        weights,
+        "runs/tiny/bench-checks.csv",
+        f"runs/tiny/errors/{weights.parent.name}.csv",
+        "reports/tiny/index.html",
+    )
+    for path in map(Path, outputs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert due() == []
+    assert due(report) == [report]
+    assert due(bench, errors) == OTHERS
+    assert due(bench, errors, cells=cells[:1], everything=False) == [report]
+    Path("runs/tiny/bench-checks.csv").unlink()
+    assert due() == [bench, report]
