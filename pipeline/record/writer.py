@@ -51,7 +51,10 @@ def changed_stages() -> dict[str, bool]:
         with _repo() as repo:
             changes = repo.status()
     except DvcException as error:
-        raise UserError(f"DVC cannot tell what is out of date: {_reason(error)}") from error
+        raise UserError(
+            f"DVC cannot read dvc.yaml and {LOCK_FILE} ({_reason(error)}); where a merge has left {LOCK_FILE} in two, "
+            "settle it, or move it away: what is finished is put on record again by the next run, without computing it"
+        ) from error
     return {name: not all(map(_is_absence, found)) for name, found in changes.items()}
 
 
