@@ -22,6 +22,7 @@ from pipeline.grid.params import Params
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.results import CellResults, Fingerprint
 from pipeline.stages.golden import STEPS
+from pipeline.text import share
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
@@ -100,7 +101,7 @@ def take_over(params: Params, folder: Path) -> None:
             if source.is_file():
                 write_bytes(target, source.read_bytes())
         taken += 1
-    print(f"{taken} of {len(expand(params))} cells of profile {params.profile} were taken from {folder}")
+    print(f"{share(taken, len(expand(params)), 'cell', f'of profile {params.profile}')} taken from {folder}")
 
 
 def _is_of_other_code(cell: Cell, freshness: Freshness) -> bool:
