@@ -75,7 +75,7 @@ def test_another_checkout_gives_what_would_be_computed_here_and_nothing_else(
         shutil.move(folder, other / folder)
     assert not is_finished(finished)
     code, out, err = invoke("import", str(other))
-    assert (code, out) == (0, f"1 of 1 cell of profile tiny is taken from {other}\n"), err
+    assert (code, out) == (0, f"the only cell of profile tiny is taken from {other}\n"), err
     assert is_finished(finished)
     pretend_other_code()
     finished.set("task.lra-listops.training.steps", 9)
