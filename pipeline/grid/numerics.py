@@ -158,12 +158,12 @@ def _reachable(roots: Iterable[tuple[str, tuple[str, ...] | None]]) -> dict[str,
 
 def _source(module: str) -> Path:
     """Return the file of a module, without importing it."""
-    package, _, name = module.rpartition(".")
-    if module.partition(".")[0] in _PACKAGES and package:
+    package, *below = module.split(".")
+    if package in _PACKAGES:
         # Modules such as `rmfa-sketch` are files of this project whose names are no identifiers.
-        folder = Path(_folder(package))
-        file = folder / f"{name}.py"
-        return file if file.is_file() else folder / name / "__init__.py"
+        path = Path(_folder(package), *below)
+        file = path.with_name(f"{path.name}.py")
+        return file if file.is_file() else path / "__init__.py"
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
@@ -172,6 +172,7 @@ def _source(module: str) -> Path:
 
 @functools.cache
 def _folder(package: str) -> str:
+    """Return where the import system finds a package of this project."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations
@@ -220,11 +221,13 @@ def _submodules(node: ast.ImportFrom) -> list[str]:
 
 def _defined(statement: ast.stmt) -> Iterator[str]:
     """Yield the names that a statement of a module defines, "" if it only runs."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    if isinstance(statement, named):
         yield statement.name
         return
-    stored = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    yield from sorted(stored) or [""]
+    nodes = list(ast.walk(statement))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    yield from sorted(stored | {node.name for node in nodes if isinstance(node, named)}) or [""]
 
 
 def _is_text(statement: ast.stmt) -> bool:
