@@ -1,6 +1,7 @@
 """Digests of what code computes: they follow each change of it, not that of its text, and no code is left out."""
 
 import ast
+import functools
 import inspect
 import json
 import os
@@ -303,13 +304,18 @@ class Executed:
             # What runs on import, bodies of modules and classes, is not meant.
             if path.is_relative_to(ROOT / "schoenbat") and code.co_flags & inspect.CO_OPTIMIZED:
                 module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-                *_, within = (node for node in ast.parse(path.read_bytes()).body if begins(node) <= code.co_firstlineno)
+                *_, within = (node for node in statements(path) if begins(node) <= code.co_firstlineno)
                 if isinstance(within, Definition):
                     found.add((module, within.name))
                 else:
                     names = (node for node in ast.walk(within) if isinstance(node, ast.Name))
                     found |= {(module, node.id) for node in names if isinstance(node.ctx, ast.Store)}
         return found
+
+
+@functools.cache
+def statements(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_bytes()).body
 
 
 def begins(node: ast.stmt) -> int:
