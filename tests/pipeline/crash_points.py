@@ -137,23 +137,11 @@ def put_on_record() -> bool:
 
 
 def lock_and_states() -> object:
-<<<<<<< HEAD
-    from pipeline.grid.graph import read_graph
-    from pipeline.hashes import Hashes, hash_of
-    from pipeline.record.freshness import stage_states
-    from pipeline.record.lock_file import read_blocks
-
-    from pipeline.grid.settings import PARAMS_FILE, read_yaml
-
-    settings = read_yaml(PARAMS_FILE)
-    states = stage_states(read_graph(settings), settings, Hashes(memory=None))
-=======
     import yaml
 
     from pipeline.grid.freshness import hash_file
     from pipeline.record.writer import changed_stages
 
->>>>>>> 8502d0b (Crash points follow the record by fingerprints)
     objects = [path for path in Path(".dvc/cache/files/md5").rglob("*") if path.is_file() and path.suffix != ".tmp"]
     # That of a folder is called so after its hash.
     wrong = [path for path in objects if path.parent.name + path.name.removesuffix(".dir") != hash_file(path)]
@@ -239,16 +227,9 @@ class Walk:
         import json
         from dataclasses import asdict
 
-<<<<<<< HEAD
-        from pipeline.grid.graph import read_graph
-        from pipeline.hashes import Hashes
-
-        from pipeline.grid.cells import expand
-=======
         from pipeline.grid.cells import expand
         from pipeline.grid.freshness import Freshness
         from pipeline.grid.numerics import write_numerics
->>>>>>> 8502d0b (Crash points follow the record by fingerprints)
         from pipeline.grid.params import load_params
         from pipeline.grid.settings import PARAMS_FILE, read_yaml
         from pipeline.launch.plan import plan_jobs
