@@ -72,14 +72,6 @@ class Attention(nn.Module, ABC):
         assert (kernel is not None) == self.needs_kernel
         self.config = config
 
-    @classmethod
-    def flops(cls, config: Any, *, length: int, head_dim: int) -> float:
-        """Multiplications and additions of one head over `length` tokens, forward, in matrix products.
-
-        This default is that of weights of every pair. It orders work by size; it is no prediction of time.
-        """
-        return 4.0 * length**2 * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         """What causal attention keeps of the tokens before, at most, over `length` tokens: of one head, in float32.
 

@@ -46,10 +46,6 @@ class Bigbird(Attention):
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         self.register_buffer("seed", draw_seed(generator))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * head_dim * config.block_size * (7 + config.num_random_blocks)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         length, width = q.shape[-2:]
         size = self.config.block_size

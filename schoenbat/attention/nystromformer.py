@@ -55,11 +55,6 @@ class Nystromformer(Attention):
             uniform = torch.rand(config.conv_size, generator=generator)
             self.filter = nn.Parameter((2 * uniform - 1) / math.sqrt(config.conv_size))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        landmarks = min(config.num_landmarks, length)
-        return 14.0 * length * landmarks * head_dim + 48.0 * landmarks**3
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         scale = q.shape[-1] ** -0.25
         real = real_tokens(key_mask, k)

@@ -54,10 +54,6 @@ class Reformer(Attention):
         shape = (config.num_hashes, head_dim, config.num_buckets // 2)
         self.register_buffer("rotations", torch.randn(shape, generator=generator))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return config.num_hashes * length * head_dim * (config.num_buckets + 8.0 * config.chunk_size)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         real = real_tokens(key_mask, q)
         length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)

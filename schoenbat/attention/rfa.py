@@ -48,10 +48,6 @@ class Rfa(Attention):
         self.register_buffer("vectors", torch.randn(config.num_features // 2, head_dim, generator=generator))
         self.sigma = nn.Parameter(torch.ones(head_dim))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 6.0 * length * config.num_features * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(self.config.num_features, head_dim)
 

@@ -31,10 +31,6 @@ class RmfaSketch(KernelAttention):
     cost = "linear"
     paper = "this library, after arXiv 2505.12252"
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * head_dim * (config.num_features + head_dim)
-
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, normalize=True, max_degree=config.max_degree)

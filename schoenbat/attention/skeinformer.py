@@ -51,10 +51,6 @@ class Skeinformer(Attention):
         self.register_buffer("uniform", torch.rand(config.num_samples, generator=generator, dtype=torch.float64))
         self.register_buffer("seed", draw_seed(generator))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 8.0 * length * config.num_samples * head_dim
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         q = q * q.shape[-1] ** -0.5
         real = real_tokens(key_mask, k)
