@@ -85,7 +85,7 @@ def dot_product_kernel_attention(
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         signed = query if factor >= 0 else -query
-        out = attend(features, signed, key, value, key_mask, is_causal, abs(factor), block)
+        out = attend(features, signed, key, value, key_mask, is_causal, abs(factor), block=block)
     return out if has_heads else out.squeeze(1)
 
 

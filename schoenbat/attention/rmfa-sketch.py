@@ -35,14 +35,13 @@ class RmfaSketch(KernelAttention):
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, normalize=True, max_degree=config.max_degree)
         self.features = estimate.make(head_dim, generator=generator)
-        self.bounded_for_units = self.features.is_bounded
 
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         chunk = chunk_length(self.features)
         far = sums_bytes(self.features.plan.num_features, head_dim)
         if self.kernel.is_exponential:
             far += FLOAT_BYTES * head_dim
-        if self.bounded_for_units or not self.gets_units:
+        if self.features.is_bounded or not self.gets_units:
             far += FLOAT_BYTES * (head_dim + 1) * head_dim
         # Complete chunks are summed up; the tokens since are kept, with the 1 beside each value.
         complete = length // chunk
@@ -59,6 +58,6 @@ class RmfaSketch(KernelAttention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        self.features.is_bounded = self.bounded_for_units or not self.gets_units
         scale, itself = query.shape[-1] ** -0.5, query.shape[2] == key.shape[2]
-        return attend(self.features, query, key, value, key_mask, is_causal, scale, self_attention=itself)
+        bounded = None if self.gets_units else True
+        return attend(self.features, query, key, value, key_mask, is_causal, scale, itself, bounded=bounded)

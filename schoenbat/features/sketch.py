@@ -36,12 +36,12 @@ class Sketch(FeatureMap):
         max_degree: the highest degree that may get features.
         scale: |x| |y| of the vectors that the allocation is made for.
         fixed_norm: whether all vectors have the length sqrt(scale).
+        bounded: whether attention bounds its output; where the linear degree is incomplete it always does.
         generator: the source of the draw.
     """
 
     rotation_bits: Tensor
     near = True
-    is_bounded = True
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class Sketch(FeatureMap):
         max_degree: int,
         scale: float,
         fixed_norm: bool,
+        bounded: bool = True,
         generator: torch.Generator,
     ) -> None:
         super().__init__(kernel, generator)
@@ -79,6 +80,7 @@ class Sketch(FeatureMap):
         self.unexplained = self.allocation.unexplained
         self.shares = {0: 1.0, **{share.degree: share.num_features / share.of for share in self.allocation.shares}}
         self.sketched = min((degree for degree, share in self.shares.items() if share < 1), default=None)
+        self.is_bounded = bounded or self.sketched == 1
         with torch.device("cpu"):
             self.register_buffer("rotation_bits", torch.zeros(head_dim, head_dim, dtype=torch.int32))
         self.resample(generator)

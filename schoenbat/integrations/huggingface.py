@@ -29,11 +29,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
-from schoenbat.calibration import CALIBRATING, KEPT_AS, Calibrated
+from schoenbat.calibration import CALIBRATOR, KEPT_AS, Calibrated
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops.linear import State, attend, extend
+from schoenbat.ops.reference import AttentionInputs
 
 _HARMLESS = {
     "cache_position",
@@ -234,40 +235,31 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
         else:
             itself = _attends_to_itself(module)
             whole = kernel_state is None and (not causal or query.shape[2] == key.shape[2])
-            for fit in CALIBRATING if whole else ():
-                tensors = (query, key, value, key_mask, causal)
-                fit(module, settings, *tensors, scale=scaling, self_attention=itself)
+            given = (query, key, value, key_mask, causal)
+            fit = None if torch.compiler.is_compiling() else CALIBRATOR.get()
+            if fit is not None and whole:
+                fit(module, settings, *given, scale=scaling, self_attention=itself)
             features = getattr(module, KEPT_AS, None)
             if features is not None and module.kernel_estimate != settings:
                 raise UserError(
                     f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
                     f"asks for {settings}; call install or calibrate with the new name"
                 )
-            query, key, scale = estimate.prepare(query, key, scaling, key_mask)
+            inputs = estimate.prepare(*given, scale=scaling, self_attention=itself)
             if features is None:
-                features = estimate.draw(query.shape[-1], scale, query.device)
+                features = estimate.draw(query.shape[-1], inputs.scale, query.device)
             elif isinstance(features, Calibrated):
-                query, key = features.turn(query, key)
-                features = features.features
-            out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
+                inputs, features = features.turn(inputs), features.features
+            out = _through(features, inputs, kernel_state)
             if whole:
-                estimate.observe(out, query, key, value, key_mask, causal, scale, itself, features)
+                estimate.observe(out, inputs, features)
         return out.transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward
 
 
-def _through(
-    features: FeatureMap,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    layer: _StateLayer | None,
-    attends_to_itself: bool,
-) -> Tensor:
+def _through(features: FeatureMap, inputs: AttentionInputs, layer: _StateLayer | None) -> Tensor:
+    query, key, value, key_mask, causal, scale, _ = inputs
     if layer is not None:
         if not causal:
             raise UserError("KernelCache is for causal attention alone; leave the cache of this model to transformers")
@@ -279,7 +271,7 @@ def _through(
     if causal and key.shape[2] > query.shape[2]:
         # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
         return extend(features, None, query, key, value, key_mask, scale)[0]
-    return attend(features, query, key, value, key_mask, causal, scale, self_attention=attends_to_itself)
+    return attend(features, *inputs)
 
 
 @torch.compiler.assume_constant_result

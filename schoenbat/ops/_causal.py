@@ -82,7 +82,13 @@ def chunk_length(features: FeatureMap | None) -> int:
 
 
 def extend(
-    features: FeatureMap | None, state: State | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
+    features: FeatureMap | None,
+    state: State | None,
+    query: Tensor,
+    key: Tensor,
+    extended: Tensor,
+    scale: float,
+    bounded: bool,
 ) -> tuple[Tensor, State]:
     """Attention of further tokens to those of `state` and to each other, for the last N of them.
 
@@ -90,6 +96,7 @@ def extend(
         features: phi; or None where query and key are features already, whose dot products are the weights.
         query: [B, H, N, d]; consecutive H / Hk heads share a key head.
         key, extended: [B, Hk, M, d] and [v, 1] [B, Hk, M, v + 1]; 0 where masked.
+        bounded: keep what lies far from being further off than uniform weights; needs features.
 
     Returns:
         [B, H, N, v] and the new state.
@@ -113,7 +120,7 @@ def extend(
     rows = rows.unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
     keys, values = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (chunks, width)) for x in (key, extended))
     full = chunks if features is None else tokens // chunk
-    before, after = _sum_up(features, far, keys[:, :, :full], values[:, :, :full], chunks, scale)
+    before, after = _sum_up(features, far, keys[:, :, :full], values[:, :, :full], chunks, scale, bounded)
     if tokens and length:
         out = _attend(features, before, rows, keys, values, lower.repeat(groups, 1), scale)
     else:
@@ -125,7 +132,13 @@ def extend(
 
 
 def _sum_up(
-    features: FeatureMap | None, far: Far | None, key: Tensor, extended: Tensor, chunks: int, scale: float
+    features: FeatureMap | None,
+    far: Far | None,
+    key: Tensor,
+    extended: Tensor,
+    chunks: int,
+    scale: float,
+    bounded: bool,
 ) -> tuple[Far | None, Far | None]:
     """What lies before each of the `chunks`, and before the chunk that comes next, from the complete chunks."""
     if key.shape[2] == 0:
@@ -141,7 +154,7 @@ def _sum_up(
         key = key - centre.unsqueeze(2)
     sums = key.mT @ extended if features is None else sum_keys(key, extended, features.products(key.dtype, scale))
     moments = None
-    if features is not None and features.is_bounded:
+    if bounded:
         counts = extended[..., -1:]
         moments = torch.cat([counts, key * counts], -1).mT @ key
     first = extended.sum(-2, keepdim=True)

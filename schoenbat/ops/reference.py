@@ -8,6 +8,8 @@ passes zero. There a denominator is kept above what the first two moments of the
 what is added to it goes to the mean value.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,26 @@ SMALLEST = 1e-6
 """Denominators closer to 0 than this part of what all keys together could weigh are moved there."""
 SIGNED_FLOOR = 0.1
 """For a kernel of both signs, the least denominator as a part of what arguments of one sign would give."""
+
+
+class AttentionInputs(NamedTuple):
+    """What attention is computed from, in the order in which `schoenbat.ops.linear.attend` takes it.
+
+    Attributes:
+        query, key, value: [B, H, N, d], [B, Hk, M, d], [B, Hk, M, v]; consecutive H / Hk query heads share a key head.
+        key_mask: bool [B, M], True = attend; None for all.
+        is_causal: query i sees keys up to i; requires N = M.
+        scale: the factor of dot products, not negative.
+        self_attention: the queries are the tokens of the keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float = 1.0
+    self_attention: bool = False
 
 
 def split(products: Tensor) -> tuple[Tensor, Tensor]:
