@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.grid.axes import Cell, GridParams, expand_grid
 from pipeline.grid.settings import PARAMS_FILE, enter_project, read_yaml
 from schoenbat.errors import UserError
-from schoenbat.registry import Registry, build_config
+from schoenbat.lra.config import build_config
+from schoenbat.registry import Registry
 
 Complete = Callable[[str], list[str]]
 

@@ -10,11 +10,11 @@ from pipeline.grid.cells import code_fingerprint, summary_file
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.results import CellResults, Metrics
 from schoenbat.errors import UserError, list_choices
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.pretrained import PretrainedClassifier, PretrainedConfig, model_data
 from schoenbat.lra.training import load_model
-from schoenbat.registry import build_config
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS, MAX_FEATURES
 from schoenbat.errors import UserError, list_choices, shorten
 from schoenbat.kernels import KERNELS
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig
 from schoenbat.lra.multihead import FORMERS, FormerConfig
 from schoenbat.lra.tasks import MAX_LENGTH, TASKS
 from schoenbat.lra.training import TrainingConfig
-from schoenbat.registry import VARIANT_MARK, base_name, build_config, check_bounds
+from schoenbat.registry import VARIANT_MARK, base_name, check_bounds
 
 MAX_SEED = 2**63 - 1
 """The largest that torch's generators take on every device."""

@@ -18,7 +18,7 @@ from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.hashes import Hashes
 from pipeline.lease import EXPIRY_SECONDS, TOUCH_SECONDS
 from pipeline.record.freshness import stage_states
-from schoenbat.registry import build_config
+from schoenbat.lra.config import build_config
 
 STATE_FILE = "grid.json"
 """In logs/PROFILE, written by the engine."""

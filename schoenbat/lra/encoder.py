@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.lra.config import build_config
 from schoenbat.lra.multihead import FORMERS, FormerConfig, SelfAttention
-from schoenbat.registry import base_name, build_config, check_bounds
+from schoenbat.registry import base_name, check_bounds
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.tasks import TASKS, Task
-from schoenbat.registry import build_config
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

@@ -175,7 +175,7 @@ from pipeline.stages import evaluate, train
 load_params()
 print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("schoenbat.") and module.__file__))
 """
-NO_NUMBERS = ("__init__", "diagnosis", "errors", "fetch", "files", "functional", "registry")
+NO_NUMBERS = ("__init__", "config", "diagnosis", "errors", "fetch", "files", "functional", "registry")
 """Files that no model calls, or that only find the file that a cell names itself."""
 
 

@@ -21,7 +21,7 @@ from pipeline.launch import Event, GridState, Job, Lease, Options, run_jobs
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from pipeline.launch.slurm_block import pinned
 from schoenbat.errors import UserError
-from schoenbat.registry import build_config
+from schoenbat.lra.config import build_config
 
 needs_parsl = pytest.mark.skipif(
     importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install -e 'pipeline[cluster]'"
