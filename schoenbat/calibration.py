@@ -42,7 +42,7 @@ from schoenbat.ops.reference import AttentionInputs, fill_masked
 __all__ = ["CALIBRATOR", "Calibrated", "Calibration", "FittedFeatures", "calibrate", "calibrate_tensors"]
 
 KEPT_AS = "kernel_features"
-"""Where a layer of a model of another library has its own features."""
+"""The name under which a layer of a model of another library has its own features."""
 CALIBRATOR: ContextVar[Callable[..., None] | None] = ContextVar("calibrator", default=None)
 """Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
 value, key_mask, is_causal, scale=, self_attention=) before they look at the layer's features."""
@@ -88,15 +88,15 @@ class FittedFeatures(FeatureMap):
         return self.spread_bits.view(torch.float64).tolist()
 
     def resized(self, num_features: int) -> "FittedFeatures":
-        """Features of another number in the same basis, on the same device."""
+        """Make features of another number in the same basis, on the same device."""
         other = FittedFeatures(self.kernel, num_features=num_features, max_degree=self.max_degree, spread=self.spread)
         return other.to(self.spread_bits.device)
 
     def resample(self, generator: torch.Generator) -> None:
-        """Nothing of this map is drawn."""
+        """Draw nothing: nothing of this map is random."""
 
     def _pack(self) -> Tensor:
-        """The coordinates in the order in which the runs take them; the plan follows from the spread, so it is set."""
+        """Return the coordinates in the order of the runs, and set the plan, which follows from the spread."""
         spread = self.spread
         factors = [self.kernel.coefficient(n) * math.factorial(n) for n in range(self.max_degree + 1)]
         chosen = list(itertools.islice(_by_size(factors, spread), self.num_features))
@@ -122,7 +122,7 @@ class FittedFeatures(FeatureMap):
         return projection
 
     def _describe(self, factors: list[float], spread: list[float], chosen: "list[_Term]") -> float:
-        """Say what of the mean square of f is described, of each degree and in all; its root."""
+        """Set `shares`, `unexplained` and `error`; return the root mean square of f."""
         described: dict[int, float] = defaultdict(float)
         for term in chosen:
             described[len(term.monomial)] += term.size
@@ -143,7 +143,7 @@ class _Term(NamedTuple):
 
 
 def _by_size(factors: list[float], spread: list[float]) -> Iterator[_Term]:
-    """All monomials that have a term in f, the largest first."""
+    """Yield all monomials that have a term in f, the largest first."""
 
     def size(monomial: tuple[int, ...]) -> float:
         parts = (_moment(count) * spread[i] ** (2 * count) for i, count in Counter(monomial).items())
@@ -166,12 +166,12 @@ def _by_size(factors: list[float], spread: list[float]) -> Iterator[_Term]:
 
 
 def _moment(exponent: int) -> float:
-    """((2 m - 1)!! / m!)^2."""
+    """Return ((2 m - 1)!! / m!)^2."""
     return (math.prod(range(1, 2 * exponent, 2)) / math.factorial(exponent)) ** 2
 
 
 def _totals(spread: list[float], max_degree: int) -> list[float]:
-    """For each degree the sum over all monomials of prod_i ((2 m_i - 1)!! / m_i!)^2 s_i^(2 m_i)."""
+    """Sum prod_i ((2 m_i - 1)!! / m_i!)^2 s_i^(2 m_i) over all monomials, for each degree."""
     totals = [1.0] + [0.0] * max_degree
     for s in spread:
         own = [_moment(m) * s ** (2 * m) for m in range(max_degree + 1)]
@@ -206,7 +206,7 @@ class Calibrated(nn.Module):
         return self.features.max_degree if isinstance(self.features, FittedFeatures) else None
 
     def basis(self) -> Tensor | None:
-        """[Hk, d, d] in float32."""
+        """Return the basis, [Hk, d, d] in float32."""
         return None if self.basis_bits is None else self.basis_bits.view(torch.float32)
 
     def turn(self, inputs: AttentionInputs) -> AttentionInputs:
@@ -252,7 +252,7 @@ def calibrate_tensors(
     estimate: Estimate | None = None,
     current: Calibrated | FeatureMap | None = None,
 ) -> Calibrated:
-    """The better of what is used so far and features in a basis that fits these tensors.
+    """Choose between what is used so far and features in a basis that fits these tensors.
 
     Args:
         query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`. Half of the examples,
@@ -303,7 +303,7 @@ def _check(estimate: Estimate) -> None:
 
 
 def _degrees(estimate: Estimate) -> list[int]:
-    """Those of DEGREES up to which the kernel has other terms than up to the one before."""
+    """Return the candidate degrees at which the truncated series changes."""
     return [
         degree
         for lower, degree in itertools.pairwise((0, *DEGREES))
@@ -350,7 +350,7 @@ def _fitting(estimate: Estimate, inputs: AttentionInputs) -> Callable[[int], Cal
 
 
 def _second_moments(x: Tensor, mask: Tensor | None, centred: bool) -> Tensor:
-    """E x x^T [H, d, d], in float64 on the CPU, over the tokens of [B, H, N, d], less their mean where `centred`."""
+    """Average x x^T over the tokens of [B, H, N, d], less their mean where `centred`: float64 [H, d, d], on the CPU."""
     x = fill_masked(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
     number = x.new_full((len(x), 1, 1, 1), x.shape[2]) if mask is None else mask.sum(-1)[:, None, None, None]
     if centred:
@@ -364,13 +364,13 @@ def _to_unit_trace(x: Tensor) -> Tensor:
 
 
 def _variances(basis: Tensor, moments: Tensor) -> Tensor:
-    """Of the coordinates [H, d] in the basis."""
+    """Return the variances of the coordinates in the basis, [H, d]."""
     return ((moments @ basis) * basis).sum(-2).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was done with one layer.
+    """The calibration of one layer.
 
     Attributes:
         layer: the name of the module.
@@ -470,7 +470,7 @@ def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...
 
 
 def _query_and_key_parameters(layer: MultiheadKernelAttention) -> list[Tensor]:
-    """Weights and biases whose rows are the coordinates of queries and keys, head after head."""
+    """Return weights and biases whose rows are the coordinates of queries and keys, head after head."""
     if layer.in_proj_weight is not None:
         found = [*layer.in_proj_weight.chunk(3)[:2]]
     else:

@@ -34,7 +34,7 @@ ENOUGH = 0.9
 
 @dataclass(frozen=True)
 class Head:
-    """What was found of one head of one layer.
+    """The diagnosis of one head of one layer.
 
     Attributes:
         layer, head: the name of the module, and the number of the head.
@@ -83,7 +83,7 @@ def diagnose_tensors(
     num_features: tuple[int, ...] = NUM_FEATURES,
     layer: str = "",
 ) -> list[Head]:
-    """The share that `estimate` would explain of the attention of these tensors, per head, for each budget.
+    """Measure the share that `estimate` would explain of the attention of these tensors, per head, for each budget.
 
     Args:
         query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`.
@@ -141,7 +141,7 @@ def _look(
 def diagnose(
     model: nn.Module, *inputs: Any, num_features: tuple[int, ...] = NUM_FEATURES, **named_inputs: Any
 ) -> list[Head]:
-    """`diagnose_tensors` for every attention layer that model(*inputs, **named_inputs) calls.
+    """Run `diagnose_tensors` on every attention layer that model(*inputs, **named_inputs) calls.
 
     Looked at are torch's nn.MultiheadAttention, `schoenbat.MultiheadKernelAttention`, the kernelised mechanisms of
     `schoenbat.attention`, and models of transformers whose attn_implementation was registered by schoenbat. A layer of

@@ -86,7 +86,7 @@ class Estimate:
             )
 
     def make(self, head_dim: int, scale: float | None = None, generator: torch.Generator | None = None) -> FeatureMap:
-        """A feature map of its own, for vectors with head_dim coordinates whose dot products get the factor `scale`.
+        """Draw a new feature map for vectors with head_dim coordinates whose dot products get the factor `scale`.
 
         Args:
             scale: 1 / sqrt(head_dim) where it is None.
@@ -113,7 +113,7 @@ class Estimate:
         return Sketch(kernel, **sizes, scale=expected, fixed_norm=fixed, bounded=bounded, generator=generator)
 
     def draw(self, head_dim: int, scale: float | None = None, device: torch.device | None = None) -> FeatureMap:
-        """The feature map that these settings stand for, on `device`; kept for further calls."""
+        """Return the feature map that these settings stand for, on `device`; it is kept for further calls."""
         scale = head_dim**-0.5 if scale is None else abs(scale)
         # Drawing is no part of a compiled graph: a first call inside torch.compile breaks the graph here.
         return torch.compiler.disable(_draw)(self, head_dim, scale, device or torch.device("cpu"))
@@ -235,14 +235,14 @@ class Estimate:
 
 
 def varies_much(kernel: Kernel, largest: float) -> bool:
-    """Whether f falls below half of f(0) for arguments up to `largest`: only then can denominators come near 0."""
+    """Return whether f falls below f(0) / 2 for arguments up to `largest`: only then are denominators ever near 0."""
     points = torch.linspace(-largest, largest, 65, dtype=torch.float64)
     return bool(kernel(points).min() < kernel(torch.zeros((), dtype=torch.float64)) / 2)
 
 
 @functools.cache
 def _kernel_named(name: str) -> Kernel:
-    """One instance per name, so that draws made for it are found again."""
+    """Make one instance per name, so that draws made for it are found again."""
     return KERNELS.get(name)()
 
 

@@ -27,7 +27,7 @@ VARIANT_MARK = "+"
 
 
 def base_name(name: str) -> str:
-    """What NAME+VARIANT is a variant of; any other name as it is.
+    """Return what NAME+VARIANT is a variant of; any other name as it is.
 
     Raises:
         UserError: what follows the + is not made of letters, digits, - and _.
@@ -61,11 +61,11 @@ class Registry(Generic[T]):
         self.group = package if group is None else group
 
     def names(self) -> list[str]:
-        """All names, sorted; raises UserError as `external` does."""
+        """Return all names, sorted; raises UserError as `external` does."""
         return sorted([*self._files(), *self.external()])
 
     def external(self) -> dict[str, EntryPoint]:
-        """The components of other distributions by name, sorted.
+        """Return the components of other distributions by name, sorted.
 
         Raises:
             UserError: an entry point whose name is taken, or is not made of letters, digits, - and _.
@@ -84,7 +84,7 @@ class Registry(Generic[T]):
         return found
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`, or that `name` is a variant of.
+        """Return the class called `name`, or that `name` is a variant of.
 
         Raises:
             UserError: there is none (the choices are listed), or the entry point of this name does not lead to one.
@@ -133,12 +133,12 @@ class Registry(Generic[T]):
 
 @cache
 def _entry_points(group: str) -> tuple[EntryPoint, ...]:
-    """What the installed distributions offer; looked up once, as it reads the metadata of each of them."""
+    """Look up what the installed distributions offer, once, as it reads the metadata of each of them."""
     return tuple(entry_points(group=group))
 
 
 def describe_entry(entry: EntryPoint) -> str:
-    """Where a component comes from, such as "my_kernels:Cosh of my-kernels 0.1"."""
+    """Return where a component comes from, such as "my_kernels:Cosh of my-kernels 0.1"."""
     return f"{entry.value} of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 

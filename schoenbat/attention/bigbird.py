@@ -70,7 +70,7 @@ class Bigbird(Attention):
         return out.flatten(-3, -2)[..., :length, :]
 
     def blocks(self, filled: Tensor) -> tuple[Tensor, Tensor]:
-        """The blocks that each block attends to.
+        """Choose the blocks that each block attends to.
 
         Args:
             filled: bool [B, n], the blocks with a real token.
@@ -93,6 +93,6 @@ class Bigbird(Attention):
 
 
 def _take(x: Tensor, blocks: Tensor) -> Tensor:
-    """[B, H, n, s, d] and [B, a, b] to [B, H, a, b * s, d]."""
+    """Gather blocks: [B, H, n, s, d] and [B, a, b] to [B, H, a, b * s, d]."""
     index = blocks.flatten(1)[:, None, :, None, None].expand(-1, x.shape[1], -1, *x.shape[-2:])
     return x.gather(2, index).unflatten(2, blocks.shape[1:]).flatten(3, 4)

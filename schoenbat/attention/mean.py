@@ -1,4 +1,4 @@
-"""Uniform attention: the control that shows how much of a result owes nothing to the weights."""
+"""Uniform attention, the control."""
 
 import torch
 from torch import Tensor

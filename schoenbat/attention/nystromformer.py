@@ -82,7 +82,7 @@ class Nystromformer(Attention):
 
 
 def _segments(real: Tensor, number: int) -> Tensor:
-    """bool [B, 1, number, M]: the tokens of each segment; with L <= number real tokens, one in each of the first L."""
+    """Cut the real tokens into segments: bool [B, 1, number, M]; up to `number` of them are a segment each."""
     count = real.sum(-1, keepdim=True)
     rank = real.cumsum(-1) - 1
     # The segment a with floor(a L / number) <= rank < floor((a + 1) L / number).

@@ -77,7 +77,7 @@ class Polysketch(Attention):
         return linear_attention(q_features, k_features, v, mask)
 
     def sketch(self, x: Tensor) -> Tensor:
-        """P_{p/2}: [..., head_dim] to [..., r], or x itself for p = 2."""
+        """Compute P_{p/2}: [..., head_dim] to [..., r], or x itself for p = 2."""
         sketches = x[..., None, :]
         for level in range(self.levels):
             projections = getattr(self, f"projections_{level}").to(x.dtype)

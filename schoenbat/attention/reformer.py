@@ -63,7 +63,7 @@ class Reformer(Attention):
         return (outputs * logs.softmax(0)).sum(0)
 
     def _round(self, rotation: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [B, H, N, d] and logsumexp [B, H, N, 1] of one round."""
+        """Return output [B, H, N, d] and logsumexp [B, H, N, 1] of one round."""
         size, length = self.config.chunk_size, q.shape[-2]
         order = _sorted_by_bucket(q, rotation, real)
         q, k, v = (x.gather(-2, order[..., None].expand_as(x)) for x in (q, k, v))
@@ -90,7 +90,7 @@ class Reformer(Attention):
 
 
 def _sorted_by_bucket(q: Tensor, rotation: Tensor, real: Tensor) -> Tensor:
-    """The tokens [B, H, N] by bucket and position, masked ones last."""
+    """Sort the tokens [B, H, N] by bucket and position, masked ones last."""
     with torch.no_grad():
         projected = q @ rotation
         bucket = torch.cat([projected, -projected], -1).argmax(-1)
@@ -99,5 +99,5 @@ def _sorted_by_bucket(q: Tensor, rotation: Tensor, real: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, index: Tensor) -> Tensor:
-    """Chunks [B, H, n, c, d] at the places [B, H, n]."""
+    """Gather the chunks [B, H, n, c, d] at the places [B, H, n]."""
     return x.gather(2, index[..., None, None].expand_as(x))

@@ -56,7 +56,7 @@ class Rfa(Attention):
         return attention(self.features(q), self.features(k), v, key_mask)
 
     def features(self, x: Tensor) -> Tensor:
-        """phi: [B, H, N, head_dim] to [B, H, N, num_features]."""
+        """Compute phi: [B, H, N, head_dim] to [B, H, N, num_features]."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = x / torch.where(length == 0, 1.0, length)
         projected = unit @ (self.vectors * self.sigma / self.config.tau).T.to(x.dtype)

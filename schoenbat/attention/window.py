@@ -45,7 +45,7 @@ class Window(Attention):
         after = end if is_causal else end + reach
 
         def surrounding(x: Tensor) -> Tensor:
-            """[..., N, e] to [..., N / reach, blocks * reach, e]: the block before, the block, and the one after."""
+            """Gather each block with its neighbours: [..., N, e] to [..., N / reach, blocks * reach, e]."""
             padded = F.pad(x, (0, 0, reach, after))
             return padded.unfold(-2, blocks * reach, reach).mT
 

@@ -96,7 +96,7 @@ class Sketch(FeatureMap):
         self._store()
 
     def _pack(self) -> Tensor:
-        """The coordinates as far as the linear features and the runs go."""
+        """Return the coordinates as far as the linear features and the runs go."""
         rotation = self.rotation_bits.view(torch.float32)
         ends = [run.offsets[-1] + run.length for run in self.plan.runs]
         columns = torch.arange(max([self.plan.num_linear, *ends]), device=rotation.device) % len(rotation)
@@ -104,7 +104,7 @@ class Sketch(FeatureMap):
 
 
 def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
-    """The features of one degree, orbit by orbit."""
+    """Yield the features of one degree, orbit by orbit."""
     left = share.num_features
     for offsets, length in _orbits(head_dim, share.degree, share.exact):
         repeated = math.prod(math.factorial(count) for count in Counter(offsets).values())
@@ -119,7 +119,7 @@ def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
 
 
 def _orbits(head_dim: int, degree: int, repeated: bool) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Each orbit of `degree` coordinates under cyclic shifts, once: offsets from the first coordinate, and its size.
+    """Yield each orbit of `degree` coordinates under cyclic shifts once: offsets from the first, and its size.
 
     Args:
         repeated: whether a coordinate may occur more than once.

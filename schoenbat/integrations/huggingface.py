@@ -157,7 +157,7 @@ class _StateLayer(CacheLayerMixin):
         raise AttributeError(name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The first tokens make the state."""
+        """Do nothing: the first tokens make the state."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, kwargs: dict[str, Any] | None = None
@@ -207,7 +207,7 @@ class _StateLayer(CacheLayerMixin):
 
 
 def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
-    """The function that transformers calls from every attention layer."""
+    """Make the function that transformers calls from every attention layer."""
     settings = estimate
     # torch.compile cannot look a kernel up by its name.
     estimate = replace(estimate, kernel=estimate.function)
@@ -276,7 +276,7 @@ def _through(features: FeatureMap, inputs: AttentionInputs, layer: _StateLayer |
 
 @torch.compiler.assume_constant_result
 def _attends_to_itself(layer: nn.Module) -> bool:
-    """Whether what a layer is given shows that its keys are the tokens of its queries."""
+    """Return whether the layer's signature shows that it is self-attention."""
     return set(inspect.signature(layer.forward).parameters) <= _OF_ONE_SEQUENCE
 
 
@@ -316,7 +316,7 @@ def _used(*_: object, **__: object) -> NoReturn:
 
 
 class KeyMask:
-    """What a model's mask means, readable by our attention function alone.
+    """The meaning of a model's mask, readable by our attention function alone.
 
     It stands for [B, 1, queries, keys], True = attend. It can be passed on, moved to another device, and asked for its
     shape; whatever else a model does with it, such as adding it to scores of its own, is a UserError.
@@ -370,7 +370,7 @@ def _make_mask(
     attention_mask: Tensor | KeyMask | None = None,
     **kwargs: Any,
 ) -> KeyMask:
-    """The mask that transformers prepares for this implementation."""
+    """Make the mask that transformers prepares for this implementation."""
     if isinstance(attention_mask, KeyMask):
         return attention_mask
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
@@ -398,7 +398,7 @@ def _of_pairs(mask: Tensor) -> UserError:
 def _read_mask(
     mask: KeyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
 ) -> tuple[Tensor | None, bool]:
-    """The mask of keys, [B, keys], and whether attention is causal.
+    """Return the mask of keys, [B, keys], and whether attention is causal.
 
     Every mask of transformers' own functions is a KeyMask here. None is the absence of one, and then each query sees
     each key, as in eager attention; a module that calls itself causal nevertheless is contradictory.
@@ -450,7 +450,7 @@ def _refuse_packed(mask: KeyMask, positions: object) -> None:
 
 @cache
 def _bypass(files: tuple[str, ...]) -> str | None:
-    """How the models of these modules get round the attention interface, or None where nothing shows that they do.
+    """Say how the models of these modules get round the attention interface; None where nothing shows that they do.
 
     Layers of attention without an interface tell, or a table from the names of implementations to classes of attention.
     """
@@ -476,7 +476,7 @@ def _check_goes_through_interface(model: PreTrainedModel, name: str) -> None:
 
 
 def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
-    """While a model is put together: whether our implementation can serve it.
+    """Check, while a model is put together, that our implementation can serve it.
 
     A model that never asks for a mask nor for the attention function is noticed nowhere else.
     """
@@ -487,14 +487,14 @@ def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
 
 
 def _calls_interface(layer: nn.Module) -> bool:
-    """Whether its `forward` takes the attention function from an interface of transformers."""
+    """Return whether its `forward` takes the attention function from an interface of transformers."""
     forward = inspect.unwrap(type(layer).forward)
     code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
     return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in code.co_names)
 
 
 def _head_dim(layer: nn.Module) -> int:
-    """Width of the queries of a layer."""
+    """Return the width of the queries of a layer."""
     for name in (
         "qk_head_dim",
         "head_dim",

@@ -154,7 +154,7 @@ class Encoder(nn.Module):
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
-    """[length, width]: sines and cosines of the position at wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017).
+    """Make sines and cosines of the position, [length, width], of wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017).
 
     Scaled to the standard deviation that token embeddings begin with; at their full size the tokens would drown.
     """
@@ -180,7 +180,7 @@ class Classifier(nn.Module):
         )
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N]; by default token 0 is padding.
+        """Compute logits [B, num_classes] for tokens and key_mask [B, num_texts, N]; by default token 0 is padding.
 
         [B, N, num_classes] where each position is classified.
         """
@@ -194,7 +194,7 @@ class Classifier(nn.Module):
         return self.head(torch.cat([a, b, a * b, a - b], dim=-1))
 
     def state_bytes(self, length: int) -> int:
-        """What causal attention keeps of the tokens before, over `length` tokens: of all heads of all layers."""
+        """Return the size in bytes of the causal state over `length` tokens: of all heads of all layers."""
         layers = [module for module in self.modules() if isinstance(module, SelfAttention)]
         return sum(
             layer.num_heads
@@ -219,7 +219,7 @@ def build_model(
     per_position: bool = False,
     causal: bool = False,
 ) -> Classifier:
-    """A model whose weights and random features are a pure function of the arguments.
+    """Build a model whose weights and random features are a pure function of the arguments.
 
     Args:
         attn: name of the attention mechanism or of a variant; `attention` is its section of options, built strictly.

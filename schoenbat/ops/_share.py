@@ -18,7 +18,7 @@ class PoorEstimateWarning(UserWarning):
 
 
 class Exact(NamedTuple):
-    """What is compared with: exact attention and uniform weights, of some queries.
+    """Exact attention and uniform attention of some queries, to compare an output with.
 
     Attributes:
         truth, uniform: outputs [B, H, n, v].
@@ -34,7 +34,7 @@ class Exact(NamedTuple):
     rows: Tensor
 
     def share_explained(self, out: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> list[float]:
-        """By `out` [B, H, N, v] of all queries, over the dimensions `dim`."""
+        """Compute the share that `out` [B, H, N, v] of all queries explains, over the dimensions `dim`."""
         seen = self.allowed.any(-1, keepdim=True)
         error = (out[:, :, self.rows].to(self.truth.dtype) - self.truth).masked_fill(~seen, 0.0)
         error, distance, size = (x.square().sum(dim, keepdim) for x in (error, self.truth - self.uniform, self.truth))

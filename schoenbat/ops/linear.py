@@ -54,7 +54,7 @@ def attend(
     block: int | None = None,
     bounded: bool | None = None,
 ) -> Tensor:
-    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, an estimate of attention by f(scale <x, y>).
+    """Compute sum_j <phi(q_i), phi(k_j)> v_j / sum_j <phi(q_i), phi(k_j)>, an estimate of attention by f(scale <x, y>).
 
     Args:
         features: a FeatureMap, or any phi from [B, H, n, d] to [B, H, n, D] that works token by token, which is applied
@@ -103,7 +103,7 @@ def extend(
     key_mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, State]:
-    """Causal attention over N further tokens, after those of `state`: the parts give what the whole would.
+    """Attend causally from N further tokens, after those of `state`: the parts give what the whole would.
 
     Args:
         state: from an earlier call with the same features, or None for no token yet.
@@ -121,7 +121,7 @@ def extend(
 
 
 def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Every query sees every key, through features that are given.
+    """Attend from every query to every key, through features that are given.
 
     Args:
         query_features, key_features: [B, H, N, D], [B, H, M, D].
@@ -139,27 +139,27 @@ def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor
 def causal_linear_attention(
     query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> Tensor:
-    """As `linear_attention`, and query i sees keys up to i; N = M."""
+    """Do what `linear_attention` does where query i sees keys up to i; N = M."""
     check_square(query_features, key_features)
     q, k, v = _prepare(query_features, key_features, value, key_mask)
     return _causal.extend(None, None, q, k, _extended(v, key_mask), 1.0, False)[0].to(value.dtype)
 
 
 def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All in float32 or wider, with 0 at masked places of key and value."""
+    """Convert all to float32 or wider, with 0 at masked places of key and value."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.to(dtype), fill_masked(key.to(dtype), key_mask), fill_masked(value.to(dtype), key_mask)
 
 
 def _counts(mask: Tensor | None, like: Tensor, repeats: int = 1) -> Tensor | None:
-    """1 and 0 for the True and False of [B, M], as [B, 1, M, 1]; `repeats` times one after another."""
+    """Make 1 and 0 of the True and False of [B, M], as [B, 1, M, 1]; `repeats` times one after another."""
     if mask is None:
         return None
     return mask.repeat(1, repeats)[:, None, :, None].to(like.dtype)
 
 
 def _extended(value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """[V, 1], with 0 for keys that are not there, whose values are 0."""
+    """Make [V, 1], with 0 for keys that are not there, whose values are 0."""
     counts = _counts(key_mask, value)
     return extend_value(value) if counts is None else torch.cat([value, counts.expand(*value.shape[:-1], 1)], -1)
 
@@ -198,7 +198,7 @@ def _bounded(
     weight: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As the module says of bounded maps; `weight` [B, H, M, 1] of the keys, or None for ones."""
+    """Attend within the bounds of `schoenbat.ops._bounds`; `weight` [B, H, M, 1] of the keys, or None for ones."""
     if weight is None:
         mass = divisor = number = key.new_full((1, 1), max(1, key.shape[-2]))
         average, weighted = value.sum(-2, keepdim=True) / divisor, key
@@ -263,7 +263,7 @@ def _causal_blocks(
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), of which only the arguments are kept for the backward pass."""
+    """Call function(*arguments), keeping only the arguments for the backward pass."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -322,7 +322,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _mean(x: Tensor, counts: Tensor | None) -> Tensor:
-    """The mean token [B, H, 1, d] of those that count; 0 where none does."""
+    """Average the tokens that count, [B, H, 1, d]; 0 where none does."""
     if counts is None:
         return x.mean(-2, keepdim=True)
     return x.masked_fill(counts == 0, 0.0).sum(-2, keepdim=True) / _number(counts)
