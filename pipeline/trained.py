@@ -19,7 +19,7 @@ from schoenbat.lra.training import load_model
 
 @dataclass(frozen=True)
 class TrainedCell:
-    """What a training has left.
+    """A trained cell: its results, and its model.
 
     Attributes:
         metrics: of the training.
@@ -36,12 +36,12 @@ class TrainedCell:
     classifier: PretrainedClassifier
 
     def code_has_changed(self) -> bool:
-        """Whether the code that the training depended on is another one now."""
+        """Return whether the code that the training depended on has changed since."""
         return code_fingerprint(self.cell, self.profile) != self.metrics.fingerprint.code
 
 
 def current_profile() -> str:
-    """The profile of params.yaml; raises UserError if it has none."""
+    """Return the profile of params.yaml; raises UserError if it has none."""
     settings = read_yaml(PARAMS_FILE)
     profile = settings.get("profile") if isinstance(settings, dict) else None
     if not isinstance(profile, str):
@@ -50,19 +50,19 @@ def current_profile() -> str:
 
 
 def trained_cells(profile: str) -> list[str]:
-    """The ids of all cells of a profile whose training is finished."""
+    """Return the ids of all cells of a profile whose training is finished."""
     return sorted(path.parent.name for path in Path("runs", profile).glob("*/metrics.json"))
 
 
 def load_trained(cell: str, profile: str | None = None) -> TrainedCell:
-    """A trained cell with its best weights, on the CPU.
+    """Load a trained cell with its best weights, on the CPU.
 
     Args:
         cell: its id.
         profile: by default that of params.yaml.
 
     Raises:
-        UserError: no such cell is trained, its files are damaged, or its data is another one by now.
+        UserError: no such cell is trained, its files are damaged, or its data has changed since.
     """
     profile = profile or current_profile()
     results = CellResults(profile, cell)

@@ -65,7 +65,7 @@ class Cell:
         return Path("checkpoints", profile, self.id)
 
     def arguments(self) -> list[str]:
-        """This cell on the command line."""
+        """Return the options that name this cell on the command line."""
         dotf = [] if self.dotf is None else ["--dotf", self.dotf]
         return ["--task", self.task, "--attn", self.attn, *dotf, "--former", self.former, "--seed", str(self.seed)]
 

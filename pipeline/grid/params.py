@@ -141,7 +141,7 @@ class RunParams:
 
 @dataclass(frozen=True)
 class BenchParams:
-    """What is timed.
+    """The benchmarks.
 
     Attributes:
         lengths: of the sequences.
@@ -172,7 +172,7 @@ class BenchParams:
 
 @dataclass(frozen=True)
 class ErrorsParams:
-    """Where the errors of the estimators are measured.
+    """The measurements of the estimators' errors.
 
     Attributes:
         num_features: the budgets.
@@ -225,7 +225,7 @@ class _RawTask:
 
 @dataclass(frozen=True)
 class _RawParams:
-    """What dvc.yaml names has no default here: DVC would not know it."""
+    """params.yaml as it is written; what dvc.yaml names has no default, as DVC would not know it."""
 
     profile: str
     note: str

@@ -53,7 +53,7 @@ class Meter:
             self._bar.stop()
 
     def update(self, done: int, total: int, detail: str = "") -> None:
-        """Say that `done` of `total` is done; `detail` is shown beside it."""
+        """Show that `done` of `total` is done, with `detail` beside it."""
         done, total = done // self._scale, total // self._scale
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=done, total=total, detail=detail)
@@ -83,7 +83,7 @@ class ProgressFile:
         self._written = 0.0
 
     def is_due(self) -> bool:
-        """Whether the file is a second old; asked before facts are collected that cost something."""
+        """Return whether the file is a second old; asked before facts are collected that cost something."""
         return time.monotonic() - self._written >= SECONDS_BETWEEN_FILES
 
     def update(self, **facts: Any) -> None:
