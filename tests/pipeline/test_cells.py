@@ -8,6 +8,7 @@ from project_folder import Project
 
 from pipeline.grid.cells import Cell, check_models, expand, fingerprint, make_cell, select
 from pipeline.grid.params import load_params
+from pipeline.text import share
 from schoenbat.errors import UserError
 
 
@@ -53,6 +54,13 @@ def test_a_grid_of_no_task_or_seed_or_of_too_many_cells_is_refused(
     with pytest.raises(UserError) as caught:
         expand(load_params())
     assert str(caught.value) == message
+
+
+def test_a_part_of_the_grid_is_not_called_all_of_it() -> None:
+    assert share(2, 4, "cell", "of profile p") == "2 of 4 cells of profile p are"
+    assert share(1, 4, "cell", "of profile p") == "1 of 4 cells of profile p is"
+    assert share(4, 4, "cell", "of profile p") == "all 4 cells of profile p are"
+    assert share(1, 1, "cell", "of profile p") == "the only cell of profile p is"
 
 
 def test_a_cell_has_one_name_everywhere(project: Project) -> None:
