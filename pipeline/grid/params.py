@@ -79,35 +79,31 @@ class DataParams:
 
 @dataclass(frozen=True)
 class SlurmParams:
-    """What `--backend slurm` asks of Slurm. A block is one Slurm job on one node, which runs many cells.
+    """What `--backend slurm` asks of Slurm, in one job for each attempt at a cell.
+
+    A cell asks for `run.threads` cores and, if `run.device` is cuda and no option speaks of a GPU, for one GPU.
 
     Attributes:
         partition: null for the default of the cluster, as for `account`.
         account: which is charged.
-        walltime_minutes: of a block; shortly before it is over, the cells in it save their work and go on in another.
-        gpus_per_block: 0 for none; the cells of a block are spread over its GPUs.
-        cells_per_block: so many cells at once in a block; it asks for `run.threads` cores for each.
-        max_blocks: at most so many blocks at once; there are fewer when fewer cells wait.
-        worker_init: shell commands at the start of a block, such as "module load cuda".
-        options: further options of sbatch, such as "--mem=16G" or "--qos=long".
+        walltime_minutes: of a job; shortly before it is over, the cell saves its work and goes on in another.
+        max_jobs: at most so many at once, waiting or running.
+        worker_init: shell commands at the start of a job, such as "module load cuda".
+        options: further options of sbatch, such as "--mem=16G" or "--gres=gpu:a100:1".
     """
 
     partition: str | None = None
     account: str | None = None
     walltime_minutes: int = 240
-    gpus_per_block: int = 0
-    cells_per_block: int = 1
-    max_blocks: int = 1
+    max_jobs: int = 1
     worker_init: str = ""
     options: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if min(self.cells_per_block, self.max_blocks) < 1:
-            raise ValueError("cells_per_block and max_blocks must be at least 1")
+        if self.max_jobs < 1:
+            raise ValueError("max_jobs must be at least 1")
         if self.walltime_minutes < 2:
             raise ValueError("walltime_minutes must be at least 2: starting and saving take a minute of it")
-        if self.gpus_per_block < 0:
-            raise ValueError("gpus_per_block must not be negative")
         for option in self.options:
             if not option.startswith("-"):
                 raise ValueError(f"options are those of sbatch, such as --mem=16G, not {option!r}")

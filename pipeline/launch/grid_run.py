@@ -142,10 +142,9 @@ def _backend(params: Params, wishes: Wishes, slurm: bool) -> tuple[Backend, int,
         found, at_once = plan.plan_devices(params, wishes.devices, wishes.jobs)
         return LocalBackend(found, _LOGS), at_once, found[0].name.partition(":")[0]
     if wishes.devices is not None:
-        raise UserError("--devices is for --backend local; for Slurm, run.slurm.gpus_per_block says what a block has")
+        raise UserError("--devices is for --backend local; for Slurm, run.device and run.slurm say what a job has")
     found, at_once = plan_slurm(params.run, wishes.jobs)
-    kind = "cuda" if params.run.slurm.gpus_per_block else params.run.device.partition(":")[0]
-    return SlurmBackend(params.run, found, _LOGS), at_once, kind
+    return SlurmBackend(params.run, found, _LOGS), at_once, params.run.device.partition(":")[0]
 
 
 class _Run:
