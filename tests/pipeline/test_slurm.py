@@ -172,8 +172,8 @@ def test_a_job_that_slurm_does_not_take_for_long_is_a_failure_with_a_reason(
     stages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "_AWAY_SECONDS", 5.0)
-    backend_options = slurm._options
-    monkeypatch.setattr(slurm, "_options", lambda run: [*backend_options(run), "--nodes=1000"])
+    options = slurm._options
+    monkeypatch.setattr(slurm, "_options", lambda run: [*options(run), "--partition=nowhere"])
     monkeypatch.setattr(sys.modules[__name__], "plan_slurm", lambda run, jobs: ([Device("slurm", 1)], 1))
     (*_, last) = run(RUN, job("good", ("good",)))
     assert last.state == "failed"
