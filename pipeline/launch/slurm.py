@@ -179,7 +179,7 @@ class SlurmBackend:
         link.symlink_to(self._lease.name)
         output = str(attempt.log.absolute()).replace("%", "%%")
         options = [f"--job-name={job.name}", f"--comment={_COMMENT}{link}", f"--output={output}", "--open-mode=append"]
-        device = {DEVICE_VARIABLE: "cuda:0"} if _wants_gpu(self._run) else {}
+        device = {DEVICE_VARIABLE: "cuda:0"} if self._run.device.startswith("cuda") else {}
         environment = {**os.environ, **attempt.environment, **device, LEASE_VARIABLE: str(link)}
         script = [
             "#!/bin/bash",
@@ -258,15 +258,11 @@ class SlurmBackend:
         return asked, jobs
 
 
-def _wants_gpu(run: RunParams) -> bool:
-    return run.device.startswith("cuda")
-
-
 def _options(run: RunParams) -> list[str]:
     """Return what every Slurm job asks of sbatch."""
     slurm = run.slurm
     wanted = {"partition": slurm.partition, "account": slurm.account, "cpus-per-task": run.threads}
-    if _wants_gpu(run) and not any("gpu" in option for option in slurm.options):
+    if run.device.startswith("cuda") and not any("gpu" in option for option in slurm.options):
         wanted["gpus-per-node"] = 1
     asked = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
     # The engine queues again, once nothing of the attempt runs any more; Slurm itself would not wait for that.

@@ -33,11 +33,11 @@ from pipeline.stopping import Stopped, stop_request
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.encoder import Classifier, build_model
-from schoenbat.lra.training import Evaluation, FitResult, StepReport, fit, save_model
+from schoenbat.lra.training import Evaluation, FitResult, OtherCheckpoint, StepReport, fit, save_model
 
 
 def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool) -> None:
-    """Train `cell`; a run that was interrupted goes on from its checkpoint.
+    """Train `cell`; a run that was interrupted goes on from its checkpoint, unless that is of another configuration.
 
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
@@ -49,7 +49,7 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         restart: discard a checkpoint of an interrupted run.
 
     Raises:
-        UserError: the data is not prepared, the device is not there, or the checkpoint is of another configuration.
+        UserError: the data is not prepared, the device is not there, or the checkpoint is unreadable.
         TrainingFailed: the loss is no longer a number.
         OutOfMemory: the device's memory does not suffice.
         Stopped: by a signal; the checkpoint is written.
@@ -161,6 +161,12 @@ class _Training:
                 )
             except TrainingStopped as error:
                 raise Stopped(f"{self.cell.id}: stopped, and saved at step {error.step}") from None
+            except OtherCheckpoint:
+                assert checkpoint is not None
+                aside = checkpoint.with_name("last.other.pt")
+                checkpoint.replace(aside)
+                print(f"{self.cell.id}: {checkpoint} is of other settings, code or data; now {aside.name}", flush=True)
+                return self.fit(checkpoint, tracked, stop)
             except UserError as error:
                 if checkpoint is None or not checkpoint.exists():
                     raise

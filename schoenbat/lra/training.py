@@ -36,6 +36,10 @@ TOKENS_AT_ONCE = {"cpu": 2**15}
 """Tokens worked through at a time where `micro_batch` is null: on a CPU, activations of more leave the cache."""
 
 
+class OtherCheckpoint(UserError):
+    """A checkpoint is of another configuration; nothing was changed."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Optimisation of one task; `eval_every` and `steps` are counted in updates.
@@ -189,7 +193,8 @@ def fit(
     Raises:
         TrainingFailed: the loss is not finite.
         TrainingStopped: `stop` said so.
-        UserError: `checkpoint` is unreadable or of another configuration.
+        OtherCheckpoint: `checkpoint` is of another configuration.
+        UserError: it is unreadable.
     """
     run = _Run(model, dataset.on(device), config, seed, device, checkpoint, fingerprint)
     state = run.state
@@ -254,7 +259,7 @@ class _Run:
     def _resume(self, checkpoint: Path) -> None:
         saved = _read_checkpoint(checkpoint)
         if saved["fingerprint"] != self._fingerprint:
-            raise UserError(f"{checkpoint} belongs to another configuration of this cell; delete it to start over")
+            raise OtherCheckpoint(f"{checkpoint} belongs to another configuration; move it away to start over")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
