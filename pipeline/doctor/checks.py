@@ -172,7 +172,7 @@ def _threads(params: "Params | None") -> Finding:
 
 
 def _dvc() -> Finding:
-    from pipeline.grid.graph import read_graph
+    from pipeline.grid.graph import check_folders, read_graph
     from pipeline.record.lock_file import read_blocks
 
     try:
@@ -181,7 +181,9 @@ def _dvc() -> Finding:
         return Finding("dvc", "wrong", "DVC is not installed", "make setup")
     if not Path(".dvc").is_dir():
         return Finding("dvc", "wrong", f"DVC {version}; this folder is no repository of DVC", "dvc init")
-    stages = read_graph(read_yaml(PARAMS_FILE)).stages
+    graph = read_graph(read_yaml(PARAMS_FILE))
+    check_folders(graph)
+    stages = graph.stages
     recorded = len(stages.keys() & read_blocks().keys())
     return Finding("dvc", "good", f"DVC {version}; {recorded} of {counted(len(stages), 'stage')} on record")
 

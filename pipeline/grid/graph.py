@@ -87,6 +87,18 @@ class Graph:
         return found
 
 
+def check_folders(graph: Graph) -> None:
+    """Raise UserError if a stage writes through a link that leads out of the checkout: DVC records nothing there."""
+    here = Path.cwd().resolve()
+    folders = dict.fromkeys(parent for stage in graph.stages.values() for out in stage.outs for parent in _parents(out))
+    for folder in map(Path, folders):
+        if folder.is_symlink() and not folder.resolve().is_relative_to(here):
+            raise UserError(
+                f"{folder} is a link to {folder.resolve()}, out of the checkout, where DVC records nothing; "
+                "make it a folder, or put the whole checkout there"
+            )
+
+
 def read_graph(settings: Mapping[str, Any], path: Path = PIPELINE_FILE) -> Graph:
     """The stages that `path` states for these settings.
 

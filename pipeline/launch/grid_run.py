@@ -15,7 +15,7 @@ from pipeline.commands import PARAMS_VARIABLE
 from pipeline.files import remove_unfinished
 from pipeline.grid.cells import Cell, check_models, expand, select
 from pipeline.grid.code import check_code
-from pipeline.grid.graph import Graph, read_graph
+from pipeline.grid.graph import Graph, check_folders, read_graph
 from pipeline.grid.params import Params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.hashes import Hashes
@@ -64,6 +64,7 @@ def run_grid(params: Params, cells: Sequence[Cell], wishes: Wishes, *, slurm: bo
     with session.outliving_readers(), alone:
         settings = read_yaml(PARAMS_FILE)
         graph = read_graph(settings)
+        check_folders(graph)
         if not wishes.dry_run:
             backend.clear()
             mend_lock()
