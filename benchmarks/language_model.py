@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schoenbat import MultiheadKernelAttention, calibrate, diagnose
-from schoenbat.estimate import WATCHERS
+from schoenbat.estimate import WATCHER, Estimate
+from schoenbat.features.plan import FeatureMap
+from schoenbat.ops.reference import AttentionInputs
 
 WIDTH, HEADS, LAYERS = 128, 2, 3
 BATCH, TEST_BATCHES = 8, 32
@@ -125,12 +127,12 @@ def vectors_of(model: LanguageModel, x: Tensor) -> list[Tensor]:
     """Query, key and value [B, H, N, d] of the second layer, in float64."""
     seen: list[list[Tensor]] = []
 
-    def watch(estimate: object, query: Tensor, key: Tensor, value: Tensor, *_: object, **settings: object) -> None:
-        seen.append([tensor.double().cpu() for tensor in (query, key, value)])
+    def watch(estimate: Estimate, inputs: AttentionInputs, features: FeatureMap | None) -> None:
+        seen.append([tensor.double().cpu() for tensor in inputs[:3]])
 
-    WATCHERS.append(watch)
+    token = WATCHER.set(watch)
     model(x)
-    WATCHERS.remove(watch)
+    WATCHER.reset(token)
     return seen[1]
 
 

@@ -341,7 +341,7 @@ app.add_typer(commands.app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The entry point."""
+    """Run `schoenbat-exp`."""
     watch()
     given = sys.argv[1:] if arguments is None else arguments
     sys.exit(commands.exit_code(app, given or ["--help"]))

@@ -1,4 +1,4 @@
-"""What a worker calls, and a person may: the commands of the stages, with the exit codes of them all.
+"""The commands of the stages, which a worker calls and a person may call; how commands are declared; exit codes.
 
 0 done; 1 failed; 2 wrong usage or configuration; 3 data that cannot be had here; 75 stopped with the work saved (130
 for a grid). Modules that take long to import are imported by the commands that need them.
@@ -200,7 +200,7 @@ def errors(
 
 
 def load(profile: str | None = None) -> "Params":
-    """The settings: params.yaml, or under a grid those of its start; UserError if they are of another profile."""
+    """Return the settings: params.yaml, or in a grid those of its start; UserError if they are of another profile."""
     from pipeline.grid.checked import load_checked
     from pipeline.grid.code import check_code
     from pipeline.grid.settings import params_file

@@ -58,7 +58,7 @@ def run(cell: str, folder: Path) -> list[Path]:
 
 
 def card(trained: TrainedCell, note: str) -> str:
-    """The model card: what it is, what it reaches and on what, how to use it, and how to make it again."""
+    """Return the model card: what the model is, its scores, its data, how to use it, and how to train it again."""
     cell, metrics, meta = trained.cell, trained.metrics, trained.meta
     test = trained.results.test()
     paper = TASKS.get(cell.task).__doc__ or ""
@@ -145,7 +145,7 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _settings_of(trained: TrainedCell) -> str:
-    """params.yaml for this one cell: its own sections, and a grid of nothing else."""
+    """Return params.yaml for this one cell: its own sections, and a grid of nothing else."""
     cell, written = trained.cell, read_yaml(PARAMS_FILE)
     axes: dict[str, Any] = {
         "tasks": [cell.task],

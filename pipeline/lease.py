@@ -1,4 +1,4 @@
-"""The lease: a file by which the processes of a grid know that it still wants them.
+"""The heartbeat file of a grid: workers stop when it is deleted or stale.
 
 The engine touches it every few seconds and deletes it when they shall stop; each worker and each stage watches it. So
 nothing survives an engine that was killed, on whatever machine, and stopping needs no signal that has to travel there.
@@ -29,7 +29,7 @@ _REPEAT_SECONDS = 2.0
 
 
 class Lease:
-    """The engine's side.
+    """The heartbeat as the engine keeps it.
 
     Args:
         folder: where the file is made.
@@ -53,10 +53,10 @@ class Lease:
 
 
 def watch() -> threading.Event:
-    """If this process runs under a lease, stop its process group when that ends: SIGINT, and in the end SIGKILL.
+    """If this process has a heartbeat to watch, stop its process group when that ends: SIGINT, in the end SIGKILL.
 
     Returns:
-        What is set when the lease has ended.
+        An event that is set when the heartbeat has ended.
     """
     ended = threading.Event()
     path = os.environ.get(LEASE_VARIABLE)
@@ -66,7 +66,7 @@ def watch() -> threading.Event:
 
 
 def wait_for_end(path: Path, seconds: float, *, kept: bool = False) -> None:
-    """Return when a lease has not been renewed for so many seconds, or at once when it is deleted.
+    """Return when a heartbeat has not been touched for so many seconds, or at once when it is deleted.
 
     Args:
         kept: wait as long for one that is deleted.

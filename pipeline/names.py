@@ -33,7 +33,7 @@ _COLUMNS = 80
 
 
 class Kind(enum.StrEnum):
-    """What has names."""
+    """A kind of names."""
 
     TASKS = "tasks"
     ATTN = "attn"
@@ -51,7 +51,7 @@ class Name:
     origin: str = ""
 
     def lines(self) -> list[str]:
-        """All that is said of it, as paragraphs."""
+        """Return the paragraphs about it."""
         return [f"{self.about}{f' ({self.origin})' if self.origin else ''}"]
 
 
@@ -75,13 +75,11 @@ class Mechanism(Name):
 
 
 def names(kind: Kind) -> list[Name]:
-    """All names of a kind, sorted; only mechanisms are imported. One that cannot be says so in place of its text."""
+    """Return all names of a kind, sorted. Only mechanisms are imported; one that cannot be says so in its text."""
     if kind is Kind.PROFILES:
         return [Name(path.stem, _note(path)) for path in sorted(Path("profiles").glob("*.yaml"))]
     if kind is Kind.FORMER:
-        from schoenbat.lra.multihead import FORMERS
-
-        return [Name(former, _FORMERS[former]) for former in FORMERS]
+        return [Name(former, about) for former, about in _FORMERS.items()]
     from schoenbat.attention import ATTENTIONS
     from schoenbat.kernels import KERNELS
     from schoenbat.lra.tasks import TASKS
@@ -90,17 +88,16 @@ def names(kind: Kind) -> list[Name]:
     registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
     registry = registries[kind]
     external = registry.external()
-    found = [
-        Name(name, _first_line(external[name].module), describe_entry(external[name]))
-        if name in external
-        else Name(name, _first_line(f"{registry.package}.{name}"))
-        for name in registry.names()
-    ]
+    found = []
+    for name in registry.names():
+        entry = external.get(name)
+        about = _first_line(entry.module if entry else f"{registry.package}.{name}")
+        found.append(Name(name, about, describe_entry(entry) if entry else ""))
     return [_mechanism(each) for each in found] if kind is Kind.ATTN else found
 
 
 def described(listed: list[Name]) -> list[str]:
-    """What is said of each beside its name, in lines of at most 80 columns as far as words allow."""
+    """Return each name with its paragraphs beside it, in lines of at most 80 columns as far as words allow."""
     width = max((len(each.name) for each in listed), default=0)
     lines = []
     for each in listed:
@@ -136,7 +133,7 @@ def _note(profile: Path) -> str:
 
 
 def _first_line(module: str) -> str:
-    """Of a module's docstring; empty where there is none."""
+    """Return the first line of a module's docstring; empty where there is none."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:

@@ -54,7 +54,7 @@ def run(
 
 
 def _examples(trained: TrainedCell, texts: Sequence[str], file: Path | None) -> list[Example]:
-    """The examples in the form that the task takes: texts, or pairs."""
+    """Return the examples in the form that the task takes: texts, or pairs."""
     pairs = trained.classifier.config.data["num_texts"] == 2
     if texts:
         if not pairs:

@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.files import damaged, read_json, write_csv, write_json
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
-from schoenbat.registry import build_config
+from schoenbat.lra.config import build_config
 
 if TYPE_CHECKING:
     from schoenbat.lra.training import Evaluation, Predictions

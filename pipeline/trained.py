@@ -9,16 +9,16 @@ from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.results import CellResults, Metrics, trained_cells
 from schoenbat.errors import UserError, list_choices
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.pretrained import PretrainedClassifier, PretrainedConfig, model_data
 from schoenbat.lra.training import load_model
-from schoenbat.registry import build_config
 
 
 @dataclass(frozen=True)
 class TrainedCell:
-    """What a training has left.
+    """A trained cell: its results, and its model.
 
     Attributes:
         metrics: of the training.
@@ -35,13 +35,13 @@ class TrainedCell:
     classifier: PretrainedClassifier
 
     def code_has_changed(self) -> bool:
-        """Whether the code that the training depended on is another one now."""
+        """Return whether the code that the training depended on has changed since."""
         now = Freshness({"profile": self.profile}).code(self.cell.attn, self.cell.dotf)
         return now != self.metrics.fingerprint.code
 
 
 def current_profile() -> str:
-    """The profile of params.yaml; raises UserError if it has none."""
+    """Return the profile of params.yaml; raises UserError if it has none."""
     settings = read_yaml(PARAMS_FILE)
     profile = settings.get("profile") if isinstance(settings, dict) else None
     if not isinstance(profile, str):
@@ -50,14 +50,14 @@ def current_profile() -> str:
 
 
 def load_trained(cell: str, profile: str | None = None) -> TrainedCell:
-    """A trained cell with its best weights, on the CPU.
+    """Load a trained cell with its best weights, on the CPU.
 
     Args:
         cell: its id.
         profile: by default that of params.yaml.
 
     Raises:
-        UserError: no such cell is trained, its files are damaged, or its data is another one by now.
+        UserError: no such cell is trained, its files are damaged, or its data has changed since.
     """
     profile = profile or current_profile()
     results = CellResults(profile, cell)

@@ -22,6 +22,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,22 +30,22 @@ import torch
 from torch import Tensor, nn
 
 from schoenbat.errors import UserError
-from schoenbat.estimate import WATCHERS, Estimate
+from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.features.plan import FeatureMap, Plan, Run
 from schoenbat.functional import check_shapes
 from schoenbat.kernels import Kernel
 from schoenbat.nn.mha import MultiheadKernelAttention
 from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.linear import attend
-from schoenbat.ops.reference import fill_masked
+from schoenbat.ops.reference import AttentionInputs, fill_masked
 
-__all__ = ["CALIBRATING", "Calibrated", "Calibration", "FittedFeatures", "calibrate", "calibrate_tensors"]
+__all__ = ["CALIBRATOR", "Calibrated", "Calibration", "FittedFeatures", "calibrate", "calibrate_tensors"]
 
 KEPT_AS = "kernel_features"
-"""Where a layer of a model of another library has its own features."""
-CALIBRATING: list[Callable[..., None]] = []
+"""The name under which a layer of a model of another library has its own features."""
+CALIBRATOR: ContextVar[Callable[..., None] | None] = ContextVar("calibrator", default=None)
 """Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
-value, key_mask, is_causal, scale, self_attention) before they look at the layer's features."""
+value, key_mask, is_causal, scale=, self_attention=) before they look at the layer's features."""
 WORTHWHILE = 0.97
 """A basis is taken if it leaves less than this part of the error: less than that is chance."""
 DEGREES = (1, 2, 3, 4, 6, 8, 12)
@@ -87,15 +88,15 @@ class FittedFeatures(FeatureMap):
         return self.spread_bits.view(torch.float64).tolist()
 
     def resized(self, num_features: int) -> "FittedFeatures":
-        """Features of another number in the same basis, on the same device."""
+        """Make features of another number in the same basis, on the same device."""
         other = FittedFeatures(self.kernel, num_features=num_features, max_degree=self.max_degree, spread=self.spread)
         return other.to(self.spread_bits.device)
 
     def resample(self, generator: torch.Generator) -> None:
-        """Nothing of this map is drawn."""
+        """Draw nothing: nothing of this map is random."""
 
     def _pack(self) -> Tensor:
-        """The coordinates in the order in which the runs take them; the plan follows from the spread, so it is set."""
+        """Return the coordinates in the order of the runs, and set the plan, which follows from the spread."""
         spread = self.spread
         factors = [self.kernel.coefficient(n) * math.factorial(n) for n in range(self.max_degree + 1)]
         chosen = list(itertools.islice(_by_size(factors, spread), self.num_features))
@@ -121,7 +122,7 @@ class FittedFeatures(FeatureMap):
         return projection
 
     def _describe(self, factors: list[float], spread: list[float], chosen: "list[_Term]") -> float:
-        """Say what of the mean square of f is described, of each degree and in all; its root."""
+        """Set `shares`, `unexplained` and `error`; return the root mean square of f."""
         described: dict[int, float] = defaultdict(float)
         for term in chosen:
             described[len(term.monomial)] += term.size
@@ -142,7 +143,7 @@ class _Term(NamedTuple):
 
 
 def _by_size(factors: list[float], spread: list[float]) -> Iterator[_Term]:
-    """All monomials that have a term in f, the largest first."""
+    """Yield all monomials that have a term in f, the largest first."""
 
     def size(monomial: tuple[int, ...]) -> float:
         parts = (_moment(count) * spread[i] ** (2 * count) for i, count in Counter(monomial).items())
@@ -165,12 +166,12 @@ def _by_size(factors: list[float], spread: list[float]) -> Iterator[_Term]:
 
 
 def _moment(exponent: int) -> float:
-    """((2 m - 1)!! / m!)^2."""
+    """Return ((2 m - 1)!! / m!)^2."""
     return (math.prod(range(1, 2 * exponent, 2)) / math.factorial(exponent)) ** 2
 
 
 def _totals(spread: list[float], max_degree: int) -> list[float]:
-    """For each degree the sum over all monomials of prod_i ((2 m_i - 1)!! / m_i!)^2 s_i^(2 m_i)."""
+    """Sum prod_i ((2 m_i - 1)!! / m_i!)^2 s_i^(2 m_i) over all monomials, for each degree."""
     totals = [1.0] + [0.0] * max_degree
     for s in spread:
         own = [_moment(m) * s ** (2 * m) for m in range(max_degree + 1)]
@@ -205,17 +206,16 @@ class Calibrated(nn.Module):
         return self.features.max_degree if isinstance(self.features, FittedFeatures) else None
 
     def basis(self) -> Tensor | None:
-        """[Hk, d, d] in float32."""
+        """Return the basis, [Hk, d, d] in float32."""
         return None if self.basis_bits is None else self.basis_bits.view(torch.float32)
 
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The coordinates in the basis of query [B, H, N, d] and key [B, Hk, M, d], in the dtypes of these."""
+    def turn(self, inputs: AttentionInputs) -> AttentionInputs:
+        """Replace query and key by their coordinates in the basis, in the dtypes of these."""
         basis = self.basis()
         if basis is None:
-            return query, key
-        with torch.autocast(query.device.type, enabled=False):
-            turned = [_turned(x, basis) for x in (query, key)]
-        return turned[0], turned[1]
+            return inputs
+        with torch.autocast(inputs.query.device.type, enabled=False):
+            return inputs._replace(query=_turned(inputs.query, basis), key=_turned(inputs.key, basis))
 
     def forward(
         self,
@@ -229,9 +229,10 @@ class Calibrated(nn.Module):
         self_attention: bool = False,
     ) -> Tensor:
         """Attend; arguments and result are those of `schoenbat.Estimate.attend`."""
-        query, key, positive = self.estimate.prepare(query, key, scale, key_mask)
-        query, key = self.turn(query, key)
-        return attend(self.features, query, key, value, key_mask, is_causal, positive, self_attention=self_attention)
+        inputs = self.estimate.prepare(
+            query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention
+        )
+        return attend(self.features, *self.turn(inputs))
 
 
 def _turned(x: Tensor, basis: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ def calibrate_tensors(
     estimate: Estimate | None = None,
     current: Calibrated | FeatureMap | None = None,
 ) -> Calibrated:
-    """The better of what is used so far and features in a basis that fits these tensors.
+    """Choose between what is used so far and features in a basis that fits these tensors.
 
     Args:
         query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`. Half of the examples,
@@ -269,30 +270,28 @@ def calibrate_tensors(
     if min(query.shape[0] * query.shape[2], key.shape[0] * key.shape[2]) < 2:
         raise UserError("one token is too little to calibrate with")
     with torch.no_grad():
-        query, key, positive = estimate.prepare(query.detach(), key.detach(), scale, key_mask)
+        inputs = estimate.prepare(query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention)
         # A query of 0 has uniform weights, exact and estimated: it has no part in what follows.
         of_query = key_mask if self_attention or is_causal else None
-        query, value = fill_masked(query, of_query), fill_masked(value.detach(), key_mask)
-        of_itself = self_attention and not is_causal
-        making, judging = _halves(query, key, value, key_mask)
-        exact = compare_exactly(estimate.function, *judging, is_causal, positive, self_attention)
+        inputs = inputs._replace(query=fill_masked(inputs.query, of_query), value=fill_masked(value, key_mask))
+        making, judging = _halves(inputs)
+        exact = compare_exactly(estimate.function, judging)
 
         def judge(candidate: Calibrated) -> float:
-            q, k = candidate.turn(*judging[:2])
-            found = attend(candidate.features, q, k, *judging[2:], is_causal, positive, self_attention=self_attention)
+            found = attend(candidate.features, *candidate.turn(judging))
             (share,) = exact.share_explained(found, dim=(0, 1, 2, 3), keepdim=True)
             return share
 
         if not isinstance(current, Calibrated):
-            drawn = current or estimate.draw(query.shape[-1], positive, query.device)
+            drawn = current or estimate.draw(query.shape[-1], inputs.scale, query.device)
             current = Calibrated(estimate, drawn, None, 0.0, 0.0)
         before = judge(current)
-        fit = _fitting(estimate, making, positive, of_itself)
+        fit = _fitting(estimate, making)
         shares = {n: judge(fit(n)) for n in _degrees(estimate)}
         degree = max(shares, key=lambda n: shares[n], default=None)
         if degree is None or not 1 - shares[degree] < WORTHWHILE * (1 - before):
             return Calibrated(estimate, current.features, current.basis(), before, before)
-        fitted = _fitting(estimate, (query, key, value, key_mask), positive, of_itself)(degree)
+        fitted = _fitting(estimate, inputs)(degree)
         return Calibrated(estimate, fitted.features, fitted.basis(), before, shares[degree])
 
 
@@ -304,7 +303,7 @@ def _check(estimate: Estimate) -> None:
 
 
 def _degrees(estimate: Estimate) -> list[int]:
-    """Those of DEGREES up to which the kernel has other terms than up to the one before."""
+    """Return the candidate degrees at which the truncated series changes."""
     return [
         degree
         for lower, degree in itertools.pairwise((0, *DEGREES))
@@ -312,25 +311,27 @@ def _degrees(estimate: Estimate) -> list[int]:
     ]
 
 
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+def _halves(inputs: AttentionInputs) -> tuple[AttentionInputs, AttentionInputs]:
+    """Split into every other example, or every other token of a single one, and the rest."""
+    several = len(inputs.query) > 1
+
+    def half(i: int) -> AttentionInputs:
+        query, key, value = (x[i::2] if several else x[:, :, i::2] for x in inputs[:3])
+        mask = inputs.key_mask
+        if mask is not None:
+            mask = mask[i::2] if several else mask[:, i::2]
+        return inputs._replace(query=query, key=key, value=value, key_mask=mask)
+
+    return half(0), half(1)
 
 
-def _halves(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[_Tensors, _Tensors]:
-    """Every other example, or every other token, and the rest."""
-    if len(query) > 1:
-        parts = [tuple(None if x is None else x[i::2] for x in (query, key, value, key_mask)) for i in range(2)]
-    else:
-        mask = None if key_mask is None else [key_mask[:, i::2] for i in range(2)]
-        parts = [(*(x[:, :, i::2] for x in (query, key, value)), None if mask is None else mask[i]) for i in range(2)]
-    return parts[0], parts[1]  # type: ignore[return-value]
-
-
-def _fitting(estimate: Estimate, tensors: _Tensors, scale: float, self_attention: bool) -> Callable[[int], Calibrated]:
-    """What gives, for a degree, features up to it in the basis of vectors shifted as `schoenbat.ops.linear` does."""
-    query, key, _, key_mask = tensors
+def _fitting(estimate: Estimate, inputs: AttentionInputs) -> Callable[[int], Calibrated]:
+    """Return a function that builds features of a given maximal degree in the calibrated basis."""
+    query, key, key_mask, scale = inputs.query, inputs.key, inputs.key_mask, inputs.scale
     kernel, num_features = estimate.function, estimate.num_features
     assert num_features is not None
-    shifted = kernel.is_exponential and self_attention
+    # As `schoenbat.ops.linear` shifts queries.
+    shifted = kernel.is_exponential and inputs.self_attention and not inputs.is_causal
     q = _second_moments(query, key_mask if shifted else None, shifted).unflatten(0, (key.shape[1], -1)).mean(1)
     k = _second_moments(key, key_mask, kernel.is_exponential)
     if not (q.isfinite().all() and k.isfinite().all()):
@@ -349,7 +350,7 @@ def _fitting(estimate: Estimate, tensors: _Tensors, scale: float, self_attention
 
 
 def _second_moments(x: Tensor, mask: Tensor | None, centred: bool) -> Tensor:
-    """E x x^T [H, d, d], in float64 on the CPU, over the tokens of [B, H, N, d], less their mean where `centred`."""
+    """Average x x^T over the tokens of [B, H, N, d], less their mean where `centred`: float64 [H, d, d], on the CPU."""
     x = fill_masked(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
     number = x.new_full((len(x), 1, 1, 1), x.shape[2]) if mask is None else mask.sum(-1)[:, None, None, None]
     if centred:
@@ -363,13 +364,13 @@ def _to_unit_trace(x: Tensor) -> Tensor:
 
 
 def _variances(basis: Tensor, moments: Tensor) -> Tensor:
-    """Of the coordinates [H, d] in the basis."""
+    """Return the variances of the coordinates in the basis, [H, d]."""
     return ((moments @ basis) * basis).sum(-2).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was done with one layer.
+    """The calibration of one layer.
 
     Attributes:
         layer: the name of the module.
@@ -425,14 +426,14 @@ def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calib
 
     layers = [module for module in model.modules() if isinstance(module, MultiheadKernelAttention)]
     handles = [layer.register_forward_pre_hook(fit_module, with_kwargs=True) for layer in layers]
-    CALIBRATING.append(fit_layer)
+    token = CALIBRATOR.set(fit_layer)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # How little the estimate explained before is part of the result.
             warnings.simplefilter("ignore")
             model(*inputs, **named_inputs)
     finally:
-        CALIBRATING.remove(fit_layer)
+        CALIBRATOR.reset(token)
         for handle in handles:
             handle.remove()
     if not done:
@@ -444,14 +445,20 @@ def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...
     if layer.estimate.normalize:
         raise UserError("a layer with normalize=True cannot be calibrated: pre-SBN comes after its projections")
     _check(layer.estimate)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    WATCHERS.append(lambda _, *tensors, features, **how: calls.append((tensors, how)))
+    calls: list[AttentionInputs] = []
+    token = WATCHER.set(lambda _estimate, inputs, _features: calls.append(inputs))
     try:
         layer.forward(*arguments, **named)
     finally:
-        WATCHERS.pop()
-    ((tensors, how),) = calls
-    fitted = calibrate_tensors(*tensors, **how, estimate=layer.estimate, current=layer.features)
+        WATCHER.reset(token)
+    (inputs,) = calls
+    fitted = calibrate_tensors(
+        *inputs[:5],
+        scale=inputs.scale,
+        self_attention=inputs.self_attention,
+        estimate=layer.estimate,
+        current=layer.features,
+    )
     basis = fitted.basis()
     if basis is not None:
         layer.features = fitted.features
@@ -463,7 +470,7 @@ def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...
 
 
 def _query_and_key_parameters(layer: MultiheadKernelAttention) -> list[Tensor]:
-    """Weights and biases whose rows are the coordinates of queries and keys, head after head."""
+    """Return weights and biases whose rows are the coordinates of queries and keys, head after head."""
     if layer.in_proj_weight is not None:
         found = [*layer.in_proj_weight.chunk(3)[:2]]
     else:

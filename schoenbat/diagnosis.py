@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from schoenbat.attention import KernelAttention
 from schoenbat.calibration import FittedFeatures
 from schoenbat.errors import UserError
-from schoenbat.estimate import WATCHERS, Estimate
+from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
 from schoenbat.nn.mha import MultiheadKernelAttention
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.linear import attend
-from schoenbat.ops.reference import fill_masked
+from schoenbat.ops.reference import AttentionInputs, fill_masked
 
 __all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
 
@@ -34,7 +34,7 @@ ENOUGH = 0.9
 
 @dataclass(frozen=True)
 class Head:
-    """What was found of one head of one layer.
+    """The diagnosis of one head of one layer.
 
     Attributes:
         layer, head: the name of the module, and the number of the head.
@@ -83,7 +83,7 @@ def diagnose_tensors(
     num_features: tuple[int, ...] = NUM_FEATURES,
     layer: str = "",
 ) -> list[Head]:
-    """The share that `estimate` would explain of the attention of these tensors, per head, for each budget.
+    """Measure the share that `estimate` would explain of the attention of these tensors, per head, for each budget.
 
     Args:
         query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`.
@@ -96,9 +96,8 @@ def diagnose_tensors(
     _check_budgets(num_features)
     check_shapes(query, key, value)
     estimate = Estimate() if estimate is None else estimate
-    query, key, positive = estimate.prepare(query, key, scale, key_mask)
-    given = (query, key, value, key_mask, is_causal)
-    return _look(layer, num_features, estimate, *given, scale=positive, self_attention=self_attention)
+    inputs = estimate.prepare(query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention)
+    return _look(layer, num_features, estimate, inputs)
 
 
 def _check_budgets(num_features: Sequence[int]) -> None:
@@ -110,20 +109,14 @@ def _look(
     layer: str,
     num_features: tuple[int, ...],
     estimate: Estimate,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    *,
-    scale: float,
-    self_attention: bool,
+    inputs: AttentionInputs,
     features: FeatureMap | None = None,
 ) -> list[Head]:
-    """As `diagnose_tensors`, of what `schoenbat.estimate.WATCHERS` are shown."""
+    """Diagnose what `schoenbat.estimate.WATCHER` is shown."""
     with torch.no_grad():
-        query, key, value = query.detach(), key.detach(), fill_masked(value.detach(), key_mask)
-        exact = compare_exactly(estimate.function, query, key, value, key_mask, is_causal, scale, self_attention)
+        query = inputs.query
+        inputs = inputs._replace(value=fill_masked(inputs.value, inputs.key_mask))
+        exact = compare_exactly(estimate.function, inputs)
         scores, seen = exact.scores, exact.allowed.any(-1)
         counts = exact.allowed.sum(-1).clamp_min(1)
         mean = scores.sum(-1) / counts
@@ -135,9 +128,8 @@ def _look(
             if isinstance(features, FittedFeatures):
                 own: FeatureMap = features.resized(budget)
             else:
-                own = replace(estimate, num_features=budget).draw(query.shape[-1], scale, query.device)
-            found = attend(own, query, key, value, key_mask, is_causal, scale, self_attention=self_attention)
-            shares[budget] = exact.share_explained(found, dim=(0, 2, 3))
+                own = replace(estimate, num_features=budget).draw(query.shape[-1], inputs.scale, query.device)
+            shares[budget] = exact.share_explained(attend(own, *inputs), dim=(0, 2, 3))
     heads = []
     for head in range(query.shape[1]):
         of_head = {budget: values[head] for budget, values in shares.items()}
@@ -149,7 +141,7 @@ def _look(
 def diagnose(
     model: nn.Module, *inputs: Any, num_features: tuple[int, ...] = NUM_FEATURES, **named_inputs: Any
 ) -> list[Head]:
-    """`diagnose_tensors` for every attention layer that model(*inputs, **named_inputs) calls.
+    """Run `diagnose_tensors` on every attention layer that model(*inputs, **named_inputs) calls.
 
     Looked at are torch's nn.MultiheadAttention, `schoenbat.MultiheadKernelAttention`, the kernelised mechanisms of
     `schoenbat.attention`, and models of transformers whose attn_implementation was registered by schoenbat. A layer of
@@ -162,8 +154,8 @@ def diagnose(
     _check_budgets(num_features)
     found: list[Head] = []
 
-    def take(layer: str, *tensors: Any, **how: Any) -> None:
-        found.extend(_look(layer, num_features, *tensors, **how))
+    def take(layer: str, estimate: Estimate, inputs: AttentionInputs, features: FeatureMap | None = None) -> None:
+        found.extend(_look(layer, num_features, estimate, inputs, features))
 
     handles = []
     inside: list[str] = []
@@ -178,12 +170,12 @@ def diagnose(
     # torch's encoder would hand nested tensors to its layers, for a fused form that hooks keep it from.
     was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    WATCHERS.append(lambda *tensors, **how: take(inside[-1] if inside else "", *tensors, **how))
+    token = WATCHER.set(lambda *given: take(inside[-1] if inside else "", *given))
     try:
         with torch.no_grad():
             model(*inputs, **named_inputs)
     finally:
-        WATCHERS.pop()
+        WATCHER.reset(token)
         torch.backends.mha.set_fastpath_enabled(was_fused)
         for handle in handles:
             handle.remove()
@@ -212,22 +204,19 @@ def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:
         twin.load_state_dict(module.state_dict())
         kept = {name: given[name] for name in ("key_padding_mask", "attn_mask") if given.get(name) is not None}
         is_causal = bool(named.get("is_causal", False))
-        others = WATCHERS[:]
-        WATCHERS[:] = [lambda _, *tensors, **how: take(layer, Estimate(), *tensors, **how)]
+        token = WATCHER.set(lambda _, inputs, features: take(layer, Estimate(), inputs, features))
         try:
             twin(given["query"], given["key"], given["value"], is_causal=is_causal, **kept)
         finally:
-            WATCHERS[:] = others
+            WATCHER.reset(token)
 
     return hook
 
 
 def _of_mechanism(layer: str, take: Callable[..., None]) -> Callable[..., None]:
     def hook(module: KernelAttention, arguments: tuple[Any, ...]) -> None:
-        query, key, value, key_mask, is_causal = (*arguments, None, False)[:5]
         estimate = Estimate(module.kernel)
-        query, key, scale = estimate.prepare(query, key, None, key_mask)
         # The layers of our models attend to their own tokens.
-        take(layer, estimate, query, key, value, key_mask, is_causal, scale=scale, self_attention=True)
+        take(layer, estimate, estimate.prepare(*arguments, self_attention=True))
 
     return hook

@@ -1,4 +1,4 @@
-"""What a user can get wrong, as exceptions whose text is one line fit to be shown as it is."""
+"""User-facing exceptions; each message is one printable line."""
 
 import difflib
 import reprlib
@@ -48,12 +48,12 @@ shorten = _Short().repr
 
 
 def unknown_name(kind: str, name: object, choices: Iterable[object]) -> UserError:
-    """The error for a name that is not in a closed set."""
+    """Make the error for a name that is not in a closed set."""
     return UserError(f"unknown {kind} {shorten(name)}; choose one of: {list_choices(name, choices)}")
 
 
 def list_choices(name: object, choices: Iterable[object]) -> str:
-    """`choices` in one line: those that `name` may be a misspelling of first, the others in their order."""
+    """List `choices` in one line, those that `name` may be a misspelling of first, the others in their order."""
     known = [str(choice) for choice in choices]
     folded: dict[str, list[str]] = {}
     for choice in known:
@@ -67,5 +67,5 @@ def list_choices(name: object, choices: Iterable[object]) -> str:
 
 
 def _fold(name: str) -> str:
-    """Upper case and _ in the place of - are no different names to who types them."""
+    """Ignore case, and _ in the place of -: to who types a name they are no difference."""
     return name.casefold().replace("_", "-")

@@ -6,7 +6,9 @@ The functional form, `schoenbat.nn.MultiheadKernelAttention` and the integration
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -18,13 +20,17 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.norm import pre_sbn
-from schoenbat.ops._share import warn_if_poor
+from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
+from schoenbat.ops.reference import AttentionInputs
 
 ESTIMATORS = ("sketch", "maclaurin")
-WATCHERS: list[Callable[..., None]] = []
-"""Called with (estimate, query, key, value, key_mask, is_causal, scale=, self_attention=, features=), all prepared."""
+Watcher = Callable[["Estimate", AttentionInputs, FeatureMap | None], None]
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+"""Called with what each estimate computes attention from; the features are None where it is exact."""
+_COMPARED: ContextVar[frozenset["Estimate"]] = ContextVar("compared", default=frozenset())
+"""The estimates of which a first output was compared with exact attention."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Estimate:
             )
 
     def make(self, head_dim: int, scale: float | None = None, generator: torch.Generator | None = None) -> FeatureMap:
-        """A feature map of its own, for vectors with head_dim coordinates whose dot products get the factor `scale`.
+        """Draw a new feature map for vectors with head_dim coordinates whose dot products get the factor `scale`.
 
         Args:
             scale: 1 / sqrt(head_dim) where it is None.
@@ -103,21 +109,27 @@ class Estimate:
         # the allocation then says which degrees matter, and up to 4,096 features the lowest ones do.
         fixed = self.normalize and not kernel.is_exponential
         expected = scale if self.normalize else min(1.0, kernel.radius / 2)
-        features = Sketch(kernel, **sizes, scale=expected, fixed_norm=fixed, generator=generator)
-        if self.normalize:
-            features.is_bounded = varies_much(kernel, scale) or features.sketched == 1
-        return features
+        bounded = not self.normalize or varies_much(kernel, scale)
+        return Sketch(kernel, **sizes, scale=expected, fixed_norm=fixed, bounded=bounded, generator=generator)
 
     def draw(self, head_dim: int, scale: float | None = None, device: torch.device | None = None) -> FeatureMap:
-        """The feature map that these settings stand for, on `device`; kept for further calls."""
+        """Return the feature map that these settings stand for, on `device`; it is kept for further calls."""
         scale = head_dim**-0.5 if scale is None else abs(scale)
         # Drawing is no part of a compiled graph: a first call inside torch.compile breaks the graph here.
         return torch.compiler.disable(_draw)(self, head_dim, scale, device or torch.device("cpu"))
 
     def prepare(
-        self, query: Tensor, key: Tensor, scale: float | None, key_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, float]:
-        """Query and key as features see them, and a scale that is not negative.
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        self_attention: bool = False,
+    ) -> AttentionInputs:
+        """Normalise query and key if these settings say so, and make the scale positive; arguments as for `attend`.
 
         Raises:
             UserError: dot products beyond the radius of convergence of f, or a mask of another shape than that of keys.
@@ -131,7 +143,8 @@ class Estimate:
             query, key = pre_sbn(query), pre_sbn(key)
         else:
             self._check_radius(query, key, scale, key_mask)
-        return (-query, key, -scale) if scale < 0 else (query, key, scale)
+        signed = -query if scale < 0 else query
+        return AttentionInputs(signed, key, value, key_mask, is_causal, abs(scale), self_attention)
 
     def attend(
         self,
@@ -163,40 +176,40 @@ class Estimate:
         Raises:
             UserError: dot products beyond the radius of convergence of f.
         """
-        q, k, positive = self.prepare(query, key, scale, key_mask)
+        inputs = self.prepare(query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention)
         if features is None and self.num_features is not None:
-            features = self.draw(query.shape[-1], positive, query.device)
-        if features is None:
-            out = self._exact(q, k, value, key_mask, is_causal, positive)
-        else:
-            out = attend(features, q, k, value, key_mask, is_causal, positive, block, self_attention)
-        self.observe(out, q, k, value, key_mask, is_causal, positive, self_attention, features)
+            features = self.draw(query.shape[-1], inputs.scale, query.device)
+        out = self._exact(inputs) if features is None else attend(features, *inputs, block=block)
+        self.observe(out, inputs, features)
         return out
 
-    def observe(
-        self,
-        out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        self_attention: bool,
-        features: FeatureMap | None,
-    ) -> None:
-        """Show prepared tensors to `schoenbat.diagnose`, and warn once if `out` explains little of this attention."""
+    def observe(self, out: Tensor, inputs: AttentionInputs, features: FeatureMap | None) -> None:
+        """Show `inputs` to `WATCHER`, and warn once if `out` explains less than half of this attention."""
         if torch.compiler.is_compiling():
             return
-        for watcher in WATCHERS:
-            tensors = (query, key, value, key_mask, is_causal)
-            watcher(self, *tensors, scale=scale, self_attention=self_attention, features=features)
-        if features is not None:
-            warn_if_poor(self, out, query, key, value, key_mask, is_causal, scale, self_attention)
+        if (watcher := WATCHER.get()) is not None:
+            watcher(self, inputs, features)
+        if features is None or self in _COMPARED.get():
+            return
+        _COMPARED.set(_COMPARED.get() | {self})
+        with torch.no_grad():
+            exact = compare_exactly(self.function, inputs)
+            try:
+                (share,) = exact.share_explained(out, dim=(0, 1, 2, 3), keepdim=True)
+            except RuntimeError:
+                # Under vmap tensors have no values to look at.
+                return
+        if share < POOR:
+            warnings.warn(
+                f"{self.num_features} features explain {share:.0%} of the attention of this batch; "
+                "schoenbat.diagnose says what would. Switch this off by "
+                "warnings.simplefilter('ignore', schoenbat.PoorEstimateWarning)",
+                PoorEstimateWarning,
+                stacklevel=3,
+            )
 
-    def _exact(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float
-    ) -> Tensor:
+    def _exact(self, inputs: AttentionInputs) -> Tensor:
+        query, key, value, key_mask, is_causal, scale, _ = inputs
         wide = torch.promote_types(query.dtype, torch.float32)
         root = math.sqrt(scale)
         # Autocast would round the scores after they were checked against the radius.
@@ -222,14 +235,14 @@ class Estimate:
 
 
 def varies_much(kernel: Kernel, largest: float) -> bool:
-    """Whether f falls below half of f(0) for arguments up to `largest`: only then can denominators come near 0."""
+    """Return whether f falls below f(0) / 2 for arguments up to `largest`: only then are denominators ever near 0."""
     points = torch.linspace(-largest, largest, 65, dtype=torch.float64)
     return bool(kernel(points).min() < kernel(torch.zeros((), dtype=torch.float64)) / 2)
 
 
 @functools.cache
 def _kernel_named(name: str) -> Kernel:
-    """One instance per name, so that draws made for it are found again."""
+    """Make one instance per name, so that draws made for it are found again."""
     return KERNELS.get(name)()
 
 

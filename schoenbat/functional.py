@@ -33,7 +33,7 @@ def dot_product_kernel_attention(
     block: int | None = None,
     self_attention: bool = False,
 ) -> Tensor:
-    """sum_j f(scale <q_i, k_j>) v_j / sum_j f(scale <q_i, k_j>), in time linear in the length.
+    """Compute sum_j f(scale <q_i, k_j>) v_j / sum_j f(scale <q_i, k_j>), in time linear in the length.
 
     Args:
         query, key, value: [B, H, L, d], [B, Hk, S, d], [B, Hk, S, v], or all without heads, [B, L, d] and so on. Sums
@@ -85,7 +85,7 @@ def dot_product_kernel_attention(
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         signed = query if factor >= 0 else -query
-        out = attend(features, signed, key, value, key_mask, is_causal, abs(factor), block)
+        out = attend(features, signed, key, value, key_mask, is_causal, abs(factor), block=block)
     return out if has_heads else out.squeeze(1)
 
 
@@ -125,7 +125,7 @@ def _check_use(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) ->
 def _one_mask(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, has_heads: bool
 ) -> Tensor | None:
-    """[B, S] from whichever was given."""
+    """Return the mask of keys, [B, S], from whichever was given."""
     batch, keys = query.shape[0], key.shape[-2]
     if attn_mask is not None:
         if key_mask is not None:

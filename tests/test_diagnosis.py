@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import schoenbat
 from schoenbat import Estimate, MultiheadKernelAttention, PoorEstimateWarning, calibrate, diagnose, diagnose_tensors
 from schoenbat.errors import UserError
-from schoenbat.ops._share import _SEEN
+from schoenbat.estimate import _COMPARED
 
 
 def tensors(size: float = 1.0, length: int = 200) -> list[Tensor]:
@@ -194,7 +194,7 @@ def test_shapes_that_do_not_fit_are_an_error() -> None:
 
 def test_a_poor_drop_in_warns_once() -> None:
     query, key, value = tensors(8.0, length=400)
-    _SEEN.clear()
+    _COMPARED.set(frozenset())
     with pytest.warns(PoorEstimateWarning, match=r"256 features explain .* of the attention"):
         schoenbat.dot_product_kernel_attention(query, key, value)
     with warnings.catch_warnings():
@@ -207,11 +207,11 @@ def test_no_warning_where_self_attention_is_explained() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value, means = torch.randn(4, 1, 2, 200, 64, generator=generator).unbind(0)
     query, key = query + 3 * means[:, :, :1], key + 3 * means[:, :, 1:2]
-    _SEEN.clear()
+    _COMPARED.set(frozenset())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schoenbat.dot_product_kernel_attention(query, key, value, self_attention=True)
-    _SEEN.clear()
+    _COMPARED.set(frozenset())
     with pytest.warns(PoorEstimateWarning):
         schoenbat.dot_product_kernel_attention(query, key, value)
 
@@ -220,7 +220,7 @@ def test_padding_hides_no_warning() -> None:
     query, key, value = tensors(8.0, length=400)
     mask = torch.arange(400).expand(2, -1) < 300
     soiled = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (query, key, value)]
-    _SEEN.clear()
+    _COMPARED.set(frozenset())
     with pytest.warns(PoorEstimateWarning, match="256 features explain"):
         schoenbat.dot_product_kernel_attention(*soiled, key_mask=mask, self_attention=True)
 

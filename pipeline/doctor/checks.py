@@ -172,6 +172,7 @@ def _threads(params: "Params | None") -> Finding:
 
 
 def _dvc() -> Finding:
+    from pipeline.grid.freshness import check_folders
     from pipeline.record.writer import changed_stages
 
     try:
@@ -180,6 +181,7 @@ def _dvc() -> Finding:
         return Finding("dvc", "wrong", "DVC is not installed", "make setup")
     if not Path(".dvc").is_dir():
         return Finding("dvc", "wrong", f"DVC {version}; this folder is no repository of DVC", "dvc init")
+    check_folders()
     changed = changed_stages()
     return Finding("dvc", "good", f"DVC {version}; {counted(len(changed), 'stage')} out of date, or not here")
 

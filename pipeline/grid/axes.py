@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.text import counted
 from schoenbat.errors import UserError
-from schoenbat.registry import build_config
+from schoenbat.lra.config import build_config
 
 MAX_CELLS = 20_000
 """Of one grid; every command looks at each of them."""
@@ -73,7 +73,7 @@ class Cell:
         return Path("checkpoints", profile, self.id)
 
     def arguments(self) -> list[str]:
-        """This cell on the command line."""
+        """Return the options that name this cell on the command line."""
         dotf = [] if self.dotf is None else ["--dotf", self.dotf]
         return ["--task", self.task, "--attn", self.attn, *dotf, "--former", self.former, "--seed", str(self.seed)]
 

@@ -118,6 +118,17 @@ class Freshness:
         return [wanted is not None and each == str(wanted) for each in found]
 
 
+def check_folders() -> None:
+    """Raise UserError if results would go through a link that leads out of the checkout: DVC records nothing there."""
+    here = Path.cwd().resolve()
+    for folder in map(Path, ("data", "data/raw", "data/processed", "weights", "runs", "reports", "numerics")):
+        if folder.is_symlink() and not folder.resolve().is_relative_to(here):
+            raise UserError(
+                f"{folder} is a link to {folder.resolve()}, out of the checkout, where DVC records nothing; "
+                "make it a folder, or put the whole checkout there"
+            )
+
+
 def recorded_digests(kind: str, name: str) -> Any:
     """Return the numerics of a component as the stage `numerics` has written them, for DVC."""
     return read_json(numerics.numerics_file(kind, name))

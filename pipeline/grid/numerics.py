@@ -50,6 +50,7 @@ _NO_NUMERICS = (
     "schoenbat.errors",
     "schoenbat.files",
     "schoenbat.registry",
+    "schoenbat.lra.config",
     "pipeline.files",
     "pipeline.grid",
     "pipeline.results",

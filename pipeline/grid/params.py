@@ -8,28 +8,37 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.grid.axes import Cell, GridParams
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS, MAX_FEATURES
 from schoenbat.errors import UserError, list_choices, shorten
 from schoenbat.kernels import KERNELS
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig
 from schoenbat.lra.multihead import FORMERS, FormerConfig
 from schoenbat.lra.tasks import MAX_LENGTH, TASKS
 from schoenbat.lra.training import TrainingConfig
-from schoenbat.registry import VARIANT_MARK, base_name, build_config, check_bounds
+from schoenbat.registry import VARIANT_MARK, base_name, check_bounds
 
+T = TypeVar("T")
 MAX_SEED = 2**63 - 1
 """The largest that torch's generators take on every device."""
 MAX_THREADS = 1024
 _MAX_OPTION, _MAX_DATA_OPTION = 2**20, 10**8
 """Of any whole number among the options of a mechanism, and of a task's data but its seed; components bound their own
 more closely where it matters."""
+_KINDS: dict[str, tuple[str, Callable[[], Sequence[str]]]] = {
+    "task": ("task", TASKS.names),
+    "attention": ("attn", ATTENTIONS.names),
+    "former": ("former", lambda: FORMERS),
+    "dotf": ("dotf", KERNELS.names),
+}
+"""By section: what one of its names is called, and which there are."""
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -56,8 +65,7 @@ class DataParams:
     download_limit_mb: int | None = 500
 
     def __post_init__(self) -> None:
-        if self.download_limit_mb is not None and self.download_limit_mb < 0:
-            raise ValueError("download_limit_mb must not be negative; null means no limit")
+        check_bounds(self, download_limit_mb=(0, 2**40))
 
     @property
     def mirror_folder(self) -> Path | None:
@@ -71,35 +79,31 @@ class DataParams:
 
 @dataclass(frozen=True)
 class SlurmParams:
-    """What `--backend slurm` asks of Slurm. A block is one Slurm job on one node, which runs many cells.
+    """What `--backend slurm` asks of Slurm, in one job for each attempt at a cell.
+
+    A cell asks for `run.threads` cores and, if `run.device` is cuda and no option speaks of a GPU, for one GPU.
 
     Attributes:
         partition: null for the default of the cluster, as for `account`.
         account: which is charged.
-        walltime_minutes: of a block; shortly before it is over, the cells in it save their work and go on in another.
-        gpus_per_block: 0 for none; the cells of a block are spread over its GPUs.
-        cells_per_block: so many cells at once in a block; it asks for `run.threads` cores for each.
-        max_blocks: at most so many blocks at once; there are fewer when fewer cells wait.
-        worker_init: shell commands at the start of a block, such as "module load cuda".
-        options: further options of sbatch, such as "--mem=16G" or "--qos=long".
+        walltime_minutes: of a job; shortly before it is over, the cell saves its work and goes on in another.
+        max_jobs: at most so many at once, waiting or running.
+        worker_init: shell commands at the start of a job, such as "module load cuda".
+        options: further options of sbatch, such as "--mem=16G" or "--gres=gpu:a100:1".
     """
 
     partition: str | None = None
     account: str | None = None
     walltime_minutes: int = 240
-    gpus_per_block: int = 0
-    cells_per_block: int = 1
-    max_blocks: int = 1
+    max_jobs: int = 1
     worker_init: str = ""
     options: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if min(self.cells_per_block, self.max_blocks) < 1:
-            raise ValueError("cells_per_block and max_blocks must be at least 1")
+        if self.max_jobs < 1:
+            raise ValueError("max_jobs must be at least 1")
         if self.walltime_minutes < 2:
             raise ValueError("walltime_minutes must be at least 2: starting and saving take a minute of it")
-        if self.gpus_per_block < 0:
-            raise ValueError("gpus_per_block must not be negative")
         for option in self.options:
             if not option.startswith("-"):
                 raise ValueError(f"options are those of sbatch, such as --mem=16G, not {option!r}")
@@ -133,7 +137,7 @@ class RunParams:
 
 @dataclass(frozen=True)
 class BenchParams:
-    """What is timed.
+    """The benchmarks.
 
     Attributes:
         lengths: of the sequences.
@@ -164,7 +168,7 @@ class BenchParams:
 
 @dataclass(frozen=True)
 class ErrorsParams:
-    """Where the errors of the estimators are measured.
+    """The measurements of the estimators' errors.
 
     Attributes:
         num_features: the budgets.
@@ -219,7 +223,7 @@ class _RawTask:
 
 @dataclass(frozen=True)
 class _RawParams:
-    """What dvc.yaml names has no default here: DVC would not know it."""
+    """params.yaml as it is written; what dvc.yaml names has no default, as DVC would not know it."""
 
     profile: str
     note: str
@@ -246,52 +250,53 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise UserError(
             f"{path}: profile must be 1 to 64 lower-case letters, digits, - and _, not {shorten(raw.profile)}"
         )
-    grid, tasks = _checked_grid(raw, path), _built_tasks(raw.task, path)
-    attention, former = _without_training(raw.attention, path), _without_training(raw.former, path)
-    _check_attention(attention, path)
-    _check_names(raw.bench.step, f"{path}: bench.step: unknown attn", ATTENTIONS.names(), variants=True)
-    return Params(
-        profile=raw.profile,
-        note=raw.note,
-        grid=grid,
-        task=tasks,
-        attention=attention,
-        former=_built_formers(former, path),
-        own_training=_own_training(raw, tasks, path),
-        data=raw.data,
-        run=raw.run,
-        bench=raw.bench,
-        errors=raw.errors,
-        written=written,
+    _check_grid(raw, path)
+    for section, names in (("task", raw.task), ("attention", raw.attention), ("former", raw.former)):
+        _check_names(names, f"{path}: {section}: unknown {_KINDS[section][0]}", section)
+    _check_names(raw.bench.step, f"{path}: bench.step: unknown attn", "attention")
+    own = {
+        (kind, name): section["training"]
+        for kind, sections in (("attention", raw.attention), ("former", raw.former))
+        for name, section in sections.items()
+        if section and "training" in section
+    }
+    attention, former = (
+        {
+            name: {key: (section or {})[key] for key in section or {} if key != "training"}
+            for name, section in sections.items()
+        }
+        for sections in (raw.attention, raw.former)
     )
+    tasks = {}
+    for name, task in raw.task.items():
+        data: Any = _bounded(TASKS.get(name).Config, task.data, f"{path}: task.{name}.data", _MAX_DATA_OPTION)
+        tasks[name] = TaskParams(data, task.model, task.training)
+        for (kind, owner), replaced in own.items():
+            _replaced(task.training, replaced, f"{path}: {kind}.{owner}.training")
+    for name, options in attention.items():
+        _bounded(ATTENTIONS.get(name).Config, options, f"{path}: attention.{name}", _MAX_OPTION)
+    formers = {name: build_config(FormerConfig, each, f"{path}: former.{name}") for name, each in former.items()}
+    unchanged = {name: getattr(raw, name) for name in ("profile", "note", "grid", "data", "run", "bench", "errors")}
+    return Params(**unchanged, task=tasks, attention=attention, former=formers, own_training=own, written=written)
 
 
 def attention_section(params: Params, attn: str) -> dict[str, Any]:
-    """The options of one mechanism; raises UserError when the mechanism is unknown or has no section."""
-    ATTENTIONS.get(attn)
-    if attn not in params.attention:
-        raise UserError(f"{PARAMS_FILE}: missing section attention.{attn} (`{attn}: {{}}` takes the defaults)")
-    return params.attention[attn]
+    """Return the options of one mechanism; raises UserError when the mechanism is unknown or has no section."""
+    return _section(params.attention, "attention", attn)
 
 
 def task_section(params: Params, task: str) -> TaskParams:
-    """The options of one task; raises UserError when the task is unknown or has no section."""
-    TASKS.get(task)
-    if task not in params.task:
-        raise UserError(f"{PARAMS_FILE}: missing section task.{task}")
-    return params.task[task]
+    """Return the options of one task; raises UserError when the task is unknown or has no section."""
+    return _section(params.task, "task", task)
 
 
 def former_section(params: Params, former: str) -> FormerConfig:
-    """The options of one former; raises UserError when it is unknown or has no section."""
-    _check_names([former], "unknown former", FORMERS, variants=True)
-    if former not in params.former:
-        raise UserError(f"{PARAMS_FILE}: missing section former.{former} (`{former}: {{}}` takes the defaults)")
-    return params.former[former]
+    """Return the options of one former; raises UserError when it is unknown or has no section."""
+    return _section(params.former, "former", former)
 
 
 def cell_training(params: Params, cell: Cell) -> TrainingConfig:
-    """How a cell is trained: as its task says, but for what the sections of its mechanism and its former replace.
+    """Return how a cell is trained: as its task says, but for what its mechanism's and its former's sections replace.
 
     Raises:
         UserError: both replace the same, or what comes out is no training.
@@ -303,109 +308,76 @@ def cell_training(params: Params, cell: Cell) -> TrainingConfig:
         raise UserError(
             f"{PARAMS_FILE}: training.{min(twice)} is set by both attention.{cell.attn} and former.{cell.former}"
         )
-    own = attention | former
-    where = f"{PARAMS_FILE}: training of {cell.id}"
-    return build_config(TrainingConfig, dataclasses.asdict(task.training) | own, where) if own else task.training
+    return _replaced(task.training, attention | former, f"{PARAMS_FILE}: training of {cell.id}")
 
 
-def _checked_grid(raw: _RawParams, path: Path) -> GridParams:
+def _section(sections: Mapping[str, T], kind: str, name: str) -> T:
+    _check_names([name], f"unknown {_KINDS[kind][0]}", kind)
+    if name not in sections:
+        defaults = "" if kind == "task" else f" (`{name}: {{}}` takes the defaults)"
+        raise UserError(f"{PARAMS_FILE}: missing section {kind}.{name}{defaults}")
+    return sections[name]
+
+
+def _check_grid(raw: _RawParams, path: Path) -> None:
+    """Raise UserError for a name that is unknown, given twice or without a section, and one in the wrong half."""
     grid = raw.grid
-    axes: list[tuple[str, list[Any], str, Iterable[str] | None, Mapping[str, Any] | None]] = [
-        ("tasks", grid.tasks, "task", TASKS.names(), raw.task),
-        ("seeds", grid.seeds, "seed", None, None),
-        ("plain.attn", grid.plain.attn, "attn", ATTENTIONS.names(), raw.attention),
-        ("plain.former", grid.plain.former, "former", FORMERS, raw.former),
-        ("kernel.attn", grid.kernel.attn, "attn", ATTENTIONS.names(), raw.attention),
-        ("kernel.dotf", grid.kernel.dotf, "dotf", KERNELS.names(), None),
-        ("kernel.former", grid.kernel.former, "former", FORMERS, raw.former),
+    axes: list[tuple[str, list[Any], str, Mapping[str, Any] | None]] = [
+        ("tasks", grid.tasks, "task", raw.task),
+        ("seeds", grid.seeds, "seed", None),
+        ("plain.attn", grid.plain.attn, "attention", raw.attention),
+        ("plain.former", grid.plain.former, "former", raw.former),
+        ("kernel.attn", grid.kernel.attn, "attention", raw.attention),
+        ("kernel.dotf", grid.kernel.dotf, "dotf", None),
+        ("kernel.former", grid.kernel.former, "former", raw.former),
     ]
-    for axis, values, kind, choices, sections in axes:
+    used = {(kind, value) for _, values, kind, _ in axes for value in values}
+    for axis, values, kind, sections in axes:
         where = f"{path}: grid.{axis}"
-        if choices is not None:
-            _check_names(values, f"{where}: unknown {kind}", choices, variants=sections is not None)
-        counts = Counter(values)
-        for value in values:
-            if counts[value] > 1:
+        if kind in _KINDS:
+            _check_names(values, f"{where}: unknown {_KINDS[kind][0]}", kind)
+        for value, count in Counter(values).items():
+            if count > 1:
                 raise UserError(f"{where} lists {value!r} more than once")
             if sections is not None and value not in sections:
-                raise UserError(f"{where}: {value!r} has no section {kind if kind != 'attn' else 'attention'}.{value}")
-    for section, names, used in (
-        ("task", raw.task, grid.tasks),
-        ("attention", raw.attention, grid.plain.attn + grid.kernel.attn),
-        ("former", raw.former, grid.plain.former + grid.kernel.former),
+                raise UserError(f"{where}: {value!r} has no section {kind}.{value}")
+            if kind == "seed" and value < 0:
+                raise UserError(f"{where} must not be negative, not {value}")
+    for _, _, kind, sections in axes:
+        for name in sections or ():
+            if VARIANT_MARK in name and (kind, name) not in used:
+                raise UserError(f"{path}: {kind}.{name} is a variant that no axis of grid lists")
+    for half, attns, other, does in (
+        ("plain", grid.plain.attn, "kernel", "needs a kernel"),
+        ("kernel", grid.kernel.attn, "plain", "takes no kernel"),
     ):
-        for name in names:
-            if VARIANT_MARK in name and name not in used:
-                raise UserError(f"{path}: {section}.{name} is a variant that no axis of grid lists")
-    for seed in grid.seeds:
-        if seed < 0:
-            raise UserError(f"{path}: grid.seeds must not be negative, not {seed}")
-    for half, attns, needs_kernel in (("plain", grid.plain.attn, False), ("kernel", grid.kernel.attn, True)):
         for attn in attns:
-            if ATTENTIONS.get(attn).needs_kernel != needs_kernel:
-                other, does = ("kernel", "needs a kernel") if half == "plain" else ("plain", "takes no kernel")
+            if ATTENTIONS.get(attn).needs_kernel != (half == "kernel"):
                 raise UserError(f"{path}: grid.{half}.attn: {attn!r} {does}; list it under grid.{other}.attn")
-    return grid
 
 
-def _built_tasks(sections: dict[str, _RawTask], path: Path) -> dict[str, TaskParams]:
-    _check_names(sections, f"{path}: task: unknown task", TASKS.names(), variants=True)
-    built = {}
-    for name, section in sections.items():
-        where = f"{path}: task.{name}.data"
-        data: Any = build_config(TASKS.get(name).Config, section.data, where)
-        _check_counts(data, _MAX_DATA_OPTION, where)
-        built[name] = TaskParams(data=data, model=section.model, training=section.training)
-    return built
-
-
-def _check_counts(config: Any, highest: int, where: str) -> None:
+def _bounded(config_class: type[T], section: Mapping[str, Any], where: str, highest: int) -> T:
+    """Build a component's options; raise UserError for a whole number, but a seed, above `highest`."""
+    config = build_config(config_class, section, where)
     for name, value in vars(config).items():
         if name != "seed" and isinstance(value, int) and abs(value) > highest:
             raise UserError(f"{where}: {name} must be at most {highest}, not {value}")
+    return config
 
 
-def _check_attention(sections: dict[str, dict[str, Any]], path: Path) -> None:
-    _check_names(sections, f"{path}: attention: unknown attn", ATTENTIONS.names(), variants=True)
-    for name, section in sections.items():
-        where = f"{path}: attention.{name}"
-        _check_counts(build_config(ATTENTIONS.get(name).Config, section, where), _MAX_OPTION, where)
+def _replaced(training: TrainingConfig, own: Any, where: str) -> TrainingConfig:
+    """Return `training` with what `own` replaces of it."""
+    if not isinstance(own, dict):
+        raise UserError(f"{where} must be a mapping, not {shorten(own)}")
+    return build_config(TrainingConfig, dataclasses.asdict(training) | own, where)
 
 
-def _built_formers(sections: dict[str, dict[str, Any]], path: Path) -> dict[str, FormerConfig]:
-    _check_names(sections, f"{path}: former: unknown former", FORMERS, variants=True)
-    return {name: build_config(FormerConfig, section, f"{path}: former.{name}") for name, section in sections.items()}
-
-
-def _without_training(sections: Mapping[str, dict[str, Any] | None], path: Path) -> dict[str, dict[str, Any]]:
-    return {
-        name: {key: value for key, value in (section or {}).items() if key != "training"}
-        for name, section in sections.items()
-    }
-
-
-def _own_training(
-    raw: _RawParams, tasks: Mapping[str, TaskParams], path: Path
-) -> dict[tuple[str, str], dict[str, Any]]:
-    found = {}
-    for kind, sections in (("attention", raw.attention), ("former", raw.former)):
-        for name, section in sections.items():
-            if section is None or "training" not in section:
-                continue
-            own, where = section["training"], f"{path}: {kind}.{name}.training"
-            if not isinstance(own, dict):
-                raise UserError(f"{where} must be a mapping, not {shorten(own)}")
-            for task in tasks.values():
-                build_config(TrainingConfig, dataclasses.asdict(task.training) | own, where)
-            found[kind, name] = own
-    return found
-
-
-def _check_names(values: Iterable[str], what: str, choices: Iterable[str], *, variants: bool = False) -> None:
-    choices = list(choices)
+def _check_names(values: Iterable[str], what: str, kind: str) -> None:
+    """Raise UserError, which begins with `what`, for a name that no component of the kind has."""
+    choices = _KINDS[kind][1]()
     for value in values:
         try:
-            base = base_name(value) if variants else value
+            base = value if kind == "dotf" else base_name(value)
         except UserError as error:
             raise UserError(f"{what} {error}") from None
         if base not in choices:

@@ -12,7 +12,7 @@ from schoenbat.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 PROJECT_FILE = Path("dvc.yaml")
-"""What the root folder of a project is known by."""
+"""The file that marks the root folder of a project."""
 MIRROR_VARIABLE = "SCHOENBAT_DATA_MIRROR"
 PARAMS_VARIABLE = "SCHOENBAT_PARAMS"
 """Names the copy of params.yaml that a grid has made when it started."""
@@ -35,7 +35,7 @@ def params_file() -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; raises UserError, in one line, for whatever is not one."""
+    """Return the content of a YAML file; raises UserError, in one line, for whatever is not one."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, by dotted keys."""
+    """Return the leaves of nested mappings, by dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in nested.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -15,7 +15,7 @@ from pipeline.files import remove_unfinished
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
 from pipeline.grid.cells import check_models, expand, select
 from pipeline.grid.code import check_code
-from pipeline.grid.freshness import Freshness
+from pipeline.grid.freshness import Freshness, check_folders
 from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import Params
 from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE, read_yaml
@@ -62,6 +62,7 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
         contextlib.nullcontext() if typed.dry_run else session.only_grid(_LOGS, lambda text: print(text, flush=True))
     )
     with session.outliving_readers(), alone:
+        check_folders()
         if not typed.dry_run:
             backend.clear()
             mend_lock()
@@ -176,10 +177,9 @@ def _backend(params: Params, typed: RunOptions, slurm: bool) -> tuple[Backend, i
         found, at_once = plan.plan_devices(params, typed.devices, typed.jobs)
         return LocalBackend(found, _LOGS), at_once, found[0].name.partition(":")[0]
     if typed.devices is not None:
-        raise UserError("--devices is for --backend local; for Slurm, run.slurm.gpus_per_block says what a block has")
+        raise UserError("--devices is for --backend local; for Slurm, run.device and run.slurm say what a job has")
     found, at_once = plan_slurm(params.run, typed.jobs)
-    kind = "cuda" if params.run.slurm.gpus_per_block else params.run.device.partition(":")[0]
-    return SlurmBackend(params.run, found, _LOGS), at_once, kind
+    return SlurmBackend(params.run, found, _LOGS), at_once, params.run.device.partition(":")[0]
 
 
 class _Run:

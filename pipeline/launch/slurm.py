@@ -1,107 +1,134 @@
-"""The backend of a cluster: workers in Slurm jobs, which Parsl starts and ends as cells wait or are done.
+"""The backend of a cluster: one Slurm job for each attempt, by sbatch, squeue and scancel.
 
-A Slurm job, a "block", takes several cells one after the other and side by side, so a short cell does not queue by
-itself. Whose job it is stands in its comment, the path of the grid's lease: so the jobs of a grid that was killed are
-found again, without a record that could have been lost with it.
+Each attempt watches a heartbeat of its own: a link, beside the heartbeat of the grid, that leads there. So it stops
+with the grid, and by itself when only its link is deleted. The comment of its Slurm job is the path of the link, so one
+look at the queue finds every job of this checkout, also of a grid that was killed, without a record of their ids.
 """
 
-import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.grid.params import RunParams
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch.local import LocalBackend
-from pipeline.lease import LEASE_VARIABLE
+from pipeline.lease import GRACE_SECONDS, LEASE_VARIABLE, STOPPED
 from schoenbat.errors import UserError
 
 _COMMENT = "schoenbat "
 _COMMANDS = ("sbatch", "squeue", "scancel")
+_WIDTHS = {"JobID": 20, "State": 20, "exit_code": 20, "Comment": 4200}
 _COMMAND_SECONDS = 15.0
-"""Longer, and cells would take the engine that waits for the answer for dead."""
-_AWAY_SECONDS, _AWAY_STOPPING_SECONDS = 300.0, 10.0
-"""How long Slurm may fail to answer before an attempt whose job it ran is given up: in general, and at the end."""
-_CLEAR_SECONDS = 120.0
 _LOOK_SECONDS = 2.0
+_NOTICE_SECONDS = 30
+"""So long before the walltime is over, or up to a minute more, Slurm asks an attempt to stop and save."""
+_AWAY_SECONDS = 300.0
+"""How long Slurm may refuse a job or give no answer before the attempt counts as lost."""
+_CLEAR_SECONDS, _CANCEL_SECONDS = 120.0, 60.0
+"""How long jobs that are cancelled may take to end: those of an earlier grid, and one of this grid."""
+_WAITING = ("PENDING", "CONFIGURING")
 _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
 )
-_CUT_SHORT = ("PREEMPTED", "TIMEOUT")
+
+
+@dataclass(frozen=True)
+class _SlurmJob:
+    """A Slurm job as a look at the queue finds it; `status` is that of wait(2)."""
+
+    id: str
+    state: str
+    status: int
+
+    def ended(self) -> Ended:
+        """Return how the attempt in it ended."""
+        if self.state == "COMPLETED":
+            return Ended(0)
+        if self.state == "FAILED" and self.status != 0:
+            code = os.waitstatus_to_exitcode(self.status)
+            cut_short = code == STOPPED
+            return Ended(code, "asked to stop before its walltime is over" if cut_short else "", resume=cut_short)
+        reason, cut_short = f"Slurm job {self.id}: {self.state}", self.state in ("PREEMPTED", "TIMEOUT")
+        return Ended(None, reason, resume=cut_short, memory=self.state == "OUT_OF_MEMORY")
 
 
 @dataclass
 class _Attempt:
-    """One attempt, from the moment at which it was handed to Parsl.
+    """One attempt, from the moment at which it is handed over.
 
     Attributes:
-        future: of what `run_attempt` returns.
-        claim: the file that says which Slurm job runs it.
-        withdrawn: it was killed before it started.
-        waiting: there was no claim when it was last looked for, at the time `looked`.
-        lost: since when Slurm has been asked in vain what became of it.
-        culprit: its Slurm job was cancelled on its account.
+        link: its heartbeat.
+        submitted: the time at which sbatch has taken it.
+        began, tried: when it was handed to sbatch for the first and for the last time.
+        waits: Slurm has not started it yet.
+        withdrawn: since when its link is deleted.
     """
 
-    future: Any
-    claim: Path
-    withdrawn: bool = False
-    waiting: bool = True
-    looked: float = 0.0
-    lost: float = 0.0
-    culprit: bool = False
+    job: Job
+    attempt: Attempt
+    link: Path
+    submitted: "Future[float]"
+    began: float
+    tried: float
+    waits: bool = True
+    withdrawn: float | None = None
+    ended: Ended | None = None
 
 
 def plan_slurm(run: RunParams, jobs: int | None) -> tuple[list[Device], int]:
-    """The cluster as one device, and how many cells run at once on it.
+    """Return the cluster as one device, and how many cells run at once on it.
 
     Args:
         run: settings; those of `run.slurm` say what a Slurm job asks for.
-        jobs: as wished; None for as many as the blocks take.
+        jobs: as wished; None for `max_jobs`.
 
     Raises:
-        UserError: Parsl or Slurm's commands are missing, Slurm refuses what a job asks for, or no cell at once.
+        UserError: Slurm's commands are missing, Slurm refuses what a job asks for, or no cell at once.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {jobs}")
-    _check_tools()
+    if absent := [command for command in _COMMANDS if shutil.which(command) is None]:
+        raise UserError(
+            f"no {', '.join(absent)} here: run --backend slurm where Slurm's commands are, such as on a login node, "
+            "or use --backend local"
+        )
     try:
-        minutes, cores = run.slurm.walltime_minutes, _cores(run)
-        _call("sbatch", "--test-only", *_options(run), f"--cpus-per-task={cores}", f"--time={minutes}", "--wrap=true")
+        _call("sbatch", "--test-only", *_options(run), "--wrap=true")
     except UserError as error:
         raise UserError(f"run.slurm: {error}") from None
-    slots = run.slurm.max_blocks * run.slurm.cells_per_block
+    slots = run.slurm.max_jobs
     return [Device("slurm", slots)], slots if jobs is None else min(jobs, slots)
 
 
 class SlurmBackend:
-    """Workers in Slurm jobs.
+    """Workers in Slurm jobs. One thread calls Slurm's commands, so that the engine never waits for an answer.
 
     Args:
         run: settings.
         devices: of `plan_slurm`.
-        logs: the folder in which this checkout's grids keep their leases.
+        logs: the folder in which this checkout's grids keep their heartbeats.
     """
 
     def __init__(self, run: RunParams, devices: Sequence[Device], logs: Path) -> None:
         self.devices = devices
         self._run, self._logs = run, logs.absolute()
-        self._folder = self._logs / ".slurm"
         self._lease = Path()
-        self._pool: Any = None
+        self._caller = ThreadPoolExecutor(1, thread_name_prefix="slurm")
         self._count = 0
-        self._cancelled: set[str] = set()
-        self._states: dict[str, tuple[str, Path]] = {}
+        self._stopped: float | None = None
+        self._looking: Future[tuple[float, dict[Path, _SlurmJob]]] | None = None
+        self._jobs: dict[Path, _SlurmJob] = {}
         self._silence = ""
-        self._looked = float("-inf")
+        self._asked = self._refreshed = time.monotonic()
 
     def clear(self) -> None:
         """End what earlier grids have left on this machine and in Slurm, and wait until it is gone.
@@ -110,156 +137,177 @@ class SlurmBackend:
             UserError: Slurm does not answer, or a job does not end.
         """
         end = time.monotonic() + _CLEAR_SECONDS
-        while left := [job for job, (state, lease) in _jobs(self._logs).items() if state not in _ENDED]:
-            _cancel(left)
+        while left := [job.id for job in _find(self._logs).values() if job.state not in _ENDED]:
+            _call("scancel", "--quiet", *left)
             if time.monotonic() > end:
                 raise UserError(f"Slurm jobs of an earlier grid do not end: {' '.join(left)}; end them with scancel")
             time.sleep(_LOOK_SECONDS)
         LocalBackend((), self._logs).clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, job: Job, device: str, attempt: Attempt) -> _Attempt:
-        if self._pool is None:
-            from pipeline.launch._parsl import Pool
-
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lease = Path(attempt.environment[LEASE_VARIABLE])
-            options = [*_options(self._run), f'--comment="{_COMMENT}{self._lease}"']
-            self._pool = Pool(self._run.slurm, options, _cores(self._run), self._folder, self._lease)
-        self._count += 1
-        claim = self._folder / f"attempt-{self._count}"
+        self._lease = Path(attempt.environment[LEASE_VARIABLE])
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {DEVICE_VARIABLE: "cuda:0"} if self._run.slurm.gpus_per_block else {}
-        return _Attempt(self._pool.submit(attempt, environment, claim), claim)
+        link, submitted = self._submit(job, attempt)
+        return _Attempt(job, attempt, link, submitted, time.monotonic(), time.monotonic())
 
     def waits(self, handle: _Attempt) -> bool:
-        # One look a second, because the files can be on a server.
-        if handle.waiting and time.monotonic() - handle.looked >= 1.0:
-            handle.waiting, handle.looked = not handle.claim.exists(), time.monotonic()
-            if handle.waiting and not self._lease.exists():
-                # The grid is to stop, and nobody else watches the lease for an attempt that has not started.
-                self.kill(handle)
-        return handle.waiting
+        return handle.waits
 
     def poll(self, handle: _Attempt) -> Ended | None:
-        if handle.withdrawn:
-            return Ended(-signal.SIGKILL)
-        self._pool.check()
-        if not handle.future.done():
-            return None
-        error = handle.future.exception()
-        if error is not None:
-            return self._lost(handle, error)
-        code, cut_short = handle.future.result()
-        if cut_short and code != 0:
-            return Ended(code, "the walltime of its Slurm job was over", resume=True)
-        return Ended(code)
+        self._refresh()
+        if handle.ended is None:
+            handle.ended = self._look_for(handle)
+            if handle.ended is not None:
+                handle.link.unlink(missing_ok=True)
+        return handle.ended
 
     def kill(self, handle: _Attempt) -> None:
-        try:
-            handle.claim.open("x").close()
-        except FileExistsError:
-            Path(f"{handle.claim}.kill").touch()
-        else:
-            handle.withdrawn = True
+        # The worker stops without it, and the next look at the queue cancels its job.
+        if handle.withdrawn is None:
+            handle.link.unlink(missing_ok=True)
+            handle.withdrawn = time.monotonic()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            left = [
-                job for job, (state, lease) in _jobs(self._logs).items() if lease == self._lease and state not in _ENDED
-            ]
-            if left:
-                _cancel(left)
+        self._caller.shutdown(cancel_futures=True)
+        if self._count:
+            self._look()
 
-    def _lost(self, handle: _Attempt, error: BaseException) -> Ended | None:
-        """How an attempt ended of which Parsl has lost sight; its Slurm job is ended first, so that nothing is left."""
-        if not handle.claim.exists():
-            return Ended(None, f"Slurm jobs fail: {_last_line(str(error))} (see {self._folder})")
-        job = handle.claim.read_text(encoding="utf-8")
-        try:
-            state = self._state(job)
-            if state not in _ENDED and job not in self._cancelled:
-                _cancel([job])
-                self._cancelled.add(job)
-                handle.culprit = True
-        except UserError as silence:
-            handle.lost = handle.lost or time.monotonic()
-            patience = _AWAY_SECONDS if self._lease.exists() else _AWAY_STOPPING_SECONDS
-            return None if time.monotonic() - handle.lost < patience else Ended(None, str(silence))
-        if state not in _ENDED:
+    def _submit(self, job: Job, attempt: Attempt) -> tuple[Path, "Future[float]"]:
+        """Hand an attempt to sbatch, with a new link: had it been taken before after all, that job would do nothing."""
+        self._count += 1
+        link = self._lease.with_name(f"{self._lease.name}-{self._count}")
+        link.symlink_to(self._lease.name)
+        output = str(attempt.log.absolute()).replace("%", "%%")
+        options = [f"--job-name={job.name}", f"--comment={_COMMENT}{link}", f"--output={output}", "--open-mode=append"]
+        device = {DEVICE_VARIABLE: "cuda:0"} if self._run.device.startswith("cuda") else {}
+        environment = {**os.environ, **attempt.environment, **device, LEASE_VARIABLE: str(link)}
+        script = [
+            "#!/bin/bash",
+            f"[ -e {shlex.quote(str(link))} ] || exit {STOPPED}",
+            self._run.slurm.worker_init,
+            f"cd {shlex.quote(str(attempt.folder))} && exec {shlex.join(attempt.command())}",
+        ]
+
+        def submit() -> float:
+            _call("sbatch", *_options(self._run), *options, script="\n".join(script), environment=environment)
+            return time.monotonic()
+
+        return link, self._caller.submit(submit)
+
+    def _look_for(self, handle: _Attempt) -> Ended | None:
+        """Return how an attempt ended, or None; one that is lost has not ended before its heartbeat must have ended it.
+
+        Slurm calls a job on a lost node ended though it may run on, and forgets ended jobs after some minutes.
+        """
+        now, stopped = time.monotonic(), handle.withdrawn or self._stopped
+        if not handle.submitted.done():
+            return Ended(-signal.SIGKILL) if stopped is not None and handle.submitted.cancel() else None
+        if refusal := handle.submitted.exception():
+            if stopped is not None or not isinstance(refusal, UserError) or now - handle.began > _AWAY_SECONDS:
+                return Ended(None, f"could not be started: {refusal}")
+            if now - handle.tried > _LOOK_SECONDS:
+                handle.link.unlink(missing_ok=True)
+                handle.link, handle.submitted = self._submit(handle.job, handle.attempt)
+                handle.tried = now
             return None
-        if handle.culprit:
-            return Ended(None, f"Slurm job {job}: {_last_line(str(error))}")
-        return Ended(None, f"Slurm job {job}: {state}", resume=state in _CUT_SHORT or job in self._cancelled)
+        found, lost = self._jobs.get(handle.link), ""
+        if found is not None:
+            handle.waits = found.state in _WAITING
+            if found.state in _ENDED and found.state != "NODE_FAIL":
+                return found.ended()
+        if self._silence and (stopped is not None or now - self._asked > _AWAY_SECONDS):
+            lost = self._silence
+        elif found is None and self._asked > handle.submitted.result():
+            lost = "its Slurm job is not in the queue any more"
+        elif found is not None and (
+            found.state == "NODE_FAIL" or (stopped is not None and now - stopped > _CANCEL_SECONDS)
+        ):
+            lost = f"Slurm job {found.id}: {found.state}"
+        if lost and stopped is None:
+            self.kill(handle)
+        is_over = lost and stopped is not None and now - stopped > GRACE_SECONDS + _LOOK_SECONDS
+        return Ended(None, lost) if is_over else None
 
-    def _state(self, job: str) -> str:
-        """The state of a Slurm job; one that it has forgotten has ended. Raises UserError if Slurm does not answer."""
-        if time.monotonic() - self._looked > _LOOK_SECONDS:
+    def _refresh(self) -> None:
+        """Take what the last look at the queue has found, and have another one taken."""
+        if self._looking is None:
+            if time.monotonic() - self._refreshed >= _LOOK_SECONDS:
+                self._looking = self._caller.submit(self._look)
+        elif self._looking.done():
             try:
-                self._states, self._silence = _jobs(self._logs), ""
+                (self._asked, self._jobs), self._silence = self._looking.result(), ""
             except UserError as error:
                 self._silence = str(error)
-            self._looked = time.monotonic()
-        if self._silence:
-            raise UserError(self._silence)
-        return self._states.get(job, ("COMPLETED", self._lease))[0]
+            self._looking, self._refreshed = None, time.monotonic()
+            if self._stopped is None and not self._lease.exists():
+                self._stopped = time.monotonic()
 
-
-def _cores(run: RunParams) -> int:
-    """Of one block."""
-    return run.slurm.cells_per_block * run.threads
+    def _look(self) -> tuple[float, dict[Path, _SlurmJob]]:
+        """Return the jobs of this checkout and when that was, and cancel those that are not wanted any more."""
+        asked, jobs = time.monotonic(), _find(self._logs)
+        # One that has begun is given the time to save its work, unless it is its own link that has gone.
+        unwanted = [
+            job.id
+            for link, job in jobs.items()
+            if job.state not in (*_ENDED, "COMPLETING")
+            and not link.exists()
+            and (job.state in _WAITING or not link.is_symlink())
+        ]
+        if unwanted:
+            _call("scancel", "--quiet", *unwanted)
+        return asked, jobs
 
 
 def _options(run: RunParams) -> list[str]:
-    """Of sbatch, for one block, besides cores and walltime."""
+    """Return what every Slurm job asks of sbatch."""
     slurm = run.slurm
-    wanted = {"partition": slurm.partition, "account": slurm.account, "gpus-per-node": slurm.gpus_per_block}
-    # Parsl replaces a job that ends too early, and would not know of one that Slurm starts again.
-    return [*(f"--{name}={value}" for name, value in wanted.items() if value), "--no-requeue", *slurm.options]
+    wanted = {"partition": slurm.partition, "account": slurm.account, "cpus-per-task": run.threads}
+    if run.device.startswith("cuda") and not any("gpu" in option for option in slurm.options):
+        wanted["gpus-per-node"] = 1
+    asked = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+    # The engine queues again, once nothing of the attempt runs any more; Slurm itself would not wait for that.
+    asked += ["--no-requeue", "--export=ALL", f"--time={slurm.walltime_minutes}", f"--signal=B:TERM@{_NOTICE_SECONDS}"]
+    return asked + slurm.options
 
 
-def _check_tools() -> None:
-    absent = [command for command in _COMMANDS if shutil.which(command) is None]
-    if absent:
-        raise UserError(
-            f"no {', '.join(absent)} here: run --backend slurm where Slurm's commands are, such as on a login node, "
-            "or use --backend local"
-        )
-    if importlib.util.find_spec("parsl") is None:
-        raise UserError("--backend slurm needs Parsl: pip install -e 'pipeline[cluster]'")
-
-
-def _jobs(logs: Path) -> dict[str, tuple[str, Path]]:
-    """The Slurm jobs of this checkout that are waiting, running or not long ended: state and lease by id."""
+def _find(logs: Path) -> dict[Path, _SlurmJob]:
+    """Return the Slurm jobs of this checkout that are waiting, running or not long ended, by their links."""
+    fields = ",".join(f"{name}:{width}" for name, width in _WIDTHS.items())
     found = {}
     for line in _call(
-        "squeue", f"--user={os.getuid()}", "--states=all", "--noheader", "--format=%A|%T|%k"
+        "squeue", f"--user={os.getuid()}", "--states=all", "--noheader", f"--Format={fields}"
     ).splitlines():
-        job, state, comment = line.split("|", 2)
-        lease = Path(comment.removeprefix(_COMMENT))
-        if comment.startswith(_COMMENT) and lease.parent == logs:
-            found[job] = state, lease
+        job, state, status, *comment = line.split(maxsplit=3)
+        link = Path("".join(comment).removeprefix(_COMMENT).rstrip())
+        if link.parent == logs:
+            found[link] = _SlurmJob(job, state, int(status))
     return found
 
 
-def _cancel(jobs: Sequence[str]) -> None:
-    _call("scancel", "--quiet", *jobs)
+def _call(*command: str, script: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """Return what one of Slurm's commands prints.
 
+    Args:
+        script: its standard input.
+        environment: in place of that of this process.
 
-def _call(*command: str) -> str:
-    """What one of Slurm's commands prints; raises UserError with what it says if it fails or does not answer."""
+    Raises:
+        UserError: it fails, which is said in its own words, or does not answer.
+    """
     try:
         found = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_COMMAND_SECONDS, check=False
+            command,
+            input=script or "",
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_COMMAND_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} does not answer") from None
     if found.returncode != 0:
-        raise UserError(f"{command[0]}: {_last_line(found.stderr)}")
+        said = [line.strip() for line in found.stderr.splitlines() if line.strip()]
+        raise UserError(f"{command[0]}: {said[-1] if said else 'no reason given'}")
     return found.stdout
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"

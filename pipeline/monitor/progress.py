@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -29,44 +28,36 @@ class Meter:
         self._label = label
         self._scale = scale
         self._last_line = time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
-                console=Console(stderr=True),
-            )
-            self._bar_task = self._bar.add_task(label, total=None, detail="")
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task(label, total=None, detail="")
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
+    def __exit__(self, *_: object) -> None:
+        if not self._bar.disable:
             self._bar.stop()
 
     def update(self, done: int, total: int, detail: str = "") -> None:
-        """Say that `done` of `total` is done; `detail` is shown beside it."""
+        """Show that `done` of `total` is done, with `detail` beside it."""
         done, total = done // self._scale, total // self._scale
-        if self._bar is not None:
-            self._bar.update(self._bar_task, completed=done, total=total, detail=detail)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        self._bar.update(self._task, completed=done, total=total, detail=detail)
+        if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self.line(f"{self._label}: {done}/{total} {detail}".rstrip())
 
     def line(self, text: str) -> None:
         """Print one line that stays, above the bar if there is one."""
         self._last_line = time.monotonic()
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class ProgressFile:
@@ -83,7 +74,7 @@ class ProgressFile:
         self._written = 0.0
 
     def is_due(self) -> bool:
-        """Whether the file is a second old; asked before facts are collected that cost something."""
+        """Return whether the file is a second old; asked before facts are collected that cost something."""
         return time.monotonic() - self._written >= SECONDS_BETWEEN_FILES
 
     def update(self, **facts: Any) -> None:

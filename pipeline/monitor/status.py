@@ -128,8 +128,7 @@ def _seconds_left(jobs: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) ->
     """Return the work that is left, by the expected times, over the number of jobs that run now."""
     done = [job for job in jobs.values() if job["state"] == "done" and job.get("expected")]
     active = [row for row in rows if row.state == "running"]
-    # What measures time, or gathers results, runs alone, and nobody knows how long.
-    if not done or not any(row.seconds_left is not None or jobs[row.cell].get("expected") for row in active):
+    if not done or not active:
         return None
     # Expectations may be far off, but they are off alike.
     scale = sum(job["seconds"] for job in done) / sum(job["expected"] for job in done)
@@ -138,6 +137,7 @@ def _seconds_left(jobs: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) ->
         spent = time.time() - jobs[row.cell]["since"]
         expected = (jobs[row.cell].get("expected") or 0.0) * scale
         left += row.seconds_left if row.seconds_left is not None else max(0.0, expected - spent)
+    # Of what measures time, or gathers results, nothing is expected: nobody knows how long it takes.
     return left / len(active) or None
 
 

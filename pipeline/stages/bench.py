@@ -47,12 +47,12 @@ from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, KernelAttention
 from schoenbat.errors import TrainingFailed
 from schoenbat.kernels import KERNELS
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import Batch
 from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.training import add_gradients, examples_at_once
 from schoenbat.norm import pre_sbn
-from schoenbat.registry import build_config
 
 COLUMNS = (
     "attn",

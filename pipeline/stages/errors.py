@@ -37,6 +37,7 @@ from schoenbat.estimate import Estimate
 from schoenbat.features.fourier import RandomFourier
 from schoenbat.features.plan import FeatureMap
 from schoenbat.features.positive import PositiveRandom
+from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.training import load_model
@@ -178,11 +179,11 @@ def measure(
     head_dim = sets[0].query.shape[-1]
     truths = [Truth.of(kernel, vectors) for vectors in sets]
     for num_features in budgets:
-        for name, draw in _estimators(dotf, kernel, head_dim, num_features, scale, units).items():
+        for name, draw in _estimators(dotf, kernel, head_dim, num_features, scale).items():
             found = []
             for seed, (vectors, truth) in enumerate(zip(sets, truths, strict=True)):
                 features = draw(torch.Generator().manual_seed(seed))
-                found.append(truth.errors(_weights(features, vectors), _output(features, vectors)))
+                found.append(truth.errors(_weights(features, vectors), _output(features, vectors, units)))
             columns = list(zip(*found, strict=True))
             yield {
                 "dotf": dotf,
@@ -216,9 +217,7 @@ def _measure_own(
     }
 
 
-def _estimators(
-    dotf: str, kernel: Kernel, head_dim: int, num_features: int, scale: float, units: bool
-) -> Mapping[str, Draw]:
+def _estimators(dotf: str, kernel: Kernel, head_dim: int, num_features: int, scale: float) -> Mapping[str, Draw]:
     """Return the estimators that exist at `num_features`, by name."""
     seed = torch.Generator()
 
@@ -233,9 +232,7 @@ def _estimators(
         settings = Estimate(kernel, num_features, estimator, normalize=True, max_degree=MAX_DEGREE)
         return settings.make(head_dim, scale, seed)
 
-    sketch = estimate("sketch")
-    sketch.is_bounded = sketch.is_bounded or not units
-    found = {"rmfa": redrawn(estimate("maclaurin")), "rmfa-sketch": redrawn(sketch)}
+    found = {"rmfa": redrawn(estimate("maclaurin")), "rmfa-sketch": redrawn(estimate("sketch"))}
     if num_features > head_dim and kernel.coefficient(0) > 0:
         found["taylor1"] = lambda _: _linear_features(kernel)
     if dotf == "exp":
@@ -253,9 +250,10 @@ def _linear_features(kernel: Kernel) -> Features:
     return lambda x: F.pad(slope * x, (0, 1), value=constant)
 
 
-def _output(features: Features, vectors: Vectors) -> Tensor:
-    query, key, value = vectors
-    return attend(features, query[None], key[None], value[None], self_attention=True)[0]
+def _output(features: Features, vectors: Vectors, units: bool) -> Tensor:
+    query, key, value = (x[None] for x in vectors)
+    bounded = True if isinstance(features, Sketch) and not units else None
+    return attend(features, query, key, value, self_attention=True, bounded=bounded)[0]
 
 
 def _weights(features: Features, vectors: Vectors) -> Tensor:

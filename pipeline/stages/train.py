@@ -29,11 +29,13 @@ from pipeline.stopping import Stopped, stop_request
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.encoder import Classifier, build_model
-from schoenbat.lra.training import Evaluation, FitResult, StepReport, fit, save_model
+from schoenbat.lra.training import Evaluation, FitResult, OtherCheckpoint, StepReport, fit, save_model
 
 
 def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool, force: bool) -> None:
     """Train `cell` unless its training is up to date; a run that was interrupted goes on from its checkpoint.
+
+    A checkpoint of another configuration is set aside.
 
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
@@ -45,8 +47,8 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         force: train again what is up to date.
 
     Raises:
-        UserError: the data is not prepared, the device is not there, the checkpoint is of another configuration, or the
-            code is not that of the start of the grid.
+        UserError: the data is not prepared, the device is not there, the checkpoint is unreadable, or the code is not
+            that of the start of the grid.
         TrainingFailed: the loss is no longer a number.
         OutOfMemory: the device's memory does not suffice.
         Stopped: by a signal; the checkpoint is written.
@@ -187,6 +189,12 @@ class _Training:
                 )
             except TrainingStopped as error:
                 raise Stopped(f"{self.cell.id}: stopped, and saved at step {error.step}") from None
+            except OtherCheckpoint:
+                assert checkpoint is not None
+                aside = checkpoint.with_name("last.other.pt")
+                checkpoint.replace(aside)
+                print(f"{self.cell.id}: {checkpoint} is of other settings, code or data; now {aside.name}", flush=True)
+                return self.fit(checkpoint, tracked, stop)
             except UserError as error:
                 if checkpoint is None or not checkpoint.exists():
                     raise

@@ -19,7 +19,7 @@ from schoenbat.registry import Registry
 Cost = Literal["linear", "quadratic"]
 FLOAT_BYTES = 4
 MAX_FEATURES, MAX_DEGREE = 2**16, 100
-"""Of what an experiment may ask for; a random feature of a degree above 100 is drawn once in 2^100."""
+"""Bounds of what an experiment may ask for; a random feature of a degree above 100 is drawn once in 2^100."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,8 @@ class Attention(nn.Module, ABC):
         assert (kernel is not None) == self.needs_kernel
         self.config = config
 
-    @classmethod
-    def flops(cls, config: Any, *, length: int, head_dim: int) -> float:
-        """Multiplications and additions of one head over `length` tokens, forward, in matrix products.
-
-        This default is that of weights of every pair. It orders work by size; it is no prediction of time.
-        """
-        return 4.0 * length**2 * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
-        """What causal attention keeps of the tokens before, at most, over `length` tokens: of one head, in float32.
+        """Return the largest size in bytes of the causal state over `length` tokens, of one head in float32.
 
         This default is that of the keys and values of all tokens.
         """
@@ -123,7 +115,7 @@ class Attention(nn.Module, ABC):
             return self.attend(q, k, v, key_mask, is_causal).to(query.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """`forward` for tensors of float32 or wider that are 0 at masked places, in a use that there is a form for.
+        """Attend, for tensors of float32 or wider that are 0 at masked places, in a use that there is a form for.
 
         Masked queries are 0 only where `has_cross_form` is False. Autocast is off.
         """
@@ -187,12 +179,12 @@ def check_positive(**counts: int) -> None:
 
 
 def kept_bytes(tokens: int, head_dim: int) -> int:
-    """Of the keys and values of so many tokens, for `Attention.state_bytes`."""
+    """Return the size in bytes of a key-value cache of `tokens` tokens."""
     return FLOAT_BYTES * tokens * 2 * head_dim
 
 
 def sums_bytes(num_features: int, head_dim: int) -> int:
-    """Of the sums of phi(k) [v, 1]^T and [v, 1] over all tokens, for `Attention.state_bytes`."""
+    """Return the size in bytes of the sums of phi(k) [v, 1]^T and [v, 1] over all tokens."""
     return FLOAT_BYTES * (num_features + 1) * (head_dim + 1)
 
 

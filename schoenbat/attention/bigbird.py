@@ -46,10 +46,6 @@ class Bigbird(Attention):
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         self.register_buffer("seed", draw_seed(generator))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * head_dim * config.block_size * (7 + config.num_random_blocks)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         length, width = q.shape[-2:]
         size = self.config.block_size
@@ -74,7 +70,7 @@ class Bigbird(Attention):
         return out.flatten(-3, -2)[..., :length, :]
 
     def blocks(self, filled: Tensor) -> tuple[Tensor, Tensor]:
-        """The blocks that each block attends to.
+        """Choose the blocks that each block attends to.
 
         Args:
             filled: bool [B, n], the blocks with a real token.
@@ -97,6 +93,6 @@ class Bigbird(Attention):
 
 
 def _take(x: Tensor, blocks: Tensor) -> Tensor:
-    """[B, H, n, s, d] and [B, a, b] to [B, H, a, b * s, d]."""
+    """Gather blocks: [B, H, n, s, d] and [B, a, b] to [B, H, a, b * s, d]."""
     index = blocks.flatten(1)[:, None, :, None, None].expand(-1, x.shape[1], -1, *x.shape[-2:])
     return x.gather(2, index).unflatten(2, blocks.shape[1:]).flatten(3, 4)

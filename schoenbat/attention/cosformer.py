@@ -33,10 +33,6 @@ class Cosformer(Attention):
     cost = "linear"
     paper = "Qin et al., ICLR 2022, arXiv 2202.08791"
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 8.0 * length * head_dim**2
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(2 * head_dim, head_dim)
 

@@ -29,10 +29,6 @@ class Hedgehog(Attention):
         self.key_weight = nn.Parameter(torch.eye(head_dim))
         self.key_bias = nn.Parameter(torch.zeros(head_dim))
 
-    @classmethod
-    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
-        return 12.0 * length * head_dim**2
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(2 * head_dim, head_dim)
 

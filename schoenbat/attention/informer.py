@@ -44,10 +44,6 @@ class Informer(Attention):
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         self.register_buffer("uniform", torch.rand(config.num_samples, generator=generator, dtype=torch.float64))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 6.0 * length * min(config.num_samples, length) * head_dim
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         real = real_tokens(key_mask, k)
         q = q * q.shape[-1] ** -0.5

@@ -19,10 +19,6 @@ class Linear(Attention):
     cost = "linear"
     paper = "Katharopoulos et al., ICML 2020, arXiv 2006.16236"
 
-    @classmethod
-    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * head_dim**2
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(head_dim, head_dim)
 

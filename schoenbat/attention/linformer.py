@@ -50,10 +50,6 @@ class Linformer(Attention):
         if not config.share:
             self.project_value = nn.Parameter(torch.randn(shape, generator=generator) * std)
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 8.0 * length * config.num_landmarks * head_dim
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         length = k.shape[-2]
         keys = self.project_key[:, :length].to(q.dtype) @ k

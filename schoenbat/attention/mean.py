@@ -1,4 +1,4 @@
-"""Uniform attention: the control that shows how much of a result owes nothing to the weights."""
+"""Uniform attention, the control."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,6 @@ class Mean(Attention):
 
     cost = "linear"
     paper = "V-Mean in arXiv 2112.05359"
-
-    @classmethod
-    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
-        return 2.0 * length * head_dim
 
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(0, head_dim)

@@ -55,11 +55,6 @@ class Nystromformer(Attention):
             uniform = torch.rand(config.conv_size, generator=generator)
             self.filter = nn.Parameter((2 * uniform - 1) / math.sqrt(config.conv_size))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        landmarks = min(config.num_landmarks, length)
-        return 14.0 * length * landmarks * head_dim + 48.0 * landmarks**3
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         scale = q.shape[-1] ** -0.25
         real = real_tokens(key_mask, k)
@@ -87,7 +82,7 @@ class Nystromformer(Attention):
 
 
 def _segments(real: Tensor, number: int) -> Tensor:
-    """bool [B, 1, number, M]: the tokens of each segment; with L <= number real tokens, one in each of the first L."""
+    """Cut the real tokens into segments: bool [B, 1, number, M]; up to `number` of them are a segment each."""
     count = real.sum(-1, keepdim=True)
     rank = real.cumsum(-1) - 1
     # The segment a with floor(a L / number) <= rank < floor((a + 1) L / number).

@@ -43,10 +43,6 @@ class Performer(Attention):
         vectors = orthogonal_gaussian(config.num_features, head_dim, generator)
         self.register_buffer("vectors", vectors.to(torch.float32))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 8.0 * length * config.num_features * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(self.config.num_features, head_dim)
 

@@ -58,13 +58,6 @@ class Polysketch(Attention):
             self.register_buffer(f"projections_{level}", gaussian)
             number, width = number // 2, columns
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        columns = math.isqrt(config.num_features)
-        width = head_dim if config.degree == 2 else columns
-        sketched = 0.0 if config.degree == 2 else 2.0 * config.degree * columns * head_dim
-        return length * (4.0 * width**2 * head_dim + sketched)
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         width = head_dim if self.config.degree == 2 else math.isqrt(self.config.num_features)
         return sums_bytes(width**2 + 1, head_dim)
@@ -84,7 +77,7 @@ class Polysketch(Attention):
         return linear_attention(q_features, k_features, v, mask)
 
     def sketch(self, x: Tensor) -> Tensor:
-        """P_{p/2}: [..., head_dim] to [..., r], or x itself for p = 2."""
+        """Compute P_{p/2}: [..., head_dim] to [..., r], or x itself for p = 2."""
         sketches = x[..., None, :]
         for level in range(self.levels):
             projections = getattr(self, f"projections_{level}").to(x.dtype)

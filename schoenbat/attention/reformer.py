@@ -54,10 +54,6 @@ class Reformer(Attention):
         shape = (config.num_hashes, head_dim, config.num_buckets // 2)
         self.register_buffer("rotations", torch.randn(shape, generator=generator))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return config.num_hashes * length * head_dim * (config.num_buckets + 8.0 * config.chunk_size)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         real = real_tokens(key_mask, q)
         length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
@@ -67,7 +63,7 @@ class Reformer(Attention):
         return (outputs * logs.softmax(0)).sum(0)
 
     def _round(self, rotation: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [B, H, N, d] and logsumexp [B, H, N, 1] of one round."""
+        """Return output [B, H, N, d] and logsumexp [B, H, N, 1] of one round."""
         size, length = self.config.chunk_size, q.shape[-2]
         order = _sorted_by_bucket(q, rotation, real)
         q, k, v = (x.gather(-2, order[..., None].expand_as(x)) for x in (q, k, v))
@@ -94,7 +90,7 @@ class Reformer(Attention):
 
 
 def _sorted_by_bucket(q: Tensor, rotation: Tensor, real: Tensor) -> Tensor:
-    """The tokens [B, H, N] by bucket and position, masked ones last."""
+    """Sort the tokens [B, H, N] by bucket and position, masked ones last."""
     with torch.no_grad():
         projected = q @ rotation
         bucket = torch.cat([projected, -projected], -1).argmax(-1)
@@ -103,5 +99,5 @@ def _sorted_by_bucket(q: Tensor, rotation: Tensor, real: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, index: Tensor) -> Tensor:
-    """Chunks [B, H, n, c, d] at the places [B, H, n]."""
+    """Gather the chunks [B, H, n, c, d] at the places [B, H, n]."""
     return x.gather(2, index[..., None, None].expand_as(x))

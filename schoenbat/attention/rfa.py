@@ -48,10 +48,6 @@ class Rfa(Attention):
         self.register_buffer("vectors", torch.randn(config.num_features // 2, head_dim, generator=generator))
         self.sigma = nn.Parameter(torch.ones(head_dim))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 6.0 * length * config.num_features * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(self.config.num_features, head_dim)
 
@@ -60,7 +56,7 @@ class Rfa(Attention):
         return attention(self.features(q), self.features(k), v, key_mask)
 
     def features(self, x: Tensor) -> Tensor:
-        """phi: [B, H, N, head_dim] to [B, H, N, num_features]."""
+        """Compute phi: [B, H, N, head_dim] to [B, H, N, num_features]."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = x / torch.where(length == 0, 1.0, length)
         projected = unit @ (self.vectors * self.sigma / self.config.tau).T.to(x.dtype)

@@ -31,22 +31,17 @@ class RmfaSketch(KernelAttention):
     cost = "linear"
     paper = "this library, after arXiv 2505.12252"
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * head_dim * (config.num_features + head_dim)
-
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, normalize=True, max_degree=config.max_degree)
         self.features = estimate.make(head_dim, generator=generator)
-        self.bounded_for_units = self.features.is_bounded
 
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         chunk = chunk_length(self.features)
         far = sums_bytes(self.features.plan.num_features, head_dim)
         if self.kernel.is_exponential:
             far += FLOAT_BYTES * head_dim
-        if self.bounded_for_units or not self.gets_units:
+        if self.features.is_bounded or not self.gets_units:
             far += FLOAT_BYTES * (head_dim + 1) * head_dim
         # Complete chunks are summed up; the tokens since are kept, with the 1 beside each value.
         complete = length // chunk
@@ -63,6 +58,6 @@ class RmfaSketch(KernelAttention):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        self.features.is_bounded = self.bounded_for_units or not self.gets_units
         scale, itself = query.shape[-1] ** -0.5, query.shape[2] == key.shape[2]
-        return attend(self.features, query, key, value, key_mask, is_causal, scale, self_attention=itself)
+        bounded = None if self.gets_units else True
+        return attend(self.features, query, key, value, key_mask, is_causal, scale, itself, bounded=bounded)

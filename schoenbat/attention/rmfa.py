@@ -27,11 +27,6 @@ class Rmfa(KernelAttention):
     cost = "linear"
     paper = "SchoenbAt, arXiv 2505.12252"
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        # Two factors to a feature on average.
-        return 12.0 * length * config.num_features * head_dim
-
     def __init__(self, config: Config, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         estimate = Estimate(self.kernel, config.num_features, "maclaurin", max_degree=config.max_degree)

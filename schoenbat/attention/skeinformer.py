@@ -51,10 +51,6 @@ class Skeinformer(Attention):
         self.register_buffer("uniform", torch.rand(config.num_samples, generator=generator, dtype=torch.float64))
         self.register_buffer("seed", draw_seed(generator))
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        return 8.0 * length * config.num_samples * head_dim
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         q = q * q.shape[-1] ** -0.5
         real = real_tokens(key_mask, k)
@@ -78,7 +74,7 @@ class Skeinformer(Attention):
         return _replaced(out, places, pilot @ v)
 
     def columns(self, pilot: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        """The drawn columns [B, H, m]; masked ones only where fewer are real.
+        """Draw the columns [B, H, m]; masked ones only where fewer are real.
 
         Args:
             pilot: rows of softmax attention [B, H, m, M].
@@ -93,7 +89,7 @@ class Skeinformer(Attention):
 
 
 def _replaced(out: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """`out` [B, H, N, d] with `rows` [B, H, m, d] at `places` [B, m], where the same place has the same row."""
+    """Put `rows` [B, H, m, d] into `out` [B, H, N, d] at `places` [B, m], where the same place has the same row."""
     # Gathered, not scattered: the gradient of a row that was written twice would count twice.
     slots = torch.arange(places.shape[-1], device=out.device).expand_as(places)
     slot = torch.full((len(out), out.shape[-2]), -1, device=out.device).scatter_reduce(1, places, slots, "amax")

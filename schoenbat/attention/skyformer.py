@@ -55,11 +55,6 @@ class Skyformer(Attention):
         half = torch.arange(config.num_landmarks) % 2
         self.register_buffer("uniform", (uniform + half) / 2)
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        landmarks = config.num_landmarks
-        return 8.0 * length * landmarks * head_dim + 48.0 * landmarks**3
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
         scale = q.shape[-1] ** -0.25
         q, k = q * scale, k * scale

@@ -18,10 +18,6 @@ class Taylor1(KernelAttention):
     cost = "linear"
     paper = "the linear term of arXiv 2505.12252"
 
-    @classmethod
-    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * (head_dim + 1) ** 2
-
     def __init__(self, config: object, *, head_dim: int, kernel: Kernel | None, generator: torch.Generator) -> None:
         super().__init__(config, head_dim=head_dim, kernel=kernel, generator=generator)
         self.constant = math.sqrt(self.kernel.coefficient(0))

@@ -22,10 +22,6 @@ class Taylor2(Attention):
     cost = "linear"
     paper = "Arora et al. (Based), arXiv 2402.18668"
 
-    @classmethod
-    def flops(cls, config: object, *, length: int, head_dim: int) -> float:
-        return 4.0 * length * (1 + head_dim + head_dim * (head_dim + 1) / 2) * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(1 + head_dim + head_dim * (head_dim + 1) // 2, head_dim)
 

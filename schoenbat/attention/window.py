@@ -34,11 +34,6 @@ class Window(Attention):
     cost = "linear"
     paper = "Beltagy et al. (Longformer), arXiv 2004.05150"
 
-    @classmethod
-    def flops(cls, config: Config, *, length: int, head_dim: int) -> float:
-        # Blocks see more than the window, which is masked.
-        return 6.0 * length * config.window * head_dim
-
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return kept_bytes(min(length, self.config.window + 1), head_dim)
 
@@ -50,7 +45,7 @@ class Window(Attention):
         after = end if is_causal else end + reach
 
         def surrounding(x: Tensor) -> Tensor:
-            """[..., N, e] to [..., N / reach, blocks * reach, e]: the block before, the block, and the one after."""
+            """Gather each block with its neighbours: [..., N, e] to [..., N / reach, blocks * reach, e]."""
             padded = F.pad(x, (0, 0, reach, after))
             return padded.unfold(-2, blocks * reach, reach).mT
 

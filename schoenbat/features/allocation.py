@@ -39,12 +39,12 @@ from torchquad import GaussLegendre
 from schoenbat.kernels import Kernel
 
 NODES = 200
-"""Of the Gauss-Legendre rule over the angle."""
+"""Nodes of the Gauss-Legendre rule over the angle."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one degree gets.
+    """The features of one degree.
 
     Attributes:
         degree: of the monomials that are its features.
@@ -89,7 +89,7 @@ class Allocation:
         return sum(share.num_features for share in self.shares)
 
     def rows(self) -> list[dict[str, int | float | bool]]:
-        """One row per degree, for a table or a figure."""
+        """Return one row per degree, for a table or a figure."""
         return [
             {
                 "degree": share.degree,
@@ -115,7 +115,7 @@ class Allocation:
 def allocate(
     kernel: Kernel, *, head_dim: int, num_features: int, scale: float, max_degree: int, fixed_norm: bool
 ) -> Allocation:
-    """The allocation of least expected error.
+    """Find the allocation of least expected error.
 
     Args:
         kernel: gives f and its coefficients a_n.
@@ -145,12 +145,12 @@ def allocate(
 
 
 def num_monomials(head_dim: int, degree: int) -> int:
-    """C(d + p - 1, p): the monomials of degree p in d coordinates."""
+    """Count the monomials of degree p in d coordinates, C(d + p - 1, p)."""
     return math.comb(head_dim + degree - 1, degree)
 
 
 def num_harmonics(head_dim: int, degree: int) -> int:
-    """N_l: the homogeneous polynomials of degree l, less those that are |x|^2 times another."""
+    """Count the homogeneous polynomials of degree l, less those that are |x|^2 times another: N_l."""
     return num_monomials(head_dim, degree) - (num_monomials(head_dim, degree - 2) if degree >= 2 else 0)
 
 
@@ -163,7 +163,7 @@ def _allocate_rest(
     scale: float,
     fixed_norm: bool,
 ) -> Allocation:
-    """Degrees in `exact` by all their monomials, the rest of the budget to the harmonics of largest gain."""
+    """Give degrees in `exact` all their monomials, and the rest of the budget to the harmonics of largest gain."""
     # There are no products of more than d different coordinates.
     degrees = range(min(len(coefficients) - 1, head_dim) + 1)
 
@@ -218,7 +218,7 @@ def _allocate_rest(
 
 
 def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:
-    """P_0, P_1, ... at t, with P_l(1) = 1."""
+    """Yield P_0, P_1, ... at t, with P_l(1) = 1."""
     before, current = np.zeros_like(t), np.ones_like(t)
     for degree in itertools.count():
         yield current
@@ -231,7 +231,7 @@ def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:
 
 
 def _expect(function: Callable[[np.ndarray], np.ndarray], head_dim: int) -> list[float]:
-    """E of each column of function(t) over the cosine t of two independent directions in R^d."""
+    """Average each column of function(t) over the cosine t of two independent directions in R^d."""
     if head_dim == 1:
         return function(np.array([-1.0, 1.0])).mean(0).tolist()
 

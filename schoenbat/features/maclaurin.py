@@ -61,7 +61,7 @@ class RandomMaclaurin(FeatureMap):
         self._store()
 
     def _pack(self) -> Tensor:
-        """The vectors by degree: first all first factors of a degree, then all its second factors, ..."""
+        """Return the vectors by degree: first all first factors of a degree, then all its second factors, ..."""
         degrees = self.degrees.cpu()
         columns = [torch.empty(0, self.signs.shape[2], dtype=torch.float32, device="cpu")]
         runs = []

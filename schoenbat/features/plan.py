@@ -47,12 +47,12 @@ class Plan(NamedTuple):
 
     @property
     def weights(self) -> list[float]:
-        """What the products of coordinates are multiplied by."""
+        """The factors of the products of coordinates."""
         ones = [1.0] * (bool(self.constant) + self.num_linear)
         return ones + [run.weight for run in self.runs for _ in range(run.length)]
 
     def split(self, degree: int) -> tuple["Plan", "Plan"]:
-        """The features below `degree`, which come first, and the others."""
+        """Split into the features below `degree`, which come first, and the others."""
         low = tuple(run for run in self.runs if len(run.offsets) < degree)
         linear = self.num_linear if degree > 1 else 0
         rest = Plan(0.0, self.num_linear - linear, self.runs[len(low) :], self.unit)
@@ -72,7 +72,7 @@ class Products(NamedTuple):
     plan: Plan
 
     def split(self, degree: int) -> tuple["Products", "Products"]:
-        """As `Plan.split`."""
+        """Split as `Plan.split` does."""
         low, rest = self.plan.split(degree)
         cut = low.num_features
         return Products(self.projection, self.squares[:cut], low), Products(self.projection, self.squares[cut:], rest)
@@ -134,7 +134,7 @@ class FeatureMap(nn.Module):
         raise NotImplementedError
 
     def _pack(self) -> Tensor:
-        """P [head_dim, ...] in float32, from the draw."""
+        """Return P [head_dim, ...] in float32, from the draw."""
         raise NotImplementedError
 
     def _store(self) -> None:
@@ -145,20 +145,20 @@ class FeatureMap(nn.Module):
         self.weight_bits = weights.view(torch.int32)
 
     def projection(self, dtype: torch.dtype) -> Tensor:
-        """P in `dtype`."""
+        """Return P in `dtype`."""
         return self.projection_bits.view(torch.float32).to(dtype)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
-        """W [D] in `dtype`."""
+        """Return W [D] in `dtype`."""
         return self.weight_bits.view(torch.float32).to(dtype)
 
     def products(self, dtype: torch.dtype, scale: float) -> Products:
-        """For vectors whose dot products get the factor `scale`."""
+        """Prepare the products for vectors whose dot products get the factor `scale`."""
         squares = self.weights(dtype).square().unsqueeze(-1)
         return Products(self.projection(dtype) * math.sqrt(scale), squares, self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
+        """Compute features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             products = expand(x.to(dtype) @ self.projection(dtype), self.plan)
@@ -172,7 +172,7 @@ def _pack_again(module: nn.Module, _: Any) -> None:
 
 
 def expand(projected: Tensor, plan: Plan) -> Tensor:
-    """The features [..., D] of projected rows [..., P], without their weights."""
+    """Compute the features [..., D] of projected rows [..., P], without their weights."""
     parts = [projected.new_full((*projected.shape[:-1], 1), plan.constant)] if plan.constant else []
     if plan.num_linear or not plan.runs:
         parts.append(projected[..., : plan.num_linear])
@@ -181,7 +181,7 @@ def expand(projected: Tensor, plan: Plan) -> Tensor:
 
 
 def push_forward(projected: Tensor, plan: Plan, tangent: Tensor) -> Tensor:
-    """The directional derivative [..., D] of what `expand` makes of projected rows, along `tangent` [..., P]."""
+    """Compute the directional derivative [..., D] of `expand` at projected rows, along `tangent` [..., P]."""
     parts = [projected.new_zeros((*projected.shape[:-1], 1))] if plan.constant else []
     if plan.num_linear or not plan.runs:
         parts.append(tangent[..., : plan.num_linear])
@@ -196,7 +196,7 @@ def push_forward(projected: Tensor, plan: Plan, tangent: Tensor) -> Tensor:
 
 
 def pull_back(projected: Tensor, plan: Plan, grad: Tensor) -> Tensor:
-    """The gradient [..., P] of the projected rows, from `grad` [..., D] of what `expand` made of them."""
+    """Compute the gradient [..., P] of the projected rows, from `grad` [..., D] of what `expand` made of them."""
     width = projected.shape[-1]
     column = 1 if plan.constant else 0
     linear = grad[..., column : column + plan.num_linear]
@@ -223,7 +223,7 @@ def _factors(projected: Tensor, run: Run) -> list[Tensor]:
 
 
 def _others(factors: list[Tensor]) -> Iterator[Tensor | None]:
-    """For each factor the product of all others; None where there are none."""
+    """Yield for each factor the product of all others; None where there are none."""
     before = [None, *itertools.accumulate(factors[:-1], torch.mul)]
     after = [*list(itertools.accumulate(factors[:0:-1], torch.mul))[::-1], None]
     for left, right in zip(before, after, strict=True):

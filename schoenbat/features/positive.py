@@ -34,7 +34,7 @@ class PositiveRandom(nn.Module):
 
 
 def orthogonal_gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Standard normal vectors [rows, columns], orthogonal to each other within blocks of `columns` rows."""
+    """Draw standard normal vectors [rows, columns], orthogonal to each other within blocks of `columns` rows."""
     gaussian = torch.randn(-(-rows // columns), columns, columns, generator=generator, dtype=torch.float64)
     basis, triangle = torch.linalg.qr(gaussian)
     directions = (basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]).transpose(-1, -2)

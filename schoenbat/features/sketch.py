@@ -36,12 +36,12 @@ class Sketch(FeatureMap):
         max_degree: the highest degree that may get features.
         scale: |x| |y| of the vectors that the allocation is made for.
         fixed_norm: whether all vectors have the length sqrt(scale).
+        bounded: whether attention bounds its output; where the linear degree is incomplete it always does.
         generator: the source of the draw.
     """
 
     rotation_bits: Tensor
     near = True
-    is_bounded = True
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class Sketch(FeatureMap):
         max_degree: int,
         scale: float,
         fixed_norm: bool,
+        bounded: bool = True,
         generator: torch.Generator,
     ) -> None:
         super().__init__(kernel, generator)
@@ -79,6 +80,7 @@ class Sketch(FeatureMap):
         self.unexplained = self.allocation.unexplained
         self.shares = {0: 1.0, **{share.degree: share.num_features / share.of for share in self.allocation.shares}}
         self.sketched = min((degree for degree, share in self.shares.items() if share < 1), default=None)
+        self.is_bounded = bounded or self.sketched == 1
         with torch.device("cpu"):
             self.register_buffer("rotation_bits", torch.zeros(head_dim, head_dim, dtype=torch.int32))
         self.resample(generator)
@@ -94,7 +96,7 @@ class Sketch(FeatureMap):
         self._store()
 
     def _pack(self) -> Tensor:
-        """The coordinates as far as the linear features and the runs go."""
+        """Return the coordinates as far as the linear features and the runs go."""
         rotation = self.rotation_bits.view(torch.float32)
         ends = [run.offsets[-1] + run.length for run in self.plan.runs]
         columns = torch.arange(max([self.plan.num_linear, *ends]), device=rotation.device) % len(rotation)
@@ -102,7 +104,7 @@ class Sketch(FeatureMap):
 
 
 def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
-    """The features of one degree, orbit by orbit."""
+    """Yield the features of one degree, orbit by orbit."""
     left = share.num_features
     for offsets, length in _orbits(head_dim, share.degree, share.exact):
         repeated = math.prod(math.factorial(count) for count in Counter(offsets).values())
@@ -117,7 +119,7 @@ def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
 
 
 def _orbits(head_dim: int, degree: int, repeated: bool) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Each orbit of `degree` coordinates under cyclic shifts, once: offsets from the first coordinate, and its size.
+    """Yield each orbit of `degree` coordinates under cyclic shifts once: offsets from the first, and its size.
 
     Args:
         repeated: whether a coordinate may occur more than once.

@@ -29,11 +29,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
-from schoenbat.calibration import CALIBRATING, KEPT_AS, Calibrated
+from schoenbat.calibration import CALIBRATOR, KEPT_AS, Calibrated
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops.linear import State, attend, extend
+from schoenbat.ops.reference import AttentionInputs
 
 _HARMLESS = {
     "cache_position",
@@ -156,7 +157,7 @@ class _StateLayer(CacheLayerMixin):
         raise AttributeError(name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The first tokens make the state."""
+        """Do nothing: the first tokens make the state."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, kwargs: dict[str, Any] | None = None
@@ -206,7 +207,7 @@ class _StateLayer(CacheLayerMixin):
 
 
 def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
-    """The function that transformers calls from every attention layer."""
+    """Make the function that transformers calls from every attention layer."""
     settings = estimate
     # torch.compile cannot look a kernel up by its name.
     estimate = replace(estimate, kernel=estimate.function)
@@ -234,40 +235,31 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
         else:
             itself = _attends_to_itself(module)
             whole = kernel_state is None and (not causal or query.shape[2] == key.shape[2])
-            for fit in CALIBRATING if whole else ():
-                tensors = (query, key, value, key_mask, causal)
-                fit(module, settings, *tensors, scale=scaling, self_attention=itself)
+            given = (query, key, value, key_mask, causal)
+            fit = None if torch.compiler.is_compiling() else CALIBRATOR.get()
+            if fit is not None and whole:
+                fit(module, settings, *given, scale=scaling, self_attention=itself)
             features = getattr(module, KEPT_AS, None)
             if features is not None and module.kernel_estimate != settings:
                 raise UserError(
                     f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
                     f"asks for {settings}; call install or calibrate with the new name"
                 )
-            query, key, scale = estimate.prepare(query, key, scaling, key_mask)
+            inputs = estimate.prepare(*given, scale=scaling, self_attention=itself)
             if features is None:
-                features = estimate.draw(query.shape[-1], scale, query.device)
+                features = estimate.draw(query.shape[-1], inputs.scale, query.device)
             elif isinstance(features, Calibrated):
-                query, key = features.turn(query, key)
-                features = features.features
-            out = _through(features, query, key, value, key_mask, causal, scale, kernel_state, itself)
+                inputs, features = features.turn(inputs), features.features
+            out = _through(features, inputs, kernel_state)
             if whole:
-                estimate.observe(out, query, key, value, key_mask, causal, scale, itself, features)
+                estimate.observe(out, inputs, features)
         return out.transpose(1, 2).contiguous(), None
 
     return kernel_attention_forward
 
 
-def _through(
-    features: FeatureMap,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    layer: _StateLayer | None,
-    attends_to_itself: bool,
-) -> Tensor:
+def _through(features: FeatureMap, inputs: AttentionInputs, layer: _StateLayer | None) -> Tensor:
+    query, key, value, key_mask, causal, scale, _ = inputs
     if layer is not None:
         if not causal:
             raise UserError("KernelCache is for causal attention alone; leave the cache of this model to transformers")
@@ -279,12 +271,12 @@ def _through(
     if causal and key.shape[2] > query.shape[2]:
         # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
         return extend(features, None, query, key, value, key_mask, scale)[0]
-    return attend(features, query, key, value, key_mask, causal, scale, self_attention=attends_to_itself)
+    return attend(features, *inputs)
 
 
 @torch.compiler.assume_constant_result
 def _attends_to_itself(layer: nn.Module) -> bool:
-    """Whether what a layer is given shows that its keys are the tokens of its queries."""
+    """Return whether the layer's signature shows that it is self-attention."""
     return set(inspect.signature(layer.forward).parameters) <= _OF_ONE_SEQUENCE
 
 
@@ -324,7 +316,7 @@ def _used(*_: object, **__: object) -> NoReturn:
 
 
 class KeyMask:
-    """What a model's mask means, readable by our attention function alone.
+    """The meaning of a model's mask, readable by our attention function alone.
 
     It stands for [B, 1, queries, keys], True = attend. It can be passed on, moved to another device, and asked for its
     shape; whatever else a model does with it, such as adding it to scores of its own, is a UserError.
@@ -378,7 +370,7 @@ def _make_mask(
     attention_mask: Tensor | KeyMask | None = None,
     **kwargs: Any,
 ) -> KeyMask:
-    """The mask that transformers prepares for this implementation."""
+    """Make the mask that transformers prepares for this implementation."""
     if isinstance(attention_mask, KeyMask):
         return attention_mask
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
@@ -406,7 +398,7 @@ def _of_pairs(mask: Tensor) -> UserError:
 def _read_mask(
     mask: KeyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
 ) -> tuple[Tensor | None, bool]:
-    """The mask of keys, [B, keys], and whether attention is causal.
+    """Return the mask of keys, [B, keys], and whether attention is causal.
 
     Every mask of transformers' own functions is a KeyMask here. None is the absence of one, and then each query sees
     each key, as in eager attention; a module that calls itself causal nevertheless is contradictory.
@@ -458,7 +450,7 @@ def _refuse_packed(mask: KeyMask, positions: object) -> None:
 
 @cache
 def _bypass(files: tuple[str, ...]) -> str | None:
-    """How the models of these modules get round the attention interface, or None where nothing shows that they do.
+    """Say how the models of these modules get round the attention interface; None where nothing shows that they do.
 
     Layers of attention without an interface tell, or a table from the names of implementations to classes of attention.
     """
@@ -484,7 +476,7 @@ def _check_goes_through_interface(model: PreTrainedModel, name: str) -> None:
 
 
 def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
-    """While a model is put together: whether our implementation can serve it.
+    """Check, while a model is put together, that our implementation can serve it.
 
     A model that never asks for a mask nor for the attention function is noticed nowhere else.
     """
@@ -495,14 +487,14 @@ def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
 
 
 def _calls_interface(layer: nn.Module) -> bool:
-    """Whether its `forward` takes the attention function from an interface of transformers."""
+    """Return whether its `forward` takes the attention function from an interface of transformers."""
     forward = inspect.unwrap(type(layer).forward)
     code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
     return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in code.co_names)
 
 
 def _head_dim(layer: nn.Module) -> int:
-    """Width of the queries of a layer."""
+    """Return the width of the queries of a layer."""
     for name in (
         "qk_head_dim",
         "head_dim",

@@ -42,10 +42,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """f(x), elementwise, for abs(x) < radius."""
+        """Evaluate f(x), elementwise, for abs(x) < radius."""
 
     def coefficient(self, degree: int) -> float:
-        """The Maclaurin coefficient a_degree, never negative."""
+        """Return the Maclaurin coefficient a_degree, never negative."""
         return self.series.coefficient(degree)
 
     @cached_property
@@ -75,7 +75,7 @@ class Kernel(ABC):
 
     @staticmethod
     def from_callable(f: Callable[[Tensor], Tensor], radius: float = math.inf, name: str | None = None) -> "Kernel":
-        """The kernel f, with Maclaurin coefficients computed by Cauchy's formula, each with a bound on its error.
+        """Make a kernel of f, with Maclaurin coefficients by Cauchy's formula, each with a bound on its error.
 
         Args:
             f: maps tensors of any shape elementwise, real to real and complex to complex; analytic for abs(x) < radius.
@@ -94,7 +94,7 @@ class Kernel(ABC):
         return _CallableKernel(f, radius, name or str(getattr(f, "__name__", type(f).__name__)))
 
     def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        """f(scores) where `allowed`, else 0, divided by its sum along the last axis.
+        """Divide f(scores) where `allowed`, else 0, by its sum along the last axis.
 
         What `scores` holds where it is not allowed, NaN and infinity included, changes no bit of the result. Weights
         of any size are normalised alike. A row in which nothing is allowed comes out finite and means nothing, and one

@@ -66,7 +66,7 @@ class _Circle:
         return max(0.0, math.log(self.outer_maximum / self.maximum) / math.log(self.outer_radius / self.radius))
 
     def num_points(self, above: int) -> int:
-        """The least power of two above `above` that brings aliasing below rounding."""
+        """Return the least power of two above `above` that brings aliasing below rounding."""
         decay = math.log(self.outer_radius / self.radius)
         needed = (math.log(self.outer_maximum / self.maximum) - math.log(_EPS)) / decay
         return 2 ** math.ceil(math.log2(max(needed, above + 1)))
@@ -109,13 +109,13 @@ class MaclaurinSeries:
         self._append(values, errors)
 
     def coefficient(self, degree: int) -> float:
-        """a_degree, and 0 where it cannot be told from 0; raises UserError when it is negative beyond its error."""
+        """Return a_degree, or 0 where it is within its error; raises UserError when it is negative beyond that."""
         self._extend(degree)
         value, error = self._values[degree], self._errors[degree]
         return value if value > error else 0.0
 
     def error(self, degree: int) -> float:
-        """The bound on the error of a_degree (see the module)."""
+        """Return the bound on the error of a_degree (see the module)."""
         self._extend(degree)
         return self._errors[degree]
 
@@ -150,7 +150,7 @@ class MaclaurinSeries:
         return out
 
     def _ladder(self) -> list[_Circle]:
-        """Circles from near 0 to near the radius of convergence (or 1024), as far as f is of use on them."""
+        """Make circles from near 0 to near the radius of convergence (or 1024), as far as f is of use on them."""
         if math.isinf(self._radius):
             radii = [2 ** (k / 4) for k in range(-40, 41)]
         else:
@@ -175,7 +175,7 @@ class MaclaurinSeries:
         return [dataclasses.replace(circle, noise=self._noise(circle)) for circle in circles]
 
     def _noise(self, circle: _Circle) -> float:
-        """noise(r) of the module's formula."""
+        """Measure noise(r) of the module's formula."""
         half = circle.num_points(above=_BLOCK)
         spectrum = torch.fft.fft(self._on_circle(circle.radius, 2 * half))
         spectrum[:half] = (
@@ -194,7 +194,7 @@ class MaclaurinSeries:
         return self._evaluate(torch.polar(torch.full_like(angles, r), angles)).to(torch.complex128)
 
     def _block(self, first: int) -> tuple[Tensor, Tensor]:
-        """Values and error bounds of the degrees from `first` on, [_BLOCK] each."""
+        """Compute values and error bounds of the degrees from `first` on, [_BLOCK] each."""
         degrees = torch.arange(first, first + _BLOCK, dtype=torch.float64)
         values, errors = [], []
         for circle in self._circles:
@@ -220,7 +220,7 @@ class MaclaurinSeries:
         return chosen, best.values
 
     def _integrals(self, r: float, degrees: Tensor, num_points: int) -> Tensor:
-        """r^n times the real part of Cauchy's formula for each degree n, by `num_points` points on the circle."""
+        """Compute r^n times the real part of Cauchy's formula for each degree n, by `num_points` points."""
 
         def integrand(points: Tensor) -> Tensor:
             angle = points[:, 0]
@@ -262,7 +262,7 @@ class MaclaurinSeries:
 
 
 def _growth(circles: list[tuple[float, float]]) -> float:
-    """The logarithm of f on the last circle over the power of x that f follows on the first two."""
+    """Return the logarithm of f on the last circle over the power of x that f follows on the first two."""
     (r, first), (s, second), (t, last) = circles[0], circles[1], circles[-1]
     power = math.log(second / first) / math.log(s / r)
     return math.log(last / first) - power * math.log(t / r)

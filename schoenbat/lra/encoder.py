@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.lra.config import build_config
 from schoenbat.lra.multihead import FORMERS, FormerConfig, SelfAttention
-from schoenbat.registry import base_name, build_config, check_bounds
+from schoenbat.registry import base_name, check_bounds
 
 POSITION_STEP = 64
 """The table of positions is rounded up to a multiple of this, as batches are padded to one."""
@@ -153,7 +154,7 @@ class Encoder(nn.Module):
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
-    """[length, width]: sines and cosines of the position at wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017).
+    """Make sines and cosines of the position, [length, width], of wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017).
 
     Scaled to the standard deviation that token embeddings begin with; at their full size the tokens would drown.
     """
@@ -179,7 +180,7 @@ class Classifier(nn.Module):
         )
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, num_classes] for tokens and key_mask of shape [B, num_texts, N]; by default token 0 is padding.
+        """Compute logits [B, num_classes] for tokens and key_mask [B, num_texts, N]; by default token 0 is padding.
 
         [B, N, num_classes] where each position is classified.
         """
@@ -193,7 +194,7 @@ class Classifier(nn.Module):
         return self.head(torch.cat([a, b, a * b, a - b], dim=-1))
 
     def state_bytes(self, length: int) -> int:
-        """What causal attention keeps of the tokens before, over `length` tokens: of all heads of all layers."""
+        """Return the size in bytes of the causal state over `length` tokens: of all heads of all layers."""
         layers = [module for module in self.modules() if isinstance(module, SelfAttention)]
         return sum(
             layer.num_heads
@@ -218,7 +219,7 @@ def build_model(
     per_position: bool = False,
     causal: bool = False,
 ) -> Classifier:
-    """A model whose weights and random features are a pure function of the arguments.
+    """Build a model whose weights and random features are a pure function of the arguments.
 
     Args:
         attn: name of the attention mechanism or of a variant; `attention` is its section of options, built strictly.

@@ -33,7 +33,7 @@ class FormerConfig:
 
 
 def largest_gain(attention: Attention, head_dim: int) -> float:
-    """The factor at which unit vectors reach 0.99 of the radius of convergence of the kernel, if it has one."""
+    """Return the factor at which unit vectors reach 0.99 of the radius of convergence of the kernel, if it has one."""
     radius = attention.kernel.radius if isinstance(attention, KernelAttention) else math.inf
     return 0.99 * radius * math.sqrt(head_dim)
 

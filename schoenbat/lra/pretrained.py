@@ -17,17 +17,17 @@ from torch import Tensor
 
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.tasks import TASKS, Task
-from schoenbat.registry import build_config
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """What a trained classifier is built from.
+    """The settings that a trained classifier is built from.
 
     Attributes:
         task, attn, dotf, former, seed: the names that params.yaml uses, and the seed of the features.
@@ -46,7 +46,7 @@ class PretrainedConfig:
     data: dict[str, Any]
 
     def build(self) -> Classifier:
-        """The model, with its initial weights; raises UserError for a name that is not installed here."""
+        """Build the model, with its initial weights; raises UserError for a name that is not installed here."""
         return build_model(
             vocab_size=self.data["vocab_size"],
             num_classes=self.data["num_classes"],
@@ -114,7 +114,7 @@ class PretrainedClassifier:
 
     @property
     def class_names(self) -> list[str]:
-        """What the classes are called, by their numbers."""
+        """The names of the classes, by their numbers."""
         names = self.config.data.get("class_names") or TASKS.get(self.config.task).class_names
         return list(names) or [str(number) for number in range(self.config.data["num_classes"])]
 
@@ -125,7 +125,7 @@ class PretrainedClassifier:
         return not self.config.data["per_position"] and own is not Task.encode.__func__  # type: ignore[attr-defined]
 
     def encode(self, examples: Sequence[str | Sequence[str]]) -> Tensor:
-        """int64 [B, num_texts, N]: the tokens of examples as in training, cut at the greatest length, padded with 0.
+        """Encode examples as in training: int64 [B, num_texts, N], cut at the greatest length, padded with 0.
 
         Args:
             examples: a text each, or a pair of texts where the task compares two.
@@ -154,7 +154,7 @@ class PretrainedClassifier:
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[dict[str, float]]:
-        """For each example the probabilities of all classes by their names, the likeliest first.
+        """Return for each example the probabilities of all classes by their names, the likeliest first.
 
         Raises:
             UserError: as `encode` does, or the task has labels at positions and not of texts.
@@ -172,7 +172,7 @@ class PretrainedClassifier:
 
 
 def model_data(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a data set's description that a model needs: `PretrainedConfig.data`."""
+    """Return the part of a data set's description that a model needs: `PretrainedConfig.data`."""
     needed = ("vocab_size", "num_classes", "num_texts", "max_length", "per_position", "causal", "pad_to_multiple")
     optional = ("class_names", "tokens", "vocabulary")
     return {key: meta[key] for key in needed} | {key: meta[key] for key in optional if key in meta}

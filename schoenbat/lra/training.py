@@ -33,7 +33,11 @@ CLIP_VALUE = 1.0
 REPORT_EVERY = 10
 """Losses are fetched from the device, checked and reported once in so many steps."""
 TOKENS_AT_ONCE = {"cpu": 2**15}
-"""What is worked through at a time where `micro_batch` is null: on a CPU, activations of more leave the cache."""
+"""Tokens worked through at a time where `micro_batch` is null: on a CPU, activations of more leave the cache."""
+
+
+class OtherCheckpoint(UserError):
+    """A checkpoint is of another configuration; nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where a run stands: mean loss and accuracy since the last evaluation, speed of this process."""
+    """The progress of a run: mean loss and accuracy since the last evaluation, speed of this process."""
 
     step: int
     steps: int
@@ -100,7 +104,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model makes of every example of a split, in its order; a target is a label that is to be predicted.
+    """A model's predictions for every example of a split, in its order; a target is a label that is to be predicted.
 
     Attributes:
         correct: int64 [n], how many targets of the example are predicted rightly.
@@ -115,7 +119,7 @@ class Predictions:
     predicted: np.ndarray | None
 
     def score(self) -> Score:
-        """The means over all targets."""
+        """Return the means over all targets."""
         total = int(self.targets.sum())
         return Score(
             loss=-float((self.log_probability * self.targets).sum()) / total,
@@ -126,7 +130,7 @@ class Predictions:
 
 @dataclass
 class FitResult:
-    """What a run gave. `seconds`, `tokens` and `steps_run` count training only, over all processes of the run."""
+    """The result of a run. `seconds`, `tokens` and `steps_run` count training only, over all processes of the run."""
 
     best_step: int
     best_dev_accuracy: float
@@ -189,7 +193,8 @@ def fit(
     Raises:
         TrainingFailed: the loss is not finite.
         TrainingStopped: `stop` said so.
-        UserError: `checkpoint` is unreadable or of another configuration.
+        OtherCheckpoint: `checkpoint` is of another configuration.
+        UserError: it is unreadable.
     """
     run = _Run(model, dataset.on(device), config, seed, device, checkpoint, fingerprint)
     state = run.state
@@ -216,7 +221,7 @@ def fit(
 
 
 class _Run:
-    """What `fit` works on: the model with optimiser and schedule, and how far they have come.
+    """The state of `fit`: the model with optimiser and schedule, and how far they have come.
 
     Attributes:
         pending: loss and accuracy of the last steps, still on the device.
@@ -254,7 +259,7 @@ class _Run:
     def _resume(self, checkpoint: Path) -> None:
         saved = _read_checkpoint(checkpoint)
         if saved["fingerprint"] != self._fingerprint:
-            raise UserError(f"{checkpoint} belongs to another configuration of this cell; delete it to start over")
+            raise OtherCheckpoint(f"{checkpoint} belongs to another configuration; move it away to start over")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
@@ -278,7 +283,7 @@ class _Run:
         self.saved_at = time.perf_counter()
 
     def update(self, indices: np.ndarray) -> None:
-        """One step of the optimiser on these training examples."""
+        """Make one step of the optimiser on these training examples."""
         self.model.train()
         parts = self._cut(indices)
         # Dropout is the only user of torch's global generator here.
@@ -293,7 +298,7 @@ class _Run:
         self.pending.append(figures)
 
     def _cut(self, indices: np.ndarray) -> list[Batch]:
-        """The batch in the parts that are worked through one after another."""
+        """Cut the batch into the parts that are worked through one after another."""
         size = self.config.micro_batch
         if size is None:
             whole = self.dataset.batch("train", indices)
@@ -327,7 +332,7 @@ class _Run:
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """What is done inside the block is no training time."""
+        """Count the time inside the block as no training time."""
         stopped = time.perf_counter()
         yield
         self._began += time.perf_counter() - stopped
@@ -412,7 +417,7 @@ def predict(
     device: torch.device,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """What `model`, without dropout, predicts for every example of a split.
+    """Predict every example of a split with `model`, without dropout.
 
     Args:
         on_batch: called with (examples done, examples in all).
@@ -433,7 +438,7 @@ def save_model(path: Path, model: nn.Module, description: dict[str, Any]) -> Non
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict and description written by `save_model`; raises UserError for a file that is not one."""
+    """Read the state_dict and description written by `save_model`; raises UserError for a file that is not one."""
     saved = _read_checkpoint(path)
     if not isinstance(saved, dict) or set(saved) != {"model", "description"}:
         raise UserError(f"{path} is not a model saved by this program")
@@ -441,7 +446,7 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """torch.save to `path`, complete or not at all; raises OSError."""
+    """Write torch.save to `path`, complete or not at all; raises OSError."""
     # torch.save reports a full disk as a RuntimeError without a reason; writing bytes, as the OSError that it is.
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -460,7 +465,7 @@ def _read_checkpoint(path: Path) -> Any:
 def _remaining_batches(
     dataset: Dataset, batch_size: int, seed: int, step: int, steps: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, indices) of each update from `step` on."""
+    """Yield (epoch, indices) of each update from `step` on."""
     # `batches` refuses a split that is smaller than one batch.
     per_epoch = max(1, dataset.num_examples("train") // batch_size)
     while step < steps:
@@ -479,7 +484,7 @@ def _in_order(
     device: torch.device,
     on_batch: Callable[[int, int], None] | None,
 ) -> Iterator[Batch]:
-    """The batches of a split in its order, on `device`, for `model` without dropout; `on_batch` is told of each."""
+    """Yield the batches of a split in order, on `device`, and switch dropout off; `on_batch` is told of each."""
     model.to(device).eval()
     dataset = dataset.on(device)
     total, done = dataset.num_examples(split), 0
@@ -491,7 +496,7 @@ def _in_order(
 
 
 def examples_at_once(tokens: Tensor, device: torch.device) -> int:
-    """How many examples of a batch [B, num_texts, N] are worked through at a time where nothing says so; at least 1."""
+    """Choose how many examples of a batch [B, num_texts, N] are worked through at a time; at least 1."""
     limit = TOKENS_AT_ONCE.get(device.type)
     return len(tokens) if limit is None else min(len(tokens), max(1, limit // max(1, tokens[0].numel())))
 
@@ -509,7 +514,7 @@ def add_gradients(model: nn.Module, parts: Sequence[Batch], device: torch.device
 
 
 def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Summed loss over the labels of a batch, and how many the model gets right, both left on the device."""
+    """Sum the loss over the labels of a batch and count how many are right, both left on the device."""
     labels = batch.labels
     with autocast(device):
         logits = model(batch.tokens, batch.key_mask)
@@ -519,7 +524,7 @@ def _score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor
 
 
 def _predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-    """Per example: right targets, targets, mean log-probability of the truth, and the class at the first position."""
+    """Return per example right targets, targets, mean log-probability of the truth, and the first position's class."""
     labels = batch.labels
     with autocast(device):
         logits = model(batch.tokens, batch.key_mask)
@@ -532,7 +537,7 @@ def _predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> tupl
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """What a model is run under: bfloat16 autocast on CUDA, nothing elsewhere."""
+    """Return what a model is run under: bfloat16 autocast on CUDA, nothing elsewhere."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 

@@ -88,7 +88,7 @@ class MultiheadKernelAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention: Xavier for the projections in, zero for the biases; and the same draw again."""
+        """Initialise as nn.MultiheadAttention does (Xavier in, zero biases), and draw the same features again."""
         if self.features is not None:
             self.features.reset_parameters()
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -161,7 +161,7 @@ class MultiheadKernelAttention(nn.Module):
 
 
 def _attended(key_padding_mask: Tensor) -> Tensor:
-    """True = attend, from torch's convention."""
+    """Convert torch's convention to True = attend."""
     if key_padding_mask.dtype == torch.bool:
         return ~key_padding_mask
     if key_padding_mask.is_floating_point():
@@ -186,7 +186,7 @@ def _check_causal(attn_mask: Tensor, query: Tensor, key: Tensor, batch_first: bo
 
 
 def _keep_own_draw(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights that were saved without features, by nn.MultiheadAttention, go with the draw of the settings."""
+    """Add the draw of the settings to weights that were saved without features, by nn.MultiheadAttention."""
     assert isinstance(module, MultiheadKernelAttention)
     own = prefix + "features."
     if module.features is not None and not any(name.startswith(own) for name in state_dict):

@@ -1,4 +1,4 @@
-r"""What keeps an estimate of attention from being further off than uniform weights.
+r"""Bounds that keep an estimate of attention from being further off than uniform weights.
 
 The output is mean value + N / S, with N = sum_j w_j (v_j - mean) and S = sum_j w_j. Features whose incomplete degrees
 are shrunk give an N that is not further from the truth than 0 is. Then so is the output, as long as S is not too small:
@@ -9,9 +9,9 @@ a denominator that is too large only takes the output on the straight way to the
 - what isotropic vectors of these lengths would give, as far as the features do not describe f, and
 - three standard errors of itself, lest it be noise.
 
-That holds on average over many keys. Few may cancel, so that an N that is a sketch of little has more variance than it
-stands for: it is multiplied by n / (n + 4 u), with n the number of keys and u the part of the variance of f that the
-features do not describe (`trust`). And it holds for isotropic vectors: where queries and keys vary in different
+That holds on average over many keys. With few keys, the variance of a low-coverage numerator exceeds its signal, so it
+is shrunk by n / (n + 4 u), with n the number of keys and u the part of the variance of f that the features do not
+describe (`trust`). And it holds for isotropic vectors: where queries and keys vary in different
 directions, queries are cooled for what the features describe in part (`cooled_parts`).
 
 Moments are exact and cost one product of queries with a d x d matrix. A query of exp whose arguments spread further
@@ -40,7 +40,7 @@ _NODES = tuple(
 
 
 class Moments(NamedTuple):
-    """Of the arguments of f over the keys, for each query: [..., N, 1], the number of keys [..., 1, 1].
+    """Moments of the arguments of f over the keys, for each query: [..., N, 1]; the number of keys is [..., 1, 1].
 
     Attributes:
         mean, square: the mean argument, None for 0, and the mean of its square.
@@ -55,7 +55,7 @@ class Moments(NamedTuple):
 
 
 def moments_of(query: Tensor, first: Tensor | None, second: Tensor, number: Tensor) -> Moments:
-    """Moments for queries [..., N, d], of keys k times the scale of their arguments.
+    """Compute moments for queries [..., N, d], of keys k times the scale of their arguments.
 
     Args:
         first: their mean [..., 1, d]; None for 0.
@@ -68,7 +68,7 @@ def moments_of(query: Tensor, first: Tensor | None, second: Tensor, number: Tens
 
 
 class Limits(NamedTuple):
-    """What an output is kept in by, for each query: [..., N, 1]; denominators are per key.
+    """Limits of an output, for each query: [..., N, 1]; denominators are per key.
 
     Attributes:
         factor: what the query is multiplied by, at most 1, so that the root of the mean square argument stays where the
@@ -84,7 +84,7 @@ class Limits(NamedTuple):
 
 
 def limits_of(features: FeatureMap, moments: Moments) -> Limits:
-    """What keeps the output."""
+    """Compute the limits of the output of each query."""
     if not features.kernel.is_exponential:
         return Limits(None, None, _least_denominator(features, moments))
     limit = max(1.0, features.reach)
@@ -103,7 +103,7 @@ def limits_of(features: FeatureMap, moments: Moments) -> Limits:
 def cooled_parts(
     features: FeatureMap, products: Products, query: Tensor, first: Tensor | None, second: Tensor, moments: Moments
 ) -> list[tuple[Tensor, Products]]:
-    """The products, lowest degrees first, with the queries that they see: cooler ones where a random part is described.
+    """Pair the products, lowest degrees first, with their queries: cooler ones where a random part is described.
 
     Queries and keys that vary in different directions have smaller arguments than isotropic vectors of these lengths,
     while the noise of a random part of a degree is what it is for those. With r the mean square argument over the
@@ -129,7 +129,7 @@ def cooled_parts(
 
 
 def _linear_factor(products: Products, query: Tensor, covariance: Tensor) -> Tensor:
-    """As `cooled_parts` says, where the linear degree is incomplete.
+    """Compute the factor of least error of queries where the linear degree is incomplete (see `cooled_parts`).
 
     Args:
         covariance: of the keys, [..., d, d]: a mean argument alone changes no weights.
@@ -144,7 +144,7 @@ def _linear_factor(products: Products, query: Tensor, covariance: Tensor) -> Ten
 
 
 def _described(features: FeatureMap, variance: Tensor) -> Tensor:
-    """The sum over degrees of share variance^degree / degree!, by Horner's rule."""
+    """Sum share variance^degree / degree! over degrees, by Horner's rule."""
     degrees = range(max(features.shares), -1, -1)
     highest, *lower = (features.shares.get(degree, 0.0) / math.factorial(degree) for degree in degrees)
     total = torch.full_like(variance, highest)
@@ -154,7 +154,7 @@ def _described(features: FeatureMap, variance: Tensor) -> Tensor:
 
 
 def _even_excess(features: FeatureMap, square: Tensor) -> Tensor | None:
-    r"""What the highest degree of a truncated exp adds to a denominator if it is even, per key; arguments of mean 0.
+    r"""Compute what an even highest degree of a truncated exp adds to a denominator, per key, for arguments of mean 0.
 
     A polynomial cut after the even degree p gives more to the sum of weights than to their slope: for Gaussian
     arguments with the variance s^2 both are right in relation to each other, and to those of exp, once the term
@@ -182,12 +182,12 @@ def _least_denominator(features: FeatureMap, moments: Moments) -> Tensor:
 
 
 def trust(features: FeatureMap, number: Tensor) -> Tensor:
-    """The factor of what an estimate over so many keys adds to the mean value."""
+    """Compute the shrinkage of the deviation from the mean value, for an estimate over so many keys."""
     return number / (number + FEW_KEYS * features.unexplained)
 
 
 def lost_mass(variance: Tensor, factor: Tensor, count: Tensor) -> Tensor:
-    """L(s) - L(factor s) for the log L(s) of the mean of exp(x) over `count` independent x from N(0, s^2).
+    """Compute L(s) - L(factor s) for the log L(s) of the mean of exp(x) over `count` independent x from N(0, s^2).
 
     To leading order L is s^2 / 2 for s^2 < 2 log n, and s sqrt(2 log n) - log n beyond (Derrida 1981, "Random-energy
     model", Phys. Rev. B 24).
@@ -198,5 +198,5 @@ def lost_mass(variance: Tensor, factor: Tensor, count: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """sqrt, with a finite gradient at 0."""
+    """Take the square root, with a finite gradient at 0."""
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()

@@ -50,14 +50,14 @@ class Far:
     centre: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Far":
-        """With `function` applied to each tensor."""
+        """Apply `function` to each tensor; all have the batch as their first dimension."""
         moments, centre = (None if x is None else function(x) for x in (self.moments, self.centre))
         return Far(function(self.sums), function(self.total), moments, centre)
 
 
 @dataclass(frozen=True)
 class State:
-    """What causal attention needs of all tokens so far, of a size that does not grow with their number.
+    """The state of causal attention over all tokens so far, of a size that does not grow with their number.
 
     Attributes:
         far: the chunks that are complete, or None before the first is.
@@ -69,27 +69,34 @@ class State:
     extended: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
-        """The state with `function` applied to each tensor: all have the batch as their first dimension."""
+        """Apply `function` to each tensor; all have the batch as their first dimension."""
         far = None if self.far is None else self.far.map(function)
         return State(far, function(self.key), function(self.extended))
 
 
 def chunk_length(features: FeatureMap | None) -> int:
-    """C: as many tokens as cost about what their features do, a power of two."""
+    """Choose C: as many tokens as cost about what their features do, a power of two."""
     if features is None:
         return GIVEN_CHUNK
     return min(512, max(64, 2 ** round(math.log2(max(1, features.plan.num_features) / 2))))
 
 
 def extend(
-    features: FeatureMap | None, state: State | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
+    features: FeatureMap | None,
+    state: State | None,
+    query: Tensor,
+    key: Tensor,
+    extended: Tensor,
+    scale: float,
+    bounded: bool,
 ) -> tuple[Tensor, State]:
-    """Attention of further tokens to those of `state` and to each other, for the last N of them.
+    """Attend from further tokens, the last N of them, to those of `state` and to each other.
 
     Args:
         features: phi; or None where query and key are features already, whose dot products are the weights.
         query: [B, H, N, d]; consecutive H / Hk heads share a key head.
         key, extended: [B, Hk, M, d] and [v, 1] [B, Hk, M, v + 1]; 0 where masked.
+        bounded: keep what lies far from being further off than uniform weights; needs features.
 
     Returns:
         [B, H, N, v] and the new state.
@@ -113,7 +120,7 @@ def extend(
     rows = rows.unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
     keys, values = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (chunks, width)) for x in (key, extended))
     full = chunks if features is None else tokens // chunk
-    before, after = _sum_up(features, far, keys[:, :, :full], values[:, :, :full], chunks, scale)
+    before, after = _sum_up(features, far, keys[:, :, :full], values[:, :, :full], chunks, scale, bounded)
     if tokens and length:
         out = _attend(features, before, rows, keys, values, lower.repeat(groups, 1), scale)
     else:
@@ -125,9 +132,15 @@ def extend(
 
 
 def _sum_up(
-    features: FeatureMap | None, far: Far | None, key: Tensor, extended: Tensor, chunks: int, scale: float
+    features: FeatureMap | None,
+    far: Far | None,
+    key: Tensor,
+    extended: Tensor,
+    chunks: int,
+    scale: float,
+    bounded: bool,
 ) -> tuple[Far | None, Far | None]:
-    """What lies before each of the `chunks`, and before the chunk that comes next, from the complete chunks."""
+    """Sum up what lies before each of the `chunks`, and before the chunk after them, from the complete chunks."""
     if key.shape[2] == 0:
         return None if far is None else far.map(lambda x: x.unsqueeze(2)), far
     centre = None
@@ -141,7 +154,7 @@ def _sum_up(
         key = key - centre.unsqueeze(2)
     sums = key.mT @ extended if features is None else sum_keys(key, extended, features.products(key.dtype, scale))
     moments = None
-    if features is not None and features.is_bounded:
+    if bounded:
         counts = extended[..., -1:]
         moments = torch.cat([counts, key * counts], -1).mT @ key
     first = extended.sum(-2, keepdim=True)
@@ -161,7 +174,7 @@ def _sum_up(
 
 
 def _running(start: Tensor | None, x: Tensor) -> Tensor:
-    """The sums of `start` and the first 0, 1, ... of the chunks of x [B, Hk, n, ...]."""
+    """Add to `start` the first 0, 1, ... of the chunks of x [B, Hk, n, ...]."""
     chunks = x.shape[2]
     if torch.compiler.is_compiling() or chunks > MANY_CHUNKS:
         first = torch.zeros_like(x[:, :, :1]) if start is None else start.unsqueeze(2)
@@ -181,7 +194,7 @@ def _attend(
     lower: Tensor,
     scale: float,
 ) -> Tensor:
-    """[..., R, d] queries to the [..., M, d] keys that `lower` [R, M] lets them see, and to what lies before."""
+    """Attend from [..., R, d] queries to the [..., M, d] keys that `lower` [R, M] allows, and to what lies before."""
     if features is None:
         scores = query @ key.mT
         products = scores.masked_fill(~lower, 0.0) @ extended
@@ -197,7 +210,7 @@ def _attend(
 
 
 def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators [..., R, v + 1] by f itself, over e^t, and t."""
+    """Compute numerators and denominators [..., R, v + 1] by f itself, over e^t, and t."""
     kernel = features.kernel
     if kernel.is_exponential:
         return near_of_exp(query, key, extended, lower)
@@ -211,7 +224,7 @@ def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lo
 
 
 def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators of what lies before, [..., R, v + 1], over e^l, and l."""
+    """Compute numerators and denominators of what lies before, [..., R, v + 1], over e^l, and l."""
     level = query.new_zeros(()) if far.centre is None else scale * (query @ far.centre.mT)
     products = features.products(query.dtype, scale)
     # The column of ones has no use for a gradient.
@@ -229,14 +242,14 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         query = query * factor
     found = look_up_in_parts(cooled_parts(features, products, query, first, second, moments), far.sums)
     denominator = torch.maximum(found[..., -1:], count * least)
-    # Numerators towards those of the mean value, of the same denominator.
+    # Shrink the numerator towards denominator * mean value.
     kept = trust(features, count)
     found = torch.addcmul(kept * found, denominator - kept * found[..., -1:], far.total / count)
     return found, torch.where(total > 0, level, LOWEST)
 
 
 def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:
-    """What numerators and denominators of a chunk lack to the floor of a kernel of both signs."""
+    """Compute what numerators and denominators of a chunk lack to the floor of a kernel of both signs."""
     kept = allowed.to(scores.dtype)
     total = kept.sum(-1, keepdim=True)
     count = total.clamp_min(1)

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 LOWEST = -1e30
 """The score of a key that is not seen. Twice as much is still a float32, and half as much is below any other score."""
 PIECE = {"cpu": 2**18}
-"""How many scores are handled at a time. On a CPU, 1 MB in float32."""
+"""Scores handled at a time. On a CPU, 1 MB in float32."""
 PIECE_ELSEWHERE = 2**26
 
 
 def near_of_exp(query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(Q K^T - t) V over the keys that are seen, and t, the largest score of each query, without a gradient.
+    """Compute exp(Q K^T - t) V over the keys that are seen, and t, each query's largest score, without a gradient.
 
     Args:
         query, key: [..., R, d] and [..., M, d], whose dot products are the scores.
@@ -89,7 +89,7 @@ class _Near(torch.autograd.Function):
 
 
 def _scores(query: Tensor, key: Tensor, extended: Tensor, unseen: Tensor) -> Tensor:
-    """Q K^T, with `LOWEST` added where a key is not seen and where it is not there."""
+    """Compute Q K^T, with `LOWEST` added where a key is not seen and where it is not there."""
     absent = torch.where(extended[..., -1:] > 0, 0.0, LOWEST)
     query, key = F.pad(query, (0, 1), value=1.0), torch.cat([key, absent], -1)
     return torch.baddbmm(unseen.expand(len(query), -1, -1), query, key.mT)

@@ -27,7 +27,7 @@ FEW_ROWS = 4096
 
 
 def sum_keys(key: Tensor, extended: Tensor, products: Products) -> Tensor:
-    """What queries are looked up in, of keys [..., M, d] and [..., M, v]: [..., D, v].
+    """Sum up keys [..., M, d] and [..., M, v] for queries to be looked up in: [..., D, v].
 
     That is W^2 psi(K)^T V for features phi = W psi: the weights W of the queries are in it too.
     """
@@ -37,7 +37,7 @@ def sum_keys(key: Tensor, extended: Tensor, products: Products) -> Tensor:
 
 
 def look_up(query: Tensor, summed: Tensor, products: Products) -> Tensor:
-    """psi(Q) S: [..., N, d] and [..., D, v] to [..., N, v]."""
+    """Compute psi(Q) S: [..., N, d] and [..., D, v] to [..., N, v]."""
     if torch.compiler.is_compiling():
         return expand(query @ products.projection, products.plan) @ summed
     out = _LookUp.apply(query.flatten(0, -3), summed.flatten(0, -3), products.projection, products.plan)
@@ -45,7 +45,7 @@ def look_up(query: Tensor, summed: Tensor, products: Products) -> Tensor:
 
 
 def attend_plainly(query: Tensor, key: Tensor, extended: Tensor, products: Products) -> Tensor:
-    """phi(Q) phi(K)^T V: [..., N, d], [..., M, d] and [..., M, v] to [..., N, v]."""
+    """Compute phi(Q) phi(K)^T V: [..., N, d], [..., M, d] and [..., M, v] to [..., N, v]."""
     few = query.shape == key.shape and 2 * query.shape[:-1].numel() <= FEW_ROWS
     if few and not torch.compiler.is_compiling():
         return _AtOnce.apply(query, key, extended, *products)[0]
@@ -53,7 +53,7 @@ def attend_plainly(query: Tensor, key: Tensor, extended: Tensor, products: Produ
 
 
 def attend_in_parts(parts: list[tuple[Tensor, Products]], key: Tensor, extended: Tensor) -> Tensor:
-    """As `attend_plainly`, with queries for each part of the products; a part before the last has complete degrees."""
+    """Do what `attend_plainly` does, with queries for each part; a part before the last has complete degrees."""
     *complete, (query, rest) = parts
     out = attend_plainly(query, key, extended, rest)
     for query, products in complete:
@@ -68,13 +68,13 @@ def attend_in_parts(parts: list[tuple[Tensor, Products]], key: Tensor, extended:
 
 
 def look_up_in_parts(parts: list[tuple[Tensor, Products]], summed: Tensor) -> Tensor:
-    """As `look_up`, with queries for each part of the products."""
+    """Do what `look_up` does, with queries for each part of the products."""
     sums = summed.split([products.plan.num_features for _, products in parts], -2)
     return _total([look_up(query, own, products) for (query, products), own in zip(parts, sums, strict=True)])
 
 
 def extend_value(value: Tensor) -> Tensor:
-    """[V, 1]: numerators and denominators come out of the same products."""
+    """Append ones to V: numerators and denominators come out of the same products."""
     return torch.nn.functional.pad(value, (0, 1), value=1.0)
 
 
@@ -221,7 +221,7 @@ class _LookUp(torch.autograd.Function):
 
 
 def _pieces(x: Tensor) -> Iterator[list[tuple[slice, slice]]]:
-    """Where the pieces of [G, N, n] lie: for some of the G sequences at a time, the slices of their tokens.
+    """Yield where the pieces of [G, N, n] lie: for some of the G sequences at a time, the slices of their tokens.
 
     A sequence that is longer than a piece is cut; shorter ones are taken several at a time.
     """

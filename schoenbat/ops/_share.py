@@ -1,62 +1,24 @@
 """The share of exact attention that an estimate explains, on some queries (see `schoenbat.diagnosis`)."""
 
-import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from schoenbat.kernels import Kernel
-from schoenbat.ops.reference import fill_masked
-
-if TYPE_CHECKING:
-    from schoenbat.estimate import Estimate
+from schoenbat.ops.reference import AttentionInputs, fill_masked
 
 POOR = 0.5
 _QUERIES = 64
 """Queries, spread over the sequence, on which outputs are compared."""
-_SEEN: set["Estimate"] = set()
 
 
 class PoorEstimateWarning(UserWarning):
     """A drop-in explains less than half of the attention that it stands for."""
 
 
-def warn_if_poor(
-    estimate: "Estimate",
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    self_attention: bool,
-) -> None:
-    """Warn, once for each Estimate, if `out`, of its first batch, explains less than half of the attention."""
-    if estimate in _SEEN:
-        return
-    _SEEN.add(estimate)
-    with torch.no_grad():
-        out, query, key, value = (x.detach() for x in (out, query, key, value))
-        exact = compare_exactly(estimate.function, query, key, value, key_mask, is_causal, scale, self_attention)
-        try:
-            (share,) = exact.share_explained(out, dim=(0, 1, 2, 3), keepdim=True)
-        except RuntimeError:
-            # Under vmap tensors have no values to look at.
-            return
-    if share < POOR:
-        warnings.warn(
-            f"{estimate.num_features} features explain {share:.0%} of the attention of this batch; "
-            "schoenbat.diagnose says what would. Switch this off by "
-            "warnings.simplefilter('ignore', schoenbat.PoorEstimateWarning)",
-            PoorEstimateWarning,
-            stacklevel=4,
-        )
-
-
 class Exact(NamedTuple):
-    """What is compared with: exact attention and uniform weights, of some queries.
+    """Exact attention and uniform attention of some queries, to compare an output with.
 
     Attributes:
         truth, uniform: outputs [B, H, n, v].
@@ -72,7 +34,7 @@ class Exact(NamedTuple):
     rows: Tensor
 
     def share_explained(self, out: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> list[float]:
-        """By `out` [B, H, N, v] of all queries, over the dimensions `dim`."""
+        """Compute the share that `out` [B, H, N, v] of all queries explains, over the dimensions `dim`."""
         seen = self.allowed.any(-1, keepdim=True)
         error = (out[:, :, self.rows].to(self.truth.dtype) - self.truth).masked_fill(~seen, 0.0)
         error, distance, size = (x.square().sum(dim, keepdim) for x in (error, self.truth - self.uniform, self.truth))
@@ -81,17 +43,9 @@ class Exact(NamedTuple):
         return torch.where(error <= 1e-10 * size, 1.0, share).flatten().tolist()
 
 
-def compare_exactly(
-    kernel: Kernel,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    self_attention: bool,
-) -> Exact:
-    """Exact attention of some queries; arguments as `schoenbat.Estimate.prepare` leaves them."""
+def compare_exactly(kernel: Kernel, inputs: AttentionInputs) -> Exact:
+    """Compute exact attention of some queries."""
+    query, key, value, key_mask, is_causal, scale, self_attention = inputs
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     k, v = (fill_masked(x.to(wide), key_mask).repeat_interleave(groups, 1) for x in (key, value))

@@ -10,7 +10,7 @@ from schoenbat.ops.reference import fill_masked, kernel_attention
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, key_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    """sum_j f(<q_i, k_j>) v_j / sum_j f(<q_i, k_j>); consecutive query heads may share a head of key and value."""
+    """Compute sum_j f(<q_i, k_j>) v_j / sum_j f(<q_i, k_j>); consecutive query heads may share a key head."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -27,7 +27,7 @@ def softmax_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v by torch's fused kernel, with scale 1 / sqrt(d) where it is None.
+    """Compute softmax(scale q k^T) v by torch's fused kernel, with scale 1 / sqrt(d) where it is None.
 
     0 for a query that may attend to nothing.
     """

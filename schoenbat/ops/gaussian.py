@@ -4,6 +4,6 @@ from torch import Tensor
 
 
 def gaussian_exponent(x: Tensor, y: Tensor) -> Tensor:
-    """-|x_i - y_j|^2 / 2: [..., n, d] and [..., m, d] to [..., n, m]. Rounding makes it positive, so it is cut at 0."""
+    """Compute -|x_i - y_j|^2 / 2, [..., n, d] and [..., m, d] to [..., n, m], at most 0 despite rounding."""
     lengths = x.square().sum(-1, keepdim=True) / 2 + y.square().sum(-1, keepdim=True).mT / 2
     return (x @ y.mT - lengths).clamp_max(0.0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def iterated_inverse(matrix: Tensor, steps: int = 6) -> Tensor:
-    """Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, for A [..., m, m] without negative entries.
+    """Repeat Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, for A [..., m, m] without negative entries.
 
     Source: Razavi et al. 2014, as in arXiv 2102.03902. It starts at A^T over the largest column sum, of each matrix
     alone: a maximum over the batch would couple examples. For a matrix of rows that sum to at most one this start

@@ -49,10 +49,12 @@ def attend(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float = 1.0,
-    block: int | None = None,
     self_attention: bool = False,
+    *,
+    block: int | None = None,
+    bounded: bool | None = None,
 ) -> Tensor:
-    """sum_j <phi(q_i), phi(k_j)> v_j over sum_j <phi(q_i), phi(k_j)>, an estimate of attention by f(scale <x, y>).
+    """Compute sum_j <phi(q_i), phi(k_j)> v_j / sum_j <phi(q_i), phi(k_j)>, an estimate of attention by f(scale <x, y>).
 
     Args:
         features: a FeatureMap, or any phi from [B, H, n, d] to [B, H, n, D] that works token by token, which is applied
@@ -62,26 +64,29 @@ def attend(
         key_mask: [B, M], True = attend, or None.
         is_causal: query i sees keys up to i; requires N = M.
         scale: not negative.
-        block: tokens of a causal sequence that are handled at a time. None takes all at once where a gradient is
-            recorded or torch.compile is at work, else blocks of 4,096 on a CPU and of 65,536 elsewhere.
         self_attention: the queries are the tokens of the keys, so that an output may depend on all of them. Features of
             exp are then made for what lies around the mean query; in cross-attention that would tell a decoder of its
             later tokens. Without effect where attention is causal.
+        block: tokens of a causal sequence that are handled at a time. None takes all at once where a gradient is
+            recorded or torch.compile is at work, else blocks of 4,096 on a CPU and of 65,536 elsewhere.
+        bounded: keep the output from being further off than that of uniform weights; None for what `features` says.
 
     Returns:
         [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
     """
+    if bounded is None:
+        bounded = isinstance(features, FeatureMap) and features.is_bounded
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = _prepare(query, key, value, key_mask)
         if is_causal:
             check_square(q, k)
-            return _causal_blocks(features, q, k, v, key_mask, scale, block).to(query.dtype)
+            return _causal_blocks(features, q, k, v, key_mask, scale, block, bounded).to(query.dtype)
         groups = query.shape[1] // key.shape[1]
         # Queries of one group see the same keys: they are further queries of one head.
         q = q.unflatten(1, (-1, groups)).flatten(2, 3) if groups > 1 else q
         if isinstance(features, FeatureMap):
             counts, query_counts = _counts(key_mask, v), _counts(key_mask, v, groups)
-            out = _through_plan(features, q, k, v, counts, query_counts, scale, self_attention)
+            out = _through_plan(features, q, k, v, counts, query_counts, scale, self_attention, bounded)
         else:
             root = math.sqrt(scale)
             out = linear_attention(features(q * root), features(k * root), v, key_mask)
@@ -98,7 +103,7 @@ def extend(
     key_mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, State]:
-    """Causal attention over N further tokens, after those of `state`: the parts give what the whole would.
+    """Attend causally from N further tokens, after those of `state`: the parts give what the whole would.
 
     Args:
         state: from an earlier call with the same features, or None for no token yet.
@@ -110,12 +115,13 @@ def extend(
     """
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = _prepare(query, key, value, key_mask)
-        out, state = _extend(features, state, q, k, _extended(v, key_mask), scale)
+        bounded = isinstance(features, FeatureMap) and features.is_bounded
+        out, state = _extend(features, state, q, k, _extended(v, key_mask), scale, bounded)
         return out.to(query.dtype), state
 
 
 def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Every query sees every key, through features that are given.
+    """Attend from every query to every key, through features that are given.
 
     Args:
         query_features, key_features: [B, H, N, D], [B, H, M, D].
@@ -133,27 +139,27 @@ def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor
 def causal_linear_attention(
     query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> Tensor:
-    """As `linear_attention`, and query i sees keys up to i; N = M."""
+    """Do what `linear_attention` does where query i sees keys up to i; N = M."""
     check_square(query_features, key_features)
     q, k, v = _prepare(query_features, key_features, value, key_mask)
-    return _causal.extend(None, None, q, k, _extended(v, key_mask), 1.0)[0].to(value.dtype)
+    return _causal.extend(None, None, q, k, _extended(v, key_mask), 1.0, False)[0].to(value.dtype)
 
 
 def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All in float32 or wider, with 0 at masked places of key and value."""
+    """Convert all to float32 or wider, with 0 at masked places of key and value."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.to(dtype), fill_masked(key.to(dtype), key_mask), fill_masked(value.to(dtype), key_mask)
 
 
 def _counts(mask: Tensor | None, like: Tensor, repeats: int = 1) -> Tensor | None:
-    """1 and 0 for the True and False of [B, M], as [B, 1, M, 1]; `repeats` times one after another."""
+    """Make 1 and 0 of the True and False of [B, M], as [B, 1, M, 1]; `repeats` times one after another."""
     if mask is None:
         return None
     return mask.repeat(1, repeats)[:, None, :, None].to(like.dtype)
 
 
 def _extended(value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """[V, 1], with 0 for keys that are not there, whose values are 0."""
+    """Make [V, 1], with 0 for keys that are not there, whose values are 0."""
     counts = _counts(key_mask, value)
     return extend_value(value) if counts is None else torch.cat([value, counts.expand(*value.shape[:-1], 1)], -1)
 
@@ -167,6 +173,7 @@ def _through_plan(
     query_counts: Tensor | None,
     scale: float,
     self_attention: bool,
+    bounded: bool,
 ) -> Tensor:
     products = features.products(query.dtype, scale)
     weight = None if counts is None else counts.expand(*value.shape[:-1], 1)
@@ -176,7 +183,7 @@ def _through_plan(
         # torch.compile does not know operations with a forward-mode derivative of their own.
         shift = _Shift.forward if torch.compiler.is_compiling() else _Shift.apply
         query, key, weight = shift(query, key, counts, query_counts, scale)
-    if features.is_bounded:
+    if bounded:
         return _bounded(features, products, query, key, value, weight, scale)
     extended = extend_value(value) if weight is None else torch.cat([value * weight, weight], -1)
     return divide(*split(attend_plainly(query, key, extended, products)), SMALLEST * features.plan.unit)
@@ -191,7 +198,7 @@ def _bounded(
     weight: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As the module says of bounded maps; `weight` [B, H, M, 1] of the keys, or None for ones."""
+    """Attend within the bounds of `schoenbat.ops._bounds`; `weight` [B, H, M, 1] of the keys, or None for ones."""
     if weight is None:
         mass = divisor = number = key.new_full((1, 1), max(1, key.shape[-2]))
         average, weighted = value.sum(-2, keepdim=True) / divisor, key
@@ -217,33 +224,46 @@ def _bounded(
 
 
 def _extend(
-    features: Features, state: State | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
+    features: Features,
+    state: State | None,
+    query: Tensor,
+    key: Tensor,
+    extended: Tensor,
+    scale: float,
+    bounded: bool,
 ) -> tuple[Tensor, State]:
     if isinstance(features, FeatureMap) and features.near:
-        return _causal.extend(features, state, query, key, extended, scale)
+        return _causal.extend(features, state, query, key, extended, scale, bounded)
     root = math.sqrt(scale)
     unit = features.plan.unit if isinstance(features, FeatureMap) else 1.0
-    return _causal.extend(None, state, features(query * root), features(key * root) / unit, extended, 1.0)
+    return _causal.extend(None, state, features(query * root), features(key * root) / unit, extended, 1.0, False)
 
 
 def _causal_blocks(
-    features: Features, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, block: int | None
+    features: Features,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    block: int | None,
+    bounded: bool,
 ) -> Tensor:
     extended = _extended(v, key_mask)
     if block is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         block = BLOCK.get(q.device.type, BLOCK_ELSEWHERE)
     if block is None:
-        return _extend(features, None, q, k, extended, scale)[0]
+        return _extend(features, None, q, k, extended, scale, bounded)[0]
     state, outputs = None, []
     for start in range(0, max(1, q.shape[2]), block):
         part = (x[:, :, start : start + block] for x in (q, k, extended))
-        out, state = _recomputed(_extend, features, state, *part, scale)
+        out, state = _recomputed(_extend, features, state, *part, scale, bounded)
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), of which only the arguments are kept for the backward pass."""
+    """Call function(*arguments), keeping only the arguments for the backward pass."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -302,7 +322,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _mean(x: Tensor, counts: Tensor | None) -> Tensor:
-    """The mean token [B, H, 1, d] of those that count; 0 where none does."""
+    """Average the tokens that count, [B, H, 1, d]; 0 where none does."""
     if counts is None:
         return x.mean(-2, keepdim=True)
     return x.masked_fill(counts == 0, 0.0).sum(-2, keepdim=True) / _number(counts)

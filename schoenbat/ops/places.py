@@ -13,7 +13,7 @@ _MASK32 = 0xFFFFFFFF
 def allowed_pairs(
     key_mask: Tensor | None, is_causal: bool, num_queries: int, num_keys: int, device: torch.device
 ) -> Tensor:
-    """bool, broadcastable to [B, H, N, M]: query i may attend to key j."""
+    """Return where query i may attend to key j: bool, broadcastable to [B, H, N, M]."""
     pairs = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     if is_causal:
         pairs = pairs.tril()
@@ -22,14 +22,14 @@ def allowed_pairs(
 
 
 def real_tokens(key_mask: Tensor | None, x: Tensor) -> Tensor:
-    """The mask itself, or one of all tokens of x [B, H, M, d]: bool [B, M]."""
+    """Return the mask itself, or one of all tokens of x [B, H, M, d]: bool [B, M]."""
     if key_mask is not None:
         return key_mask
     return torch.ones(x.shape[0], x.shape[-2], dtype=torch.bool, device=x.device)
 
 
 def places_of(uniform: Tensor, real: Tensor) -> Tensor:
-    """Uniform numbers [m] in [0, 1) as places [B, m] among the real tokens of each example.
+    """Turn uniform numbers [m] in [0, 1) into places [B, m] among the real tokens of each example.
 
     Args:
         real: bool [B, M]; an example without any gets place 0.
@@ -42,18 +42,18 @@ def places_of(uniform: Tensor, real: Tensor) -> Tensor:
 
 
 def gather_tokens(x: Tensor, places: Tensor) -> Tensor:
-    """[B, H, M, d] and [B, m] to [B, H, m, d]."""
+    """Gather tokens: [B, H, M, d] and [B, m] to [B, H, m, d]."""
     index = places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
     return x.gather(-2, index)
 
 
 def draw_seed(generator: torch.Generator) -> Tensor:
-    """A seed for `hashed_uniform`: int64, without dimensions."""
+    """Draw a seed for `hashed_uniform`: int64, without dimensions."""
     return torch.randint(0, _MASK32, (), generator=generator)
 
 
 def hashed_uniform(seed: Tensor, *indices: Tensor) -> Tensor:
-    """A number in (0, 1), float64, for each tuple of indices (broadcast), the same wherever it is asked for.
+    """Draw a number in (0, 1), float64, for each tuple of indices (broadcast), the same wherever it is asked for.
 
     For draws at as many places as a sequence happens to have. Each index is added and mixed in 32 bits by
     multiplications and shifts; the multiplier is below 2^27, so that no product leaves int64.
@@ -68,6 +68,6 @@ def hashed_uniform(seed: Tensor, *indices: Tensor) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the last axis among the allowed; all 0 where nothing is."""
+    """Take the softmax over the last axis among the allowed; all 0 where nothing is."""
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~allowed, lowest).softmax(-1).masked_fill(~allowed, 0.0)

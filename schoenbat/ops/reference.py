@@ -8,6 +8,8 @@ passes zero. There a denominator is kept above what the first two moments of the
 what is added to it goes to the mean value.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,34 @@ SIGNED_FLOOR = 0.1
 """For a kernel of both signs, the least denominator as a part of what arguments of one sign would give."""
 
 
+class AttentionInputs(NamedTuple):
+    """The inputs of attention, in the order in which `schoenbat.ops.linear.attend` takes them.
+
+    Attributes:
+        query, key, value: [B, H, N, d], [B, Hk, M, d], [B, Hk, M, v]; consecutive H / Hk query heads share a key head.
+        key_mask: bool [B, M], True = attend; None for all.
+        is_causal: query i sees keys up to i; requires N = M.
+        scale: the factor of dot products, not negative.
+        self_attention: the queries are the tokens of the keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float = 1.0
+    self_attention: bool = False
+
+
 def split(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerators [..., v] and denominators [..., 1] of [..., v + 1]; the gradient is put together in one pass."""
+    """Split [..., v + 1] into numerators and denominators [..., 1]; the gradient is put together in one pass."""
     numerator, denominator = products.split((products.shape[-1] - 1, 1), -1)
     return numerator, denominator
 
 
 def divide(numerator: Tensor, denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
-    """numerator / denominator, where a denominator closer to 0 than `smallest` is moved there with its sign.
+    """Divide, where a denominator closer to 0 than `smallest` is moved there with its sign.
 
     A row that attends to nothing has 0 / 0 and gives 0.
     """
@@ -35,12 +57,12 @@ def divide(numerator: Tensor, denominator: Tensor, smallest: float = SMALLEST) -
 
 
 def away_from_zero(denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
-    """The denominator that `divide` divides by."""
+    """Return the denominator that `divide` divides by."""
     return torch.where(denominator < 0, denominator.clamp_max(-smallest), denominator.clamp_min(smallest))
 
 
 def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
-    r"""The mean of f over the two points r and -r that have this mean and mean square:
+    r"""Average f over the two points r and -r that have this mean and mean square:
 
         f_even(r) + f_odd(r) mean / r,    r^2 the mean square.
 
@@ -57,7 +79,7 @@ def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
 
 
 def settle(products: Tensor, least: Tensor, mean: Tensor) -> Tensor:
-    """Numerators over denominators, [..., N, v + 1] to [..., N, v], where no denominator may be below `least`.
+    """Divide numerators by denominators, [..., N, v + 1] to [..., N, v], where none may be below `least`.
 
     What a denominator lacks is the weight of keys whose share is not known: it goes to the `mean` value.
     """
@@ -68,7 +90,7 @@ def settle(products: Tensor, least: Tensor, mean: Tensor) -> Tensor:
 
 
 def fill_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
-    """x [B, H, M, n] with 0 wherever the mask is False: filled, not multiplied, so that NaN there does not matter."""
+    """Fill x [B, H, M, n] with 0 wherever the mask is False: not by a product, so that NaN there does not matter."""
     return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0.0)
 
 
@@ -80,7 +102,7 @@ def kernel_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """sum_j f(<q_i, k_j>) v_j / sum_j f(<q_i, k_j>), over the keys j that may be attended.
+    """Compute sum_j f(<q_i, k_j>) v_j / sum_j f(<q_i, k_j>), over the keys j that may be attended.
 
     Args:
         query, key, value: [B, H, N, d], [B, H, M, d], [B, H, M, v]; the argument of f is their dot product as it is.

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from schoenbat.errors import UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import IGNORED, SPLITS, Dataset, batches
 from schoenbat.lra.tasks import TASKS, Task
-from schoenbat.registry import build_config
 
 META_KEYS = {
     "task",

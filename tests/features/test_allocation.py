@@ -92,3 +92,13 @@ def test_a_degree_is_described_by_as_many_features_as_it_has_harmonics() -> None
     )
     (share,) = [share for share in allocation.shares if share.degree == 5]
     assert (share.num_features, share.of) == (56, 672)
+
+
+def test_the_constant_alone_leaves_all_of_the_variance_unexplained_and_a_whole_series_nothing() -> None:
+    def unexplained(num_features: int, head_dim: int) -> float:
+        sizes = {"head_dim": head_dim, "num_features": num_features, "max_degree": 20}
+        return allocate(KERNELS.get("exp")(), **sizes, scale=1.0, fixed_norm=True).unexplained
+
+    assert unexplained(1, 32) == pytest.approx(1)
+    assert 0.01 < unexplained(33, 32) < 0.1
+    assert unexplained(2000, 3) == pytest.approx(0, abs=1e-9)

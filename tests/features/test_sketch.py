@@ -164,6 +164,19 @@ def test_enough_features_are_exact() -> None:
     torch.testing.assert_close(features(x) @ features(y).T, torch.exp(x @ y.T), rtol=1e-5, atol=1e-5)
 
 
+def test_bases_are_drawn_from_all_orthonormal_ones_alike() -> None:
+    """Entries have the mean 0 and the variance 1 / d; over 400 draws the means lie within 5.5 standard errors."""
+    features = make(KERNELS.get("exp")(), 16, scale=1.0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(400):
+        features.resample(generator)
+        drawn.append(features.rotation_bits.view(torch.float32).clone())
+    bases = torch.stack(drawn)
+    assert bases.mean(0).abs().max() < 5.5 * (bases.shape[-1] * len(bases)) ** -0.5
+    torch.testing.assert_close(bases @ bases.mT, torch.eye(bases.shape[-1]).expand_as(bases), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_features", [20, 40, 600])
 def test_a_saved_draw_can_be_loaded(num_features: int) -> None:
     first, second = (make(KERNELS.get("log")(), num_features, 0.2, seed) for seed in (1, 2))

@@ -8,9 +8,9 @@ import torch
 
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import Classifier, ModelConfig, ShortConvolution, build_model, sinusoidal_positions
 from schoenbat.lra.multihead import FORMERS, FormerConfig
-from schoenbat.registry import build_config
 
 SMALL = ModelConfig(num_layers=2, width=16, ffn_width=24, num_heads=2, dropout=0.1, head_width=8)
 

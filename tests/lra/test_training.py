@@ -16,6 +16,7 @@ from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.training import (
     Evaluation,
     FitResult,
+    OtherCheckpoint,
     TrainingConfig,
     evaluate,
     fit,
@@ -191,7 +192,7 @@ def test_checkpoint_of_another_configuration_is_refused_and_kept(dataset: Datase
     checkpoint = tmp_path / "last.pt"
     train(dataset, checkpoint)
     before = checkpoint.read_bytes()
-    with pytest.raises(UserError, match="belongs to another configuration"):
+    with pytest.raises(OtherCheckpoint, match="belongs to another configuration"):
         fit(model(), dataset, CONFIG, seed=3, device=CPU, checkpoint=checkpoint, fingerprint="b")
     assert checkpoint.read_bytes() == before
 

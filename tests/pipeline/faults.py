@@ -16,7 +16,6 @@ from slurm_node import Node
 from small_grid import processes_of
 
 STAGES, SERVER = "schoenbat-exp", "multiprocessing.forkserver"
-POOLS, INTERCHANGE = "parsl.executors.high_throughput.process_worker_pool", "HTEX interchange"
 SLURM_SECONDS = 60
 """Slurm looks every half minute whether the time of a job is over, and then lets it end in peace."""
 
@@ -247,6 +246,4 @@ SLURM_FAULTS: dict[str, Strike] = {
     "kill -9 of the parent, on Slurm": signal_grid(signal.SIGKILL),
     "kill -9 of parent and stages, on Slurm": kill_grid_and(STAGES),
     "kill -9 of the stages, on Slurm": signal_children(STAGES, signal.SIGKILL),
-    "kill -9 of Parsl's worker pools": signal_children(POOLS, signal.SIGKILL),
-    "kill -9 of Parsl's interchange": signal_children(INTERCHANGE, signal.SIGKILL),
 }

@@ -10,6 +10,7 @@ from pipeline.grid.cells import Cell, check_models, expand, make_cells, select
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
 from pipeline.results import CellResults, Fingerprint
+from pipeline.text import share
 from schoenbat.errors import UserError
 
 
@@ -55,6 +56,13 @@ def test_a_grid_of_no_task_or_seed_or_of_too_many_cells_is_refused(
     with pytest.raises(UserError) as caught:
         expand(load_params())
     assert str(caught.value) == message
+
+
+def test_a_part_of_the_grid_is_not_called_all_of_it() -> None:
+    assert share(2, 4, "cell", "of profile p") == "2 of 4 cells of profile p are"
+    assert share(1, 4, "cell", "of profile p") == "1 of 4 cells of profile p is"
+    assert share(4, 4, "cell", "of profile p") == "all 4 cells of profile p are"
+    assert share(1, 1, "cell", "of profile p") == "the only cell of profile p is"
 
 
 def test_a_cell_has_one_name_everywhere(project: Project) -> None:

@@ -8,7 +8,6 @@ How often each fault was struck is printed in the end (`pytest -s`) and stands i
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -65,7 +64,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbe
         project.set("task.lra-listops.training.steps", STEPS)
         project.set("task.lra-listops.training.eval_every", EVAL_EVERY)
         project.set("run.timeout_minutes", 1.0)
-        project.set("run.slurm", {"max_blocks": 2, "walltime_minutes": 2})
+        project.set("run.slurm", {"max_jobs": 2, "walltime_minutes": 2})
         data = [(command, "--task", "lra-listops") for command in ("download", "preprocess")]
         for command in [*data, *((verb, *axes) for axes in CELLS.values() for verb in ("train", "eval"))]:
             with pytest.raises(SystemExit) as ended:
@@ -201,7 +200,6 @@ def test_on_this_machine_reruns_end_with_the_undisturbed_numbers(undisturbed: Un
     chaos.report()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install -e 'pipeline[cluster]'")
 def test_on_slurm_reruns_end_with_the_undisturbed_numbers(
     undisturbed: Undisturbed, slurm_machine: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

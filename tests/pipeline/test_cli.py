@@ -231,7 +231,7 @@ def test_no_save_leaves_nothing_behind(prepared: Project, invoke: Invoke) -> Non
     assert sorted(prepared.folder.rglob("*")) == before
 
 
-def test_a_checkpoint_of_another_configuration_is_used_only_after_it_was_given_up(
+def test_a_checkpoint_of_another_configuration_is_set_aside_and_an_unreadable_one_refused(
     prepared: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.stages import train
@@ -249,10 +249,20 @@ def test_a_checkpoint_of_another_configuration_is_used_only_after_it_was_given_u
         assert err.splitlines()[-1] == "error: No space left on device: best.pt"
     assert last.exists()
 
+    # Settings have changed: it is set aside, and the cell is trained as if there had been none.
+    saved = last.read_bytes()
     prepared.set("task.lra-listops.training.learning_rate", 0.5)
-    code, _, err = invoke("train", *cell)
+    code, out, _ = invoke("train", *cell)
+    assert code == 0
+    assert f"{last} is of other settings, code or data; now last.other.pt" in out
+    assert not last.exists()
+    assert last.with_name("last.other.pt").read_bytes() == saved
+    curves = CellResults("tiny", last.parent.name).files()[1]
+    found = curves.read_text()
+    last.write_bytes(b"of another program")
+    code, _, err = invoke("train", *cell, "--force")
     assert code == 2
-    assert str(last) in err.splitlines()[-1]
     assert "--restart" in err.splitlines()[-1]
-    assert invoke("train", *cell, "--restart")[0] == 0
+    assert invoke("train", *cell, "--force", "--restart")[0] == 0
+    assert curves.read_text() == found
     assert not last.exists()

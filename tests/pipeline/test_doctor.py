@@ -89,6 +89,12 @@ def no_dvc(project: Project) -> None:
     (project.folder / ".dvc").rmdir()
 
 
+def results_on_another_disk(project: Project) -> None:
+    other = project.folder.with_name(f"{project.folder.name} on another disk")
+    other.mkdir()
+    (project.folder / "runs").symlink_to(other)
+
+
 def a_lock_file_cut_short(project: Project) -> None:
     (project.folder / "dvc.lock").write_text("<<<<<<< HEAD\n")
 
@@ -109,6 +115,7 @@ def other_code(project: Project) -> None:
         (a_wrong_key, "settings", "unknown key 'surprise'"),
         (no_mirror, "data", "to mend it: correct SCHOENBAT_DATA_MIRROR or data.mirror"),
         (no_dvc, "dvc", "to mend it: dvc init"),
+        (results_on_another_disk, "dvc", "on another disk, out of the checkout, where DVC records nothing"),
         (a_lock_file_cut_short, "dvc", "settle it, or move it away"),
         (a_database_of_noise, "mlflow", "move it away"),
         (other_code, "code", "set PYTHONPATH="),
@@ -124,6 +131,14 @@ def test_what_is_wrong_is_one_line_that_says_how_to_mend_it(
     found = lines(out)
     assert [name for name, line in found.items() if line.startswith("wrong")] == [subject]
     assert said in found[subject]
+
+
+def test_a_grid_is_refused_where_its_results_would_lie_on_another_disk(whole: Project, invoke: Invoke) -> None:
+    results_on_another_disk(whole)
+    code, _, err = invoke("run", "--grid")
+    assert code == 2
+    assert err.startswith("error: runs is a link to ")
+    assert not list(whole.folder.with_name(f"{whole.folder.name} on another disk").iterdir())
 
 
 def test_a_checkout_of_another_user_has_no_revision_and_that_is_said(

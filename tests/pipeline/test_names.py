@@ -17,6 +17,7 @@ from pipeline.names import PROMISES, Kind, Name, described, names
 from schoenbat import registry
 from schoenbat.attention import ATTENTIONS, Attention
 from schoenbat.errors import UserError
+from schoenbat.lra.multihead import FORMERS
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -89,6 +90,7 @@ def test_every_name_says_what_it_stands_for(project: Project) -> None:
         for name in names(kind):
             assert name.about, f"{kind} {name.name} has no first line in its docstring"
             assert name.origin == ""
+    assert [name.name for name in names(Kind.FORMER)] == list(FORMERS)
 
 
 def test_a_profile_that_is_no_yaml_is_listed_with_its_error(project: Project) -> None:

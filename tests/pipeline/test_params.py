@@ -108,3 +108,24 @@ def test_the_variable_for_the_mirror_wins(project: Project, monkeypatch: pytest.
 @pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_is_valid_and_called_after_its_file(path: Path) -> None:
     assert load_params(path).profile == path.stem
+
+
+def test_a_check_is_repeated_when_a_distribution_comes_and_not_when_files_do(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.cli import main
+
+    checks: list[object] = []
+    monkeypatch.setattr("pipeline.grid.cells.check_models", lambda *_: checks.append(None))
+    monkeypatch.syspath_prepend(project.folder)
+
+    def ask() -> int:
+        with pytest.raises(SystemExit):
+            main(["list", "dotf"])
+        return len(checks)
+
+    assert [ask(), ask()] == [1, 1]
+    Path("mlflow.db").touch()
+    assert ask() == 1, "whatever a grid writes would make the next `status` slow"
+    Path("my_kernels-0.1.dist-info").mkdir()
+    assert ask() == 2

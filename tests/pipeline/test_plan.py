@@ -1,5 +1,6 @@
 """What a grid plans: every job has a limit, and what earlier runs have left is a help and no need."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,3 +82,29 @@ def test_what_is_no_cell_is_due_where_dvc_finds_it_changed_or_its_output_is_gone
     assert due(bench, errors, cells=cells[:1], everything=False) == [report]
     Path("runs/tiny/bench-checks.csv").unlink()
     assert due() == [bench, report]
+
+
+def test_a_cell_is_expected_to_take_what_it_took_or_what_others_of_its_kind_took(project: Project) -> None:
+    """Seconds are the mean of those of a step; memory is the most of what was measured on this kind of device."""
+    project.add_code()
+    project.set("grid.seeds", [0, 1, 2])
+    cells = {cell.id: cell for cell in expand(load_params())}
+    for seed, speed, memory in ((0, 2.0, 500.0), (1, 6.0, 700.0)):
+        cell = f"lra-text-mean-transformer-{seed}"
+        write_results(CellResults("tiny", cell), cells[cell], Fingerprint("code", "settings", "data"), 0.5)
+        file = Path("checkpoints/tiny", cell, "resources.json")
+        took = {"steps_per_second": speed, "peak_memory_mb": memory, "device": f"{['cpu', 'cuda:0'][seed]} (made up)"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | took))
+    jobs = planned(project)
+    found = [(jobs[f"lra-text-mean-transformer-{seed}"].seconds, seed) for seed in range(3)]
+    assert found == [(pytest.approx(6 / 2), 0), (pytest.approx(6 / 6), 1), (pytest.approx(6 * (1 / 2 + 1 / 6) / 2), 2)]
+    assert [jobs[f"lra-text-mean-transformer-{seed}"].memory_mb for seed in range(3)] == [500.0, None, 500.0]
+
+
+def test_where_nothing_is_known_quadratic_cost_and_long_texts_are_expected_to_take_longer(project: Project) -> None:
+    project.add_code()
+    jobs = planned(project)
+    softmax, mean, shorter = (
+        jobs[f"{name}-transformer-0"].seconds for name in ("lra-text-softmax", "lra-text-mean", "lra-listops-mean")
+    )
+    assert softmax > mean > shorter > 0

@@ -1,10 +1,10 @@
 """Grids on a real Slurm of one node: they end as they would on this machine, and leave no Slurm job behind."""
 
 import dataclasses
-import importlib.util
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,20 +14,17 @@ from typing import Any
 import project_folder
 import pytest
 from project_folder import Project
+from slurm_node import Node
 from small_grid import numbers, processes_of, start_grid
 
 from pipeline.grid.cells import expand
 from pipeline.grid.params import RunParams, SlurmParams, load_params
-from pipeline.launch import Event, GridState, Job, Lease, Options, run_jobs
+from pipeline.launch import Device, Event, GridState, Job, Lease, Options, run_jobs, slurm
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
-from pipeline.launch.slurm_block import pinned
 from schoenbat.errors import UserError
-from schoenbat.registry import build_config
+from schoenbat.lra.config import build_config
 
-needs_parsl = pytest.mark.skipif(
-    importlib.util.find_spec("parsl") is None, reason="no Parsl: pip install -e 'pipeline[cluster]'"
-)
-RUN = RunParams(threads=1, slurm=SlurmParams(max_blocks=2, walltime_minutes=60))
+RUN = RunParams(threads=1, slurm=SlurmParams(max_jobs=2, walltime_minutes=60))
 
 COMMANDS = {
     "good": "echo hello $GREETING",
@@ -54,9 +51,9 @@ CELLS = [
 
 
 @pytest.fixture
-def cluster(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cluster(slurm_machine: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with spaces in its name, and Slurm around it; no job is left when the test ends."""
-    monkeypatch.setenv("SLURM_CONF", slurm["SLURM_CONF"])
+    monkeypatch.setenv("SLURM_CONF", slurm_machine.environment["SLURM_CONF"])
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "a folder with spaces"
     folder.mkdir()
@@ -107,7 +104,6 @@ def run(run_params: RunParams, *jobs: Job, on_event: Callable[[Event], object] =
     return events
 
 
-@needs_parsl
 def test_each_job_ends_for_itself(stages: Path) -> None:
     slow = job("slow", timeout_seconds=10)
     events = run(RUN, job("good"), job("broken"), slow)
@@ -121,8 +117,7 @@ def test_each_job_ends_for_itself(stages: Path) -> None:
     assert "hello you" in Path("logs/tiny/good.log").read_text()
 
 
-@needs_parsl
-def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(stages: Path) -> None:
+def test_before_the_end_of_the_walltime_a_cell_saves_and_goes_on_in_another_job(stages: Path) -> None:
     short = dataclasses.replace(RUN, slurm=SlurmParams(walltime_minutes=2))
     events = run(short, job("saving", saves=True))
     assert [event.state for event in events] == ["queued", "started", "retried", "started", "done"]
@@ -130,49 +125,63 @@ def test_at_the_end_of_the_walltime_a_job_saves_and_goes_on_in_another_block(sta
     assert Path("saved.txt").read_text() == "half"
 
 
-@needs_parsl
-def test_blocks_that_cannot_start_workers_are_a_failure_with_a_reason(stages: Path) -> None:
+def test_a_job_that_cannot_start_its_worker_is_a_failure_with_a_reason(stages: Path) -> None:
     wrong = dataclasses.replace(RUN, slurm=SlurmParams(worker_init="echo no such module >&2; exit 1"))
     (*_, last) = run(wrong, job("good"))
     assert last.state == "failed"
     assert "no such module" in last.text
 
 
-@needs_parsl
-def test_a_killed_worker_pool_is_a_failure_and_leaves_no_process(stages: Path) -> None:
-    def kill_pool() -> None:
+def test_a_killed_worker_is_a_failure_and_leaves_no_process(stages: Path) -> None:
+    def kill_worker() -> None:
         wait_until(Path("slow.txt").exists)
         for process in processes_of(stages):
-            if "process_worker_pool" in " ".join(process.cmdline()):
+            if process.name() == "schoenbat-exp":
                 process.kill()
 
-    killer = threading.Thread(target=kill_pool)
+    killer = threading.Thread(target=kill_worker)
     killer.start()
     (*_, last) = run(RUN, job("slow"))
     killer.join()
-    assert last.state == "failed"
-    assert last.text.startswith("Slurm job")
+    assert (last.state, last.text) == ("failed", "ended by SIGKILL")
     wait_until(lambda: not processes_of(stages), seconds=60)
 
 
-@needs_parsl
-def test_an_attempt_that_cannot_even_be_handed_over_is_a_failure_with_a_reason(stages: Path) -> None:
-    Path("logs").mkdir()
-    # A file where a folder is needed.
-    Path("logs/.slurm").write_text("")
+def test_a_job_of_a_lost_node_ends_after_its_heartbeat_has_ended_it(stages: Path, slurm_machine: Node) -> None:
+    ended = []
+
+    def lose_node() -> None:
+        wait_until(Path("slow.txt").exists)
+        slurm_machine.answer("scontrol", "update", f"NodeName={slurm_machine.name}", "State=down", "Reason=test")
+
+    def note(event: Event) -> None:
+        if event.state == "failed":
+            ended.append(processes_of(stages))
+
+    loser = threading.Thread(target=lose_node)
+    loser.start()
+    (*_, last) = run(RUN, job("slow"), on_event=note)
+    loser.join()
+    assert "NODE_FAIL" in last.text
+    assert ended == [[]]
+
+
+def test_a_job_that_slurm_does_not_take_for_long_is_a_failure_with_a_reason(
+    stages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 5.0)
+    options = slurm._options
+    monkeypatch.setattr(slurm, "_options", lambda run: [*options(run), "--partition=nowhere"])
+    monkeypatch.setattr(sys.modules[__name__], "plan_slurm", lambda run, jobs: ([Device("slurm", 1)], 1))
     (*_, last) = run(RUN, job("good"))
     assert last.state == "failed"
-    assert last.text.startswith("could not be started")
+    assert last.text.startswith("could not be started: sbatch: ")
 
 
 def test_what_slurm_refuses_is_an_error_of_one_line(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("parsl") is None:
-        with pytest.raises(UserError, match=r"schoenbat\[cluster\]"):
-            plan_slurm(RUN, None)
-    else:
-        wrong = dataclasses.replace(RUN, slurm=SlurmParams(partition="nowhere"))
-        with pytest.raises(UserError, match=r"run\.slurm: .*[Ii]nvalid partition"):
-            plan_slurm(wrong, None)
+    wrong = dataclasses.replace(RUN, slurm=SlurmParams(partition="nowhere"))
+    with pytest.raises(UserError, match=r"run\.slurm: .*[Ii]nvalid partition"):
+        plan_slurm(wrong, None)
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("PATH", "/nowhere")
         with pytest.raises(UserError, match="--backend local"):
@@ -183,7 +192,7 @@ def test_what_slurm_refuses_is_an_error_of_one_line(cluster: Path, monkeypatch: 
     ("section", "reason"),
     [
         ({"walltime_minutes": 1}, "walltime_minutes must be at least 2"),
-        ({"cells_per_block": 0}, "cells_per_block and max_blocks"),
+        ({"max_jobs": 0}, "max_jobs must be at least 1"),
         ({"options": ["mem=16G"]}, "such as --mem=16G"),
         ({"walltime": "10:00"}, "unknown key 'walltime'"),
     ],
@@ -193,11 +202,17 @@ def test_a_wrong_setting_is_named(section: dict[str, Any], reason: str) -> None:
         build_config(SlurmParams, section, "params.yaml: run.slurm")
 
 
-def test_the_cells_of_a_block_are_spread_over_the_gpus_that_slurm_gave_it() -> None:
-    gpu = {"SCHOENBAT_DEVICE": "cuda:0"}
-    given = [{"CUDA_VISIBLE_DEVICES": "3,5", "PARSL_WORKER_RANK": str(rank)} for rank in range(4)]
-    assert [pinned(block, gpu)["CUDA_VISIBLE_DEVICES"] for block in given] == ["3", "5", "3", "5"]
-    assert pinned(given[0], {}) == pinned({"PARSL_WORKER_RANK": "0"}, gpu) == {}
+@pytest.mark.parametrize(
+    ("device", "options", "asked"),
+    [
+        ("cpu", [], []),
+        ("cuda", [], ["--gpus-per-node=1"]),
+        ("cuda:1", ["--gres=gpu:a100:1"], ["--gres=gpu:a100:1"]),
+    ],
+)
+def test_a_job_asks_for_one_gpu_unless_its_options_say_which(device: str, options: list[str], asked: list[str]) -> None:
+    run_params = RunParams(device=device, slurm=SlurmParams(options=options))
+    assert [option for option in slurm._options(run_params) if "gpu" in option] == asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +255,6 @@ def finished(folder: Path) -> list[Path]:
     return list(folder.glob("runs/tiny/*/test/*.json"))
 
 
-@needs_parsl
 def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     cluster: Path, start: Callable[[], Grid], invoke: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -248,13 +262,12 @@ def test_a_cancelled_job_and_a_killed_engine_change_no_number_and_leave_nothing(
     project.set("grid.tasks", ["lra-listops"])
     project.set("task.lra-listops.training.steps", 1200)
     project.set("task.lra-listops.training.eval_every", 200)
-    project.set("run.slurm", {"max_blocks": 2, "walltime_minutes": 60})
+    project.set("run.slurm", {"max_jobs": 2, "walltime_minutes": 60})
     project.add_dvc()
 
     grid = start()
     wait_until(lambda: training(cluster) or not grid.runs())
     subprocess.run(["scancel", slurm_jobs("RUNNING")[0]], check=True)
-    # The engine hears of it when Parsl asks Slurm again.
     wait_until(lambda: "CANCELLED" in grid.said() or not grid.runs())
     wait_until(lambda: (len(finished(cluster)) >= 3 and training(cluster)) or not grid.runs())
     grid.process.kill()

@@ -33,7 +33,7 @@ SPLITS = ("train", "dev", "test")
 IGNORED = -100
 """The label of a position without one, as torch's cross_entropy has it."""
 DEFAULTS = {"per_position": False, "causal": False, "pad_to_multiple": 64}
-"""What a description says where it leaves these out; see `schoenbat.lra.tasks.Task`."""
+"""Defaults of a description; see `schoenbat.lra.tasks.Task`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def write_dataset(
 def _pack(
     docs: Sequence[np.ndarray], splits: Mapping[str, tuple[np.ndarray, np.ndarray]], meta: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The arrays to be stored, checked, and the lengths of the texts before they are cut."""
+    """Return the arrays to be stored, checked, and the lengths of the texts before they are cut."""
     lengths = np.array([len(doc) for doc in docs], dtype=np.int64)
     if not len(lengths) or lengths.min() == 0:
         raise ValueError("every text needs at least one token, and there must be a text")
@@ -167,15 +167,15 @@ class Dataset:
             raise UserError(f"processed data in {folder} cannot be read ({error}); preprocess the task again") from None
 
     def num_examples(self, split: str) -> int:
-        """The number of examples of train, dev or test."""
+        """Return the number of examples of train, dev or test."""
         return len(self._labels[split])
 
     def labels(self, split: str) -> np.ndarray:
-        """All labels of a split, in its order: ints [n], or [n, max_length] where they are per position."""
+        """Return all labels of a split, in its order: ints [n], or [n, max_length] where they are per position."""
         return self._labels[split]
 
     def batch(self, split: str, indices: np.ndarray, pad_to_multiple: int | None = None) -> Batch:
-        """The examples `indices` [B] of a split.
+        """Return the examples `indices` [B] of a split.
 
         N is the length of the longest text among them, rounded up to a multiple of `pad_to_multiple` (by default what
         the data's description says).
@@ -192,7 +192,7 @@ class Dataset:
         return Batch(padded, padded != 0, torch.from_numpy(labels), self._num_labels(split, indices))
 
     def on(self, device: torch.device) -> "Dataset":
-        """The same data, whose batches are made where a model on `device` reads them.
+        """Return the same data, whose batches are made where a model on `device` reads them.
 
         For a device other than the CPU all of it is copied there, so that a batch needs no more than its indices.
         """
@@ -201,7 +201,7 @@ class Dataset:
     def _bounds(
         self, split: str, indices: np.ndarray, pad_to_multiple: int | None
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Where the texts of the examples begin and end among all tokens, [B, num_texts] each, and N."""
+        """Return where the texts of the examples begin and end among all tokens, [B, num_texts] each, and N."""
         if pad_to_multiple is None:
             pad_to_multiple = self.meta["pad_to_multiple"]
         docs = self._examples[split][indices]
@@ -243,7 +243,7 @@ class DatasetOnDevice(Dataset):
 
 
 def batches(dataset: Dataset, split: str, batch_size: int, *, seed: int | None, epoch: int = 0) -> Iterator[np.ndarray]:
-    """The indices of one pass over a split, `batch_size` at a time.
+    """Return the indices of one pass over a split, `batch_size` at a time.
 
     With a seed the order is a permutation that depends on nothing but (seed, epoch), and an incomplete last batch is
     left out; without one (None) the order is that of the data and the last batch may be smaller.

@@ -11,7 +11,7 @@ PENALTY = 1e-3
 
 
 def bag_accuracy(dataset: Dataset) -> float:
-    """Test accuracy of a regression fitted on train; for data with one text and one label an example."""
+    """Score a regression fitted on train on the test split; for data with one text and one label an example."""
     train, test = frequencies(dataset, "train"), frequencies(dataset, "test")
     mean, spread = train.mean(0), train.std(0).clamp_min(1e-9)
     weight, bias = fit((train - mean) / spread, torch.from_numpy(dataset.labels("train")), dataset.meta["num_classes"])
@@ -20,7 +20,7 @@ def bag_accuracy(dataset: Dataset) -> float:
 
 
 def frequencies(dataset: Dataset, split: str) -> torch.Tensor:
-    """float64 [n, vocab_size]: the share of each token among those of the text; token 0, padding, has none."""
+    """Count the share of each token of a text, float64 [n, vocab_size]; token 0, padding, has none."""
     shares = []
     for rows in batches(dataset, split, 256, seed=None):
         tokens = dataset.batch(split, rows).tokens[:, 0].numpy()
@@ -31,7 +31,7 @@ def frequencies(dataset: Dataset, split: str) -> torch.Tensor:
 
 
 def fit(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [num_features, num_classes] and biases [num_classes] of least penalised cross-entropy, from zeros."""
+    """Fit weights [num_features, num_classes] and biases [num_classes] of least penalised cross-entropy, from zeros."""
     weight = torch.zeros(features.shape[1], num_classes, dtype=features.dtype, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=features.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")

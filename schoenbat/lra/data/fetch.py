@@ -130,7 +130,7 @@ def fetch(
 
 
 def _is_other(file: RemoteFile, origin: Path | None, destination: Path) -> bool:
-    """Whether what is there is not the file of the mirror, or came from a URL that is not asked any more."""
+    """Return whether what is there is not the file of the mirror, or came from a URL that is not asked any more."""
     if origin is not None and origin.is_file():
         return not filecmp.cmp(origin, destination, shallow=False)
     record = _url_record(destination)
@@ -138,7 +138,7 @@ def _is_other(file: RemoteFile, origin: Path | None, destination: Path) -> bool:
 
 
 def _url_record(destination: Path) -> Path:
-    """Where a file without a published checksum came from."""
+    """Return where a file without a published checksum came from."""
     return destination.with_name(destination.name + ".url")
 
 
@@ -147,13 +147,13 @@ def _part(destination: Path) -> Path:
 
 
 def _origin_record(destination: Path) -> Path:
-    """Where the bytes of the part file come from: url, validator (ETag or date) and size."""
+    """Return where the bytes of the part file come from: url, validator (ETag or date) and size."""
     return destination.with_name(destination.name + ".part.json")
 
 
 @contextmanager
 def _locked(part: Path) -> Iterator[BinaryIO]:
-    """The part file, open for reading and writing and locked against others; removed again if it stays empty.
+    """Return the part file, open for reading and writing and locked against others; removed again if it stays empty.
 
     Whoever held the lock may have renamed the file meanwhile; then the lock is on the wrong file and is sought again.
     """
@@ -229,7 +229,7 @@ def _receive_rest(
     limit_bytes: int | None,
     on_progress: Progress | None,
 ) -> int:
-    """One request: for the rest of the part file where the server can tell that it is the same file, else for all."""
+    """Request the rest of the part file where the server can tell that it is the same file, else all."""
     have = target.seek(0, os.SEEK_END)
     record = _read_record(destination)
     request = urllib.request.Request(url, headers={"User-Agent": "schoenbat", "Accept-Encoding": "identity"})
@@ -309,7 +309,7 @@ def _reason(error: Exception) -> str:
 
 
 def _problem(content: BinaryIO, file: RemoteFile, size: int | None, *, is_new: bool = True) -> str | None:
-    """What is wrong with a complete file, or None.
+    """Return what is wrong with a complete file, or None.
 
     Args:
         is_new: it has just come. A gzip file of old has been unpacked then, which can take minutes.
@@ -331,7 +331,7 @@ def _problem(content: BinaryIO, file: RemoteFile, size: int | None, *, is_new: b
 
 
 def _gzip_problem(content: BinaryIO, most: int, *, whole: bool) -> str | None:
-    """Whether a file is a gzip file, and, if `whole`, whether all of it fits its own checksums."""
+    """Return whether a file is a gzip file, and, if `whole`, whether all of it fits its own checksums."""
     beginning = content.read(40)
     content.seek(0)
     if not beginning.startswith(b"\x1f\x8b\x08"):

@@ -80,7 +80,7 @@ class Picture:
 
 
 def move(point: Point, angle: float, distance: float) -> Point:
-    """The pixel at or beyond the point reached; angles must be exact, or axis-parallel steps end a pixel further."""
+    """Return the pixel at or beyond the point reached; only exact angles keep axis-parallel steps in place."""
     return (
         math.ceil(point[0] + distance * math.sin(angle)),
         math.ceil(point[1] + distance * math.cos(angle)),
@@ -97,7 +97,7 @@ def inside(point: Point) -> bool:
 
 @functools.cache
 def lanczos(size: int, reduced: int) -> np.ndarray:
-    """int64 [reduced, size]: weights, in units of 2^-22, of a Lanczos-3 reduction with antialiasing.
+    """Compute weights, int64 [reduced, size] in units of 2^-22, of a Lanczos-3 reduction with antialiasing.
 
     With `reduce` the result is that of Pillow's `Image.resize` on 8-bit pictures, bit for bit.
     """
@@ -114,7 +114,7 @@ def lanczos(size: int, reduced: int) -> np.ndarray:
 
 
 def reduce(canvas: np.ndarray, side: int) -> np.ndarray:
-    """An 8-bit picture [n, n] at a smaller size [side, side], in 0..1: columns first, then rows, rounded each time."""
+    """Reduce an 8-bit picture [n, n] to [side, side], in 0..1: columns first, then rows, rounded each time."""
     weights = lanczos(len(canvas), side)
     for _ in range(2):
         canvas = np.clip((canvas @ weights.T + 2**21) >> 22, 0, 255).T
@@ -123,7 +123,7 @@ def reduce(canvas: np.ndarray, side: int) -> np.ndarray:
 
 @functools.cache
 def rasters(end: Point) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and mask [9, 9], in 0..1, of a dash from the centre to `end`, counted in half pixels.
+    """Return pixels and mask [9, 9], in 0..1, of a dash from the centre to `end`, counted in half pixels.
 
     The dash is a line one pixel wide on a canvas of twice the size; the mask is that line dilated by a disc of radius
     2.
@@ -139,7 +139,7 @@ def rasters(end: Point) -> tuple[np.ndarray, np.ndarray]:
 
 
 def line_pixels(end: Point) -> list[Point]:
-    """Bresenham's line from (0, 0) to `end`."""
+    """Draw Bresenham's line from (0, 0) to `end`."""
     (dy, dx), pixels = (abs(end[0]), abs(end[1])), []
     step_y, step_x = int(math.copysign(1, end[0])), int(math.copysign(1, end[1]))
     y = x = 0
@@ -164,13 +164,13 @@ def line_pixels(end: Point) -> list[Point]:
 
 @functools.cache
 def dash_rasters(angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """`rasters` of a dash in the direction `angle`."""
+    """Return `rasters` of a dash in the direction `angle`."""
     y, x = move((2 * MARGIN, 2 * MARGIN), angle, 2 * DASH)
     return rasters((y - 2 * MARGIN, x - 2 * MARGIN))
 
 
 def _candidate_offsets() -> tuple[list[Point], list[float]]:
-    """Pixels at the distance GAP_TO_PIVOT of a pivot, and their angles from it."""
+    """Return pixels at the distance GAP_TO_PIVOT of a pivot, and their angles from it."""
     steps = np.radians(np.arange(0, 360, 360 / (2 * math.pi * GAP_TO_PIVOT)))
     offsets = [(math.floor(GAP_TO_PIVOT * math.sin(step)), math.floor(GAP_TO_PIVOT * math.cos(step))) for step in steps]
     offsets = list(dict.fromkeys(offsets))
@@ -184,7 +184,7 @@ _BACKWARDS = [dash_rasters(opposite(angle)) for angle in ANGLES]
 
 @functools.cache
 def _straightness(angle: float) -> np.ndarray:
-    """cos^2 of the turn from `angle` to each candidate, 0 from a right angle on."""
+    """Return cos^2 of the turn from `angle` to each candidate, 0 from a right angle on."""
     turn = np.abs(np.array(ANGLES) - angle) % (2 * math.pi)
     turn = np.minimum(turn, 2 * math.pi - turn)
     return np.cos(np.minimum(turn, math.pi / 2)) ** 2
@@ -224,7 +224,7 @@ class _Canvas:
         return bool(both.max() >= CROWDED)
 
     def openness(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """1 - the largest occupancy of a pixel and its four neighbours, for pixels inside."""
+        """Return 1 - the largest occupancy of a pixel and its four neighbours, for pixels inside."""
         y, x = rows + MARGIN, columns + MARGIN
         around = [self.occupancy[y + dy, x + dx] for dy, dx in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))]
         return 1 - np.max(around, axis=0)
@@ -240,12 +240,12 @@ class _Contour:
 
 
 def draw(level: str, seed: int, split: str, index: int) -> Picture:
-    """Picture number `index` of a split: a function of the arguments, whatever else is drawn."""
+    """Draw picture number `index` of a split: a function of the arguments, whatever else is drawn."""
     return draw_picture(np.random.default_rng([seed, STREAMS[split], index]), LEVELS[level])
 
 
 def draw_picture(generator: np.random.Generator, level: Level) -> Picture:
-    """A picture and its label, each label with probability 1/2."""
+    """Return a picture and its label, each label with probability 1/2."""
     label = int(generator.integers(2))
     attempts = 0
     while True:
@@ -284,14 +284,14 @@ def draw_picture(generator: np.random.Generator, level: Level) -> Picture:
 
 
 def disc_raster(centre: Point) -> np.ndarray:
-    """[32, 32] in 0..1: a disc of radius 1.5, drawn at twice the size."""
+    """Draw a disc of radius 1.5 at twice the size: [32, 32] in 0..1."""
     y, x = np.ogrid[: 2 * SIDE, : 2 * SIDE]
     disc = (y - 2 * centre[0]) ** 2 + (x - 2 * centre[1]) ** 2 <= 9
     return reduce(disc * 255, SIDE)
 
 
 def _begin(tail: Point, degrees: int) -> _Contour | None:
-    """A first dash, or None where it would leave the picture."""
+    """Return a first dash, or None where it would leave the picture."""
     angle = math.radians(degrees)
     head = move(tail, angle, DASH)
     pivot = move(head, opposite(angle), GAP_TO_PIVOT)
@@ -352,7 +352,7 @@ def _grow(generator: np.random.Generator, canvas: _Canvas, contour: _Contour) ->
 
 
 def _try_distractor(generator: np.random.Generator, canvas: _Canvas, num_dashes: int) -> _Contour | None:
-    """A distractor, which then occupies its place, or None and no trace of it."""
+    """Return a distractor, which then occupies its place, or None and no trace of it."""
     free = canvas._inner(canvas.occupancy) <= FREE
     if free.mean() < 0.01:
         return None

@@ -31,7 +31,7 @@ class Shard(NamedTuple):
 
 
 def cut(split: str, size: int) -> list[Shard]:
-    """The shards of a split of `size` pictures."""
+    """Return the shards of a split of `size` pictures."""
     return [Shard(split, start, min(start + SHARD_SIZE, size)) for start in range(0, size, SHARD_SIZE)]
 
 
@@ -65,7 +65,7 @@ def draw_shards(folder: Path, jobs: Sequence[Shard], level: str, seed: int, proc
 
 
 def _work(folder: Path, jobs: Sequence[Shard], level: str, seed: int) -> None:
-    """What a process of its own does; it leaves an interrupt to its parent, and ends when that is gone."""
+    """Draw shards in a process of its own; it leaves an interrupt to its parent, and ends when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _draw_all(folder, jobs, level, seed)
 

@@ -18,7 +18,7 @@ def check_size(name: str, size: int | None, num_classes: int = 2) -> None:
 def balanced_rows(
     labels: np.ndarray, size: int, generator: np.random.Generator, what: str, num_classes: int = 2
 ) -> np.ndarray:
-    """The rows of `size` examples, as many of each label; label after label, else in their order.
+    """Return the rows of `size` examples, as many of each label; label after label, else in their order.
 
     Args:
         labels: ints [n], each in 0..num_classes - 1.

@@ -72,7 +72,7 @@ class Task(ABC):
 
     @classmethod
     def encode(cls, text: str, meta: Mapping[str, Any]) -> np.ndarray:
-        """The tokens of a text that is in no split, whole, as `prepare` makes them.
+        """Encode a text that is in no split, whole, as `prepare` would.
 
         Args:
             text: what a user types.
@@ -84,7 +84,7 @@ class Task(ABC):
         raise UserError("examples of this task are no texts")
 
     def baselines(self, dataset: "Dataset") -> dict[str, float]:
-        """Test accuracy of rules that need no model, by the name of the rule.
+        """Return the test accuracy of rules that need no model, by the name of the rule.
 
         Args:
             dataset: what `prepare` wrote.
@@ -101,7 +101,7 @@ class Task(ABC):
 
 
 def byte_tokens(content: bytes) -> np.ndarray:
-    """Each byte plus 1, so that 0 stays free for padding; uint16."""
+    """Add 1 to each byte, so that 0 stays free for padding; uint16."""
     return np.frombuffer(content, np.uint8).astype(np.uint16) + 1
 
 

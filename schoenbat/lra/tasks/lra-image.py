@@ -149,7 +149,7 @@ class Image(Task):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """Made-up gray pictures, brighter with a larger label."""
+        """Write made-up gray pictures, brighter with a larger label."""
         generator = np.random.default_rng(0)
         labels = np.tile(np.arange(NUM_LABELS), 6)
         pictures = (generator.integers(0, 100, (60, SIDE, SIDE)) + 15 * labels[:, None, None]).astype(np.uint8)
@@ -159,7 +159,7 @@ class Image(Task):
         return cls.Config(dev_size=10)
 
     def _draw(self, name: str, labels: np.ndarray, stream: int) -> np.ndarray | None:
-        """As many rows as the option `name` says, as many of each label; None for all."""
+        """Draw as many rows as the option `name` says, as many of each label; None for all."""
         size = getattr(self.config, name)
         if size is None:
             return None
@@ -178,7 +178,7 @@ def _write(path: Path, array: np.ndarray) -> None:
 
 
 def read_gray(raw: Path) -> Pictures:
-    """The gray pictures and their labels."""
+    """Read the gray pictures and their labels."""
 
     def read(file: RemoteFile) -> np.ndarray:
         with lzma.open(_raw(raw, file)) as content:
@@ -192,7 +192,7 @@ def read_gray(raw: Path) -> Pictures:
 
 
 def read_archive(path: Path) -> Pictures:
-    """The pictures of the release, made gray."""
+    """Read the pictures of the release, made gray."""
     names = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
     batches: dict[str, dict[bytes, Any]] = {}
     with tarfile.open(path, "r:gz") as archive:
@@ -216,7 +216,7 @@ def read_archive(path: Path) -> Pictures:
 
 
 def to_gray(data: np.ndarray) -> np.ndarray:
-    """Gray values as TensorFlow's rgb_to_grayscale computes them for uint8: uint8 [n, 3072] to uint8 [n, 32, 32].
+    """Convert as TensorFlow's rgb_to_grayscale does for uint8: uint8 [n, 3072] to uint8 [n, 32, 32].
 
     In float32: colours / 255, weighted by 0.2989, 0.5870 and 0.1140, times 255.5, cut to integers.
     """
@@ -226,7 +226,7 @@ def to_gray(data: np.ndarray) -> np.ndarray:
 
 
 def in_own_order(pictures: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted by content, so that a seed draws the same pictures from every form of the data."""
+    """Sort by content, so that a seed draws the same pictures from every form of the data."""
     flat = np.ascontiguousarray(pictures.reshape(len(pictures), -1))
     order = sorted(range(len(flat)), key=lambda row: (flat[row].tobytes(), labels[row]))
     return pictures[order], labels[order]

@@ -185,7 +185,7 @@ class Retrieval(Task):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """Forty made-up papers from 2004 on, each citing two earlier ones."""
+        """Write forty made-up papers from 2004 on, each citing two earlier ones."""
         raw.mkdir(parents=True, exist_ok=True)
         edges = [(number, number - step) for number in range(40) for step in (1, 5) if number >= step]
         with lzma.open(_raw(raw, DOCS), "wt", encoding="utf-8") as file:
@@ -205,7 +205,7 @@ def _raw(folder: Path, file: RemoteFile) -> Path:
 
 
 def read_archive(path: Path) -> Pairs:
-    """The pairs of the release: one pass over the archive, without unpacking it.
+    """Return the pairs of the release: one pass over the archive, without unpacking it.
 
     A line holds label, two ids and two texts between tabs. A pair that another, later read split also has, in either
     order, is dropped from train first, then from dev, so that nothing tested was trained on.
@@ -258,7 +258,7 @@ def read_archive(path: Path) -> Pairs:
 
 
 def read_rows(content: IO[bytes], where: str) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
-    """Label and texts of each line; Latin-1 in and out hands the bytes through as they are.
+    """Read label and texts of each line; Latin-1 in and out hands the bytes through as they are.
 
     Raises:
         UserError: a line that is not label, two ids and two texts, which `where` helps to find.
@@ -288,7 +288,7 @@ def _lines(content: IO[bytes], where: str) -> Iterator[str]:
 
 
 def build_pairs(raw: Path, seed: int) -> Pairs:
-    """Pairs from papers and citations, see `Retrieval`; the negatives depend on `seed` only."""
+    """Build pairs from papers and citations, see `Retrieval`; the negatives depend on `seed` only."""
     with lzma.open(_raw(raw, DOCS), "rt", encoding="utf-8") as file:
         papers = sorted((json.loads(line) for line in file), key=lambda paper: paper["id"])
     rows = {paper["id"]: row for row, paper in enumerate(papers)}

@@ -146,12 +146,12 @@ class Text(Task):
         return byte_tokens(text.encode())
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """The commonest label, and logistic regression on the frequencies of bytes."""
+        """Score the commonest label, and logistic regression on the frequencies of bytes."""
         return super().baselines(dataset) | {"byte frequencies": bag_accuracy(dataset)}
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """Eighty made-up reviews, some of them copies within the training half and across the halves."""
+        """Write eighty made-up reviews, some of them copies within the training half and across the halves."""
         raw.mkdir(parents=True, exist_ok=True)
         with lzma.open(raw / "imdb.jsonl.xz", "wt", encoding="utf-8") as file:
             for split in ("train", "test"):
@@ -169,7 +169,7 @@ class Text(Task):
         return cls.Config(max_length=64, dev_size=8)
 
     def _draw(self, name: str, reviews: list[Review], stream: int) -> list[Review]:
-        """As many reviews as the option `name` says, half of each label, in their order; all where it is None."""
+        """Draw as many reviews as the option `name` says, half of each label, in their order; all where it is None."""
         size = getattr(self.config, name)
         if size is None:
             return reviews
@@ -178,7 +178,7 @@ class Text(Task):
         return [reviews[row] for row in balanced_rows(labels, size, generator, f"lra-text: {name}")]
 
     def _read(self, raw: Path) -> tuple[Path, list[Review]]:
-        """The raw file that is there, and its reviews sorted by split, label and id."""
+        """Return the raw file that is there, and its reviews sorted by split, label and id."""
         for file, read in ((LINES, read_lines), (ARCHIVE, read_archive)):
             path = raw / PurePosixPath(file.mirror_path).name
             if path.exists():
@@ -190,7 +190,7 @@ class Text(Task):
 
 
 def read_lines(path: Path) -> Iterator[Review]:
-    """The reviews of the JSON lines."""
+    """Return the reviews of the JSON lines."""
     with lzma.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
@@ -198,7 +198,7 @@ def read_lines(path: Path) -> Iterator[Review]:
 
 
 def read_archive(path: Path) -> Iterator[Review]:
-    """The labelled reviews of the release, read in one pass without unpacking."""
+    """Return the labelled reviews of the release, read in one pass without unpacking."""
     with tarfile.open(path, "r:gz") as archive:
         for member in archive:
             parts = PurePosixPath(member.name).parts

@@ -49,7 +49,7 @@ class Copying(RecallTask):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """A tiny configuration for tests."""
+        """Return a tiny configuration for tests."""
         return cls.Config(max_length=12, num_copied=3, num_symbols=6, train_size=60, dev_size=20, test_size=20)
 
     def draw(self, generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ class Copying(RecallTask):
         return f"{config.num_copied} of {config.num_symbols} symbols in {config.max_length} positions"
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """The commonest symbol, and any of the symbols to be copied, drawn as often as they occur there."""
+        """Score the commonest symbol, and any of the symbols to be copied, drawn as often as they occur there."""
         labels = dataset.labels("test")
         copied = labels[labels != IGNORED].reshape(len(labels), -1)
         present = (copied[:, :, None] == copied[:, None, :]).mean()

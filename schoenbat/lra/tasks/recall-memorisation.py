@@ -51,7 +51,7 @@ class Memorisation(RecallTask):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """A tiny configuration for tests."""
+        """Return a tiny configuration for tests."""
         return cls.Config(max_length=8, num_keys=12, num_values=5, train_size=60, dev_size=20, test_size=20)
 
     def draw(self, generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,7 @@ class Mqar(RecallTask):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """A tiny configuration for tests."""
+        """Return a tiny configuration for tests."""
         return cls.Config(max_length=12, num_pairs=2, num_symbols=12, train_size=60, dev_size=20, test_size=20)
 
     def draw(self, generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,5 +88,5 @@ class Mqar(RecallTask):
         return f"{config.num_pairs} pairs of {config.num_symbols} symbols in {config.max_length} positions"
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """The commonest value, and any of the values that occur among the pairs."""
+        """Score the commonest value, and any of the values that occur among the pairs."""
         return super().baselines(dataset) | {"one of the values present": 1 / self.config.num_pairs}

@@ -55,7 +55,7 @@ class Noisy(RecallTask):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """A tiny configuration for tests."""
+        """Return a tiny configuration for tests."""
         return cls.Config(
             max_length=16, num_keys=3, num_values=4, num_noise=2, train_size=60, dev_size=40, test_size=40
         )
@@ -90,7 +90,7 @@ class Noisy(RecallTask):
         return f"{config.num_keys} keys, noise {config.noise:g}, {config.max_length} positions"
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """The commonest value, and any of the values seen so far, drawn as often as they occur."""
+        """Score the commonest value, and any of the values seen so far, drawn as often as they occur."""
         config = self.config
         labels = dataset.labels("test")
         tokens = dataset.batch("test", np.arange(len(labels))).tokens[:, 0].numpy()

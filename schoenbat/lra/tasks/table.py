@@ -62,7 +62,7 @@ class Table(Task):
 
     @dataclass(frozen=True)
     class Config:
-        """What the file is and what becomes of it.
+        """The file, and what becomes of it.
 
         Attributes:
             path: a .csv, .tsv, .jsonl or .parquet file; paths are those from the project's folder.
@@ -182,7 +182,7 @@ class Table(Task):
 
     @classmethod
     def sample(cls, raw: Path) -> Config:
-        """Sixty made-up reviews of three kinds, two of them the same."""
+        """Write sixty made-up reviews of three kinds, two of them the same."""
         raw.mkdir(parents=True, exist_ok=True)
         config = cls.Config(path="reviews.csv", dev_share=0.2, test_share=0.2, max_length=40)
         with _copy(raw, None, Path(config.path)).open("w", encoding="utf-8", newline="") as file:
@@ -195,14 +195,14 @@ class Table(Task):
         return config
 
     def _files(self) -> list[tuple[str | None, Path]]:
-        """The files and the split that each is; None where the rows are still to be split."""
+        """Return the files and the split that each is; None where the rows are still to be split."""
         config = self.config
         whole = bool(config.dev_path and config.test_path)
         given = (("train" if whole else None, config.path), ("dev", config.dev_path), ("test", config.test_path))
         return [(split, Path(path)) for split, path in given if path]
 
     def _read(self, path: Path, name: Path) -> Iterator[Row]:
-        """The rows of a file, which is called `name` in errors."""
+        """Return the rows of a file, which is called `name` in errors."""
         config = self.config
         if not path.is_file():
             raise UserError(f"no raw data of table in {path.parent}; download the task")
@@ -226,7 +226,7 @@ class Table(Task):
             raise UserError(f"{name} has no rows")
 
     def _labels(self, rows: Sequence[Row]) -> list[str]:
-        """The labels by their numbers: those that may occur, or those that occur, sorted as integers if all are."""
+        """List the labels by their numbers: those that may occur or that do, sorted as integers if all are."""
         if (known := self.config.labels) is not None:
             for row in rows:
                 if row.label not in known:
@@ -244,7 +244,7 @@ class Table(Task):
         return sorted(found, key=int) if whole else sorted(found)
 
     def _split(self, rows: list[Row]) -> tuple[dict[str, list[Row]], list[str]]:
-        """The rows of each split, none of whose texts stands in another, and what is to be said of that."""
+        """Return the rows of each split, none of whose texts stands in another, and what is to be said of that."""
         given = [row for split in ("test", "dev", "train") for row in rows if row.split == split]
         unique: dict[tuple[str, ...], Row] = {}
         for row in chain(given, (row for row in rows if row.split is None)):
@@ -268,7 +268,7 @@ class Table(Task):
         return parts, notes
 
     def _draw(self, rows: list[Row], shares: Mapping[str, float]) -> dict[str, list[Row]]:
-        """The rows of each split, in their order: of each label the same shares, one row at least."""
+        """Return the rows of each split, in their order: of each label the same shares, one row at least."""
         generator = np.random.default_rng(self.config.seed)
         by_label: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
@@ -291,7 +291,7 @@ class Table(Task):
         return {split: [rows[index] for index in sorted(places)] for split, places in chosen.items()}
 
     def _vocabulary(self, rows: Iterable[Row]) -> list[str]:
-        """The characters or words that get a number, the most frequent first; none where bytes are tokens."""
+        """Return the characters or words that get a number, the most frequent first; none where bytes are tokens."""
         if self.config.tokens == "bytes":
             return []
         counts = Counter(piece for row in rows for text in row.texts for piece in _pieces(text, self.config.tokens))

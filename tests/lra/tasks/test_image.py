@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from schoenbat.errors import DataUnavailable, UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import SPLITS, Dataset
 from schoenbat.lra.tasks import TASKS
-from schoenbat.registry import build_config
 
 Image: Any = TASKS.get("lra-image")
 module: Any = importlib.import_module("schoenbat.lra.tasks.lra-image")

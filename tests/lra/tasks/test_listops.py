@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from schoenbat.errors import UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import SPLITS, Dataset
 from schoenbat.lra.tasks import TASKS
-from schoenbat.registry import build_config
 
 ListOps: Any = TASKS.get("lra-listops")
 TOKENS = importlib.import_module("schoenbat.lra.tasks.lra-listops").TOKENS

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from tracer import Segment, follow, labels_of, walks
 
 from schoenbat.errors import UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data import pathfinder
 from schoenbat.lra.data.arrays import SPLITS, Dataset
 from schoenbat.lra.data.pathfinder import LEVELS, Picture, draw
 from schoenbat.lra.data.shards import Shard, draw_shards
 from schoenbat.lra.tasks import TASKS
-from schoenbat.registry import build_config
 
 Pathfinder: Any = TASKS.get("lra-pathfinder")
 NUM_PICTURES = {"easy": 300, "intermediate": 200, "hard": 150}

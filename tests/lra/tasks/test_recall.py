@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from schoenbat.errors import UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import IGNORED, SPLITS, Dataset
 from schoenbat.lra.tasks import TASKS
-from schoenbat.registry import build_config
 
 NAMES = [name for name in TASKS.names() if name.startswith("recall-")]
 SMALL = {"train_size": 300, "dev_size": 50, "test_size": 2000}

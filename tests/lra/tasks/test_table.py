@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from schoenbat.errors import UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.tasks import TASKS
-from schoenbat.registry import build_config
 
 Prepare = Callable[..., tuple[dict[str, Any], Dataset]]
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from schoenbat.errors import DataUnavailable, UserError
+from schoenbat.lra.config import build_config
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.tasks import TASKS
-from schoenbat.registry import build_config
 
 Text: Any = TASKS.get("lra-text")
 module: Any = importlib.import_module("schoenbat.lra.tasks.lra-text")

@@ -1,0 +1,112 @@
+r"""Attention through a feature map as its formulas say, quadratic in length: what the fast forms are tested against.
+
+A query i sees the key j with the weight w_ij, 0 where it may not. What it gets is N_i / S_i, with p_ij the estimate of
+f(scale <q_i, k_j>) and
+
+    N_i = sum_j w_ij p_ij v_j,    S_i = sum_j w_ij p_ij;
+
+where the map is bounded, S_i is kept above a floor, and N_i is S_i mean v + trust sum_j w_ij p_ij (v_j - mean v)
+(`schoenbat.ops._bounds`). Causal attention takes the keys of a query's own chunk by f itself.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from schoenbat.features.plan import FeatureMap
+from schoenbat.ops._bounds import Moments, limits_of, lost_mass, trust
+from schoenbat.ops._causal import chunk_length
+from schoenbat.ops.reference import SMALLEST, AttentionInputs, divide, fill_masked, two_point_mean
+
+
+def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool) -> Tensor:
+    """Compute what `schoenbat.ops.linear.attend` does, [B, H, N, v], for queries that each see some key."""
+    query, key, value, key_mask, is_causal, scale, self_attention = inputs
+    groups = query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    key, value = fill_masked(key, key_mask), fill_masked(value, key_mask)
+    there = fill_masked(torch.ones_like(key[..., :1]), key_mask)
+    place = torch.arange(key.shape[2])
+    row = torch.arange(inputs.query.shape[2]).repeat(groups)[:, None]
+    kernel, seen = features.kernel, there.mT * (place <= row if is_causal else 1)
+    if not is_causal or not features.near:
+        if features.centres and self_attention and not is_causal:
+            own = there.repeat(1, 1, groups, 1)
+            mean = (own * query).sum(-2, keepdim=True) / own.sum(-2, keepdim=True)
+            seen = (scale * mean @ key.mT).masked_fill(seen == 0, -torch.inf).softmax(-1)
+            query = query - mean
+        if features.centres and not is_causal:
+            key = key - seen @ key / seen.sum(-1, keepdim=True)
+        bounded = bounded and not is_causal
+        numerator, total = _estimate(features, query, key, value, seen, scale, bounded, features.centres)
+        out = divide(numerator, total, 0.0 if bounded else SMALLEST * features.plan.unit)
+    else:
+        chunk = chunk_length(features)
+        near = seen * (place // chunk == row // chunk)
+        scores, count = near * (scale * query @ key.mT), near.sum(-1, keepdim=True).clamp_min(1)
+        weights = near * kernel(scores)
+        numerator, total = weights @ value, weights.sum(-1, keepdim=True)
+        if kernel.is_signed:
+            mean, square = (moment.sum(-1, keepdim=True) / count for moment in (scores, scores.square()))
+            floor = near.sum(-1, keepdim=True) * two_point_mean(kernel, mean, square)
+            lacking = (floor - total).clamp_min(0)
+            numerator, total = numerator + lacking * (near @ value) / count, total + lacking
+        first = there[:, :, :chunk] * kernel.is_exponential
+        centre = (first * key[:, :, :chunk]).sum(-2, keepdim=True) / first.sum(-2, keepdim=True).clamp_min(1)
+        far = _estimate(features, query, key - centre, value, seen - near, scale, bounded, False)
+        shift = torch.exp(scale * query @ centre.mT)
+        numerator, total = numerator + shift * far[0], total + shift * far[1]
+        out = numerator / torch.where(total > 0, total, 1.0)
+    return out.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+def _estimate(
+    features: FeatureMap,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    scale: float,
+    bounded: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return N and S; `centred` keys have the mean 0 under `weight`."""
+    weight, root = weight.expand(*query.shape[:-1], -1), math.sqrt(scale)
+    key_features = features(root * key)
+    if not bounded:
+        weight = weight * (features(root * query) @ key_features.mT)
+        return weight @ value, weight.sum(-1, keepdim=True)
+
+    mass, tiny = weight.sum(-1, keepdim=True), torch.finfo(query.dtype).tiny
+    share, scores = weight / torch.where(mass > 0, mass, 1.0), scale * query @ key.mT
+    linear = torch.nn.functional.normalize(features.projection(query.dtype)[:, : features.plan.num_linear], dim=0)
+
+    def mean(x: Tensor) -> Tensor:
+        return (share * x).sum(-1, keepdim=True)
+
+    def covariance(x: Tensor, y: Tensor) -> Tensor:
+        return mean(x * y) - mean(x) * mean(y)
+
+    isotropic = scale**2 * query.square().sum(-1, keepdim=True) * mean(key.square().mean(-1)[..., None, :])
+    number = 1 / share.square().sum(-1, keepdim=True).clamp_min(tiny)
+    first, square = mean(scores), mean(scores.square())
+    factor, excess, least = limits_of(features, Moments(None if centred else first, square, isotropic, number))
+    factor = torch.ones_like(first) if factor is None else factor
+    cooler, degree = torch.ones_like(first), features.sketched
+    if degree == 1:
+        own = scale * (query @ linear) @ (key @ linear).mT
+        cooler = (covariance(own, scores) / covariance(own, own).clamp_min(tiny)).clamp(0, 1)
+    elif degree is not None:
+        ratio = (square / isotropic.clamp_min(tiny)).clamp_max(1)
+        cooler = ratio / (features.shares[degree] * ratio + 1 - features.shares[degree])
+    low = features.plan.num_features if degree is None else features.plan.split(degree)[0].num_features
+    below, above = features(root * factor * query), features(root * factor * cooler * query)
+    weight = weight * (torch.cat([below[..., :low], above[..., low:]], -1) @ key_features.mT)
+    total = weight.sum(-1, keepdim=True)
+    floored = torch.maximum(total if excess is None else total - excess * mass, mass * least)
+    numerator = floored * (share @ value) + trust(features, number) * (weight @ value - total * (share @ value))
+    if features.kernel.is_exponential and not centred:
+        lost = torch.exp((1 - factor) * first + lost_mass(square - first.square(), factor, number))
+        return numerator * lost, floored * lost
+    return numerator, floored
