@@ -6,10 +6,11 @@ import pandas as pd
 from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import COLOURS, MARKERS, widened
 from pipeline.reporting._output import Figure, add_legend, new_canvas
-from pipeline.reporting._table import MISSING, Table
+from pipeline.reporting._setting import Setting
+from pipeline.reporting._table import MISSING, Table, show_number
 
 FIGURE_KERNEL = "exp"
 LEAST_SHARE = -0.5
@@ -25,7 +26,8 @@ class Errors(Report):
     title = "Errors of the estimators in trained cells"
     order = 35
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+        frame, setting = comparison.frame, comparison.setting
         found = frame[frame.quantity.str.startswith("error_")]
         if found.empty:
             return
@@ -60,7 +62,7 @@ def _trained_table(beside: pd.DataFrame, setting: Setting) -> Table:
             "kernel error": f"{row['kernel_error']:.1e}",
             "output error": f"{row['output_error']:.1e}",
             "share explained": _share(row["share"]),
-            "test accuracy": MISSING if pd.isna(row["accuracy"]) else f"{100 * row['accuracy']:.2f}",
+            "test accuracy": show_number(100 * row["accuracy"]),
         }
         for row in beside.to_dict("records")
     ]
