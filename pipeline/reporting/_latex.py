@@ -13,6 +13,8 @@ LONG = 40
 """Rows from which a table goes over several pages."""
 BROKEN = 24
 """Letters of a text from which its column is broken into lines."""
+DENSE = 130
+"""Letters of a row from which a long table is set in the smallest type."""
 _ESCAPES = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -40,13 +42,15 @@ def escape_latex(text: str) -> str:
 def latex(table: Table) -> str:
     """Return the table, with its title as the caption and how to read it as a note."""
     shown, is_long = table.shown, len(table.shown) > LONG
-    bold = pd.DataFrame("", index=shown.index, columns=shown.columns)
+    escaped = shown.map(escape_latex).rename(columns=escape_latex)
+    bold = pd.DataFrame("", index=escaped.index, columns=escaped.columns)
     for row, heading in table.strong:
-        bold.loc[shown.index[row], heading] = "textbf:--rwrap;"
+        bold.loc[escaped.index[row], escape_latex(heading)] = "textbf:--rwrap;"
     longest = [max(map(len, (str(heading), *shown[heading]))) for heading in shown.columns]
-    broken = rf">{{\raggedright\arraybackslash}}p{{{0.16 if is_long else 0.3}\linewidth}}"
-    styler = shown.map(escape_latex).style.hide(axis="index").apply(lambda _: bold, axis=None)
-    styler = styler.format_index(escape_latex, axis="columns")
+    is_dense = sum(min(length, BROKEN) for length in longest) > DENSE
+    size, share = ("tiny", 0.12) if is_dense else ("scriptsize", 0.16)
+    broken = rf">{{\raggedright\arraybackslash}}p{{{share if is_long else 0.3}\linewidth}}"
+    styler = escaped.style.hide(axis="index").apply(lambda _: bold, axis=None)
     columns = "".join("l" if length <= BROKEN else broken for length in longest)
     title, label, note = escape_latex(table.title), f"tab:{table.name}", escape_latex(table.note)
     if is_long:
@@ -54,8 +58,8 @@ def latex(table: Table) -> str:
             environment="longtable", hrules=True, column_format=columns, caption=title, label=label
         )
         return rf"""\begin{{landscape}}
-\scriptsize
-\setlength{{\tabcolsep}}{{3pt}}
+\{size}
+\setlength{{\tabcolsep}}{{2pt}}
 {written}
 \noindent {note}
 \end{{landscape}}

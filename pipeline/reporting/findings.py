@@ -101,8 +101,8 @@ def _on_ppsbn(comparison: Comparison) -> Iterator[str]:
         yield f"{row.task}: ppSBN {change} {label(row.other)} by {abs(row.difference.estimate):.1f} points."
     raised = sum(row.difference.estimate > 0 for row in found)
     yield (
-        f"ppSBN: of {counted(len(rows), 'comparison')} with and without, {raised} significantly higher with it, "
-        f"{len(found) - raised} lower, {len(rows) - len(found)} not significant."
+        f"ppSBN: of {counted(len(rows), 'comparison')} with and without it, {raised} are significantly higher with it, "
+        f"{len(found) - raised} significantly lower, and {len(rows) - len(found)} not significantly different."
     )
 
 
