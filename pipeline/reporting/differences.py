@@ -37,7 +37,7 @@ class Differences(Report):
                 title="All pairs of mechanisms: the first less the second, in points of test accuracy",
                 values=pd.DataFrame([values for values, _ in pairs]),
                 shown=pd.DataFrame([shown for _, shown in pairs]),
-                caption=f"{_LEGEND} Verdicts are of the family of all pairs of a task. {_margin(setting)}",
+                caption=f"{_INTERVAL} Verdicts are of the family of all pairs of a task. {_margin(setting)}",
                 provenance=setting.caption(),
             )
         for task, on_task in comparison.tasks.items():
@@ -45,11 +45,12 @@ class Differences(Report):
                 yield _triangle(task, on_task, setting)
 
 
+_INTERVAL = "Interval: 95 %, for this pair alone, by a bootstrap over seeds and test examples together."
 _LEGEND = (
-    "Interval: 95 %, for this pair alone, by a bootstrap over seeds and test examples together. p: t-test with the "
-    f"same error, not shown for fewer than {LEAST_SEEDS} seeds. Error: the shares of seeds and of examples in its "
-    "square; the rest shrinks with more of either. Visible: the least true difference that is seen in "
-    f"{100 * POWER:.0f} % of all cases with so many seeds and examples, at a level of 5 %, before any correction."
+    f"{_INTERVAL} p: t-test with the same error, not shown for fewer than {LEAST_SEEDS} seeds. Error: the shares of "
+    "seeds and of examples in its square; the rest shrinks with more of either. Visible: the least true difference "
+    f"that is seen in {100 * POWER:.0f} % of all cases with so many seeds and examples, at a level of 5 %, before any "
+    "correction."
 )
 
 

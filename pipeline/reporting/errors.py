@@ -1,5 +1,6 @@
 """How much of a trained cell's attention estimates of its kernel explain, at equal numbers of features."""
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -13,6 +14,8 @@ from pipeline.reporting._setting import Setting
 from pipeline.reporting._table import MISSING, Table, show_number
 
 FIGURE_KERNEL = "exp"
+COLUMNS = 3
+"""Panels of a figure side by side."""
 LEAST_SHARE = -0.5
 """Where the axis of shares ends: an estimate can be further off than uniform weights without bound."""
 AS_TRAINED = " as trained"
@@ -111,9 +114,11 @@ def _share(share: float) -> str:
 
 def _figure(errors: pd.DataFrame, setting: Setting) -> Figure:
     cells = list(dict.fromkeys(errors.cell))
-    canvas, panels = new_canvas(3.2 * len(cells) + 2, 3.8, panels=len(cells))
+    columns = min(COLUMNS, len(cells))
+    rows_of_panels = math.ceil(len(cells) / columns)
+    canvas, panels = new_canvas(3.6 * columns, 3.2 * rows_of_panels + 0.6, columns, rows_of_panels)
     sizes = sorted(errors.num_features.unique())
-    for axes, cell in zip(panels, cells, strict=True):
+    for axes, cell in zip(panels, cells, strict=False):
         for index, estimator in enumerate(dict.fromkeys(errors.estimator)):
             rows = errors[(errors.cell == cell) & (errors.estimator == estimator)]
             spreads = (2 * rows.unexplained * rows.unexplained_spread).where(rows.share > LEAST_SHARE)
@@ -134,8 +139,11 @@ def _figure(errors: pd.DataFrame, setting: Setting) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("features")
         axes.set_title(cell, fontsize=7)
-    panels[0].set_ylabel("share of the attention explained")
-    add_legend(panels[-1])
+    for axes in panels[::columns]:
+        axes.set_ylabel("share explained")
+    for axes in panels[len(cells) :]:
+        axes.remove()
+    add_legend(panels[0])
     return Figure(
         name="errors",
         title=f"Share of the attention explained over the number of features, kernel {FIGURE_KERNEL}",
