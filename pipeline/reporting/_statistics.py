@@ -118,7 +118,7 @@ class Difference:
 
 
 def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) -> dict[K, Difference]:
-    """Those of all pairs, of one task.
+    """Return the differences of all pairs of one task.
 
     Args:
         pairs: over the seeds that both have; a pair that has none in common is left out.

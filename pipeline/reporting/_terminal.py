@@ -65,7 +65,7 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
 
 
 def _console() -> Console:
-    """As wide as the terminal; elsewhere as wide as most are."""
+    """Return a console as wide as the terminal; elsewhere as wide as most are."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
