@@ -1,10 +1,9 @@
 """Two profiles, git revisions or cells side by side: what they are made from, and every number with its significance.
 
-A difference is B less A. Two results are paired by seed: at one seed all mechanisms start from the same weights and see
-the same batches. Where both have the predictions of the same test examples, p of the test accuracy is that of the
-report, over seeds and examples together, and with one seed that of McNemar's exact test on the examples. Other scores,
-and accuracies without predictions, are tested by a paired t-test over the seeds that both have, two at least. All p
-that are shown are corrected together, by Holm's method.
+A difference is B less A, paired by seed: at one seed all mechanisms start from the same weights and see the same
+batches. Where both have the predictions of the same test examples, p of the test accuracy is the report's
+(`pipeline.reporting._statistics`), and with one seed that of McNemar's exact test on the examples. Other scores, and
+accuracies without predictions, are tested by a paired t-test over seeds. All p are corrected together by Holm's method.
 """
 
 import contextlib
@@ -14,18 +13,18 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from tabulate import tabulate
 
 from pipeline.files import git, read_json
 from pipeline.grid.axes import Cell
 from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
-from pipeline.reporting._statistics import Scores, paired_differences
+from pipeline.reporting._statistics import LEVEL, Difference, Scores, holm, paired_differences
 from pipeline.results import CellResults, Metrics, Resources, TestScore, trained_cells
 from pipeline.text import counted
 from pipeline.trained import current_profile
@@ -34,7 +33,6 @@ from schoenbat.lra.training import Predictions, load_model
 
 HERE = "."
 """Stands for the working folder as it is."""
-LEVEL = 0.05
 _COLUMNS = 80
 _CODE = ("schoenbat", "pipeline", str(PROJECT_FILE))
 _UNCOMPARED = ("profile", "note", "grid")
@@ -44,14 +42,17 @@ _TESTS = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one seed of a mechanism on a task has given."""
+class Result(NamedTuple):
+    """What one cell has given."""
 
     metrics: Metrics
     test: TestScore | None
     resources: Resources | None
     predictions: Predictions | None
+
+
+Pairs = dict[str, list[tuple[Result, Result]]]
+"""By mechanism on a task, such as "lra-text rmfa exp maclauformer": the results of both sides at each seed."""
 
 
 @dataclass(frozen=True)
@@ -63,65 +64,13 @@ class Side:
         settings: the leaves of params.yaml, or of the sections of a cell, by dotted keys.
         data: of each task, what it is and its fingerprint.
         revisions: of git, at which the results were made, or that the side is.
-        code: of each cell, the fingerprint of the code that made it.
-        results: by mechanism on a task, such as "lra-text rmfa exp maclauformer", and seed.
     """
 
-    name: str
     what: str
     settings: Mapping[str, Any]
     data: Mapping[str, str]
     revisions: Sequence[str]
-    code: Mapping[str, str]
-    results: Mapping[str, Mapping[int, Result]]
-
-
-@dataclass(frozen=True)
-class Number:
-    """One figure of both sides.
-
-    Attributes:
-        of: the mechanism and task.
-        a, b: means over the seeds that both have.
-        p: of no difference, before any correction; None where there is no test for it.
-        adjusted: after Holm's correction.
-        same: every seed has exactly the same value on both sides.
-    """
-
-    of: str
-    name: str
-    seeds: list[int]
-    a: float
-    b: float
-    p: float | None
-    same: bool
-    adjusted: float | None = None
-
-    @property
-    def difference(self) -> float:
-        return self.b - self.a
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All that differs, and every number that both have.
-
-    Attributes:
-        settings, data: by key, what either side has; None where it has none.
-        code: files that differ between the revisions; None where that cannot be said.
-        code_differs: whether a cell that both have was made by other code; None if they have no cell in common.
-        only_a, only_b: mechanisms on tasks, or seeds of them, that the other side has not.
-    """
-
-    a: Side
-    b: Side
-    settings: dict[str, tuple[Any, Any]]
-    data: dict[str, tuple[str | None, str | None]]
-    code: list[str] | None
-    code_differs: bool | None
-    numbers: list[Number] = field(default_factory=list)
-    only_a: list[str] = field(default_factory=list)
-    only_b: list[str] = field(default_factory=list)
+    results: Mapping[Cell, Result]
 
 
 def run(a: str, b: str, *, as_json: bool) -> None:
@@ -131,69 +80,76 @@ def run(a: str, b: str, *, as_json: bool) -> None:
         UserError: a name that is none of these.
     """
     with ExitStack() as stack:
-        comparison = compare(_side(a, stack), _side(b, stack))
-    print(json.dumps(_plain(comparison), indent=2) if as_json else "\n".join(lines(comparison)))
+        found = compare(_side(a, stack), _side(b, stack))
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
 
 
-def compare(a: Side, b: Side) -> Comparison:
+def compare(a: Side, b: Side) -> dict[str, Any]:
+    """Return all that differs, and every number that both have, as plain values.
+
+    `code` lists files that differ between the revisions, and is None where that cannot be said; `code_differs` tells
+    whether a cell that both have was made by other code, and is None where there is no such cell.
+    """
     pairs = _pairs(a, b)
-    numbers = [number for of, results in pairs for number in _numbers(of, results)]
-    known = [number.p for number in numbers if number.p is not None]
-    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else [])
-    numbers = [
-        number if number.p is None else dataclasses.replace(number, adjusted=next(adjusted)) for number in numbers
-    ]
-    common = [cell for cell in a.code if cell in b.code]
-    shared = {(of, seed) for of in a.results for seed in a.results[of] if seed in b.results.get(of, {})}
-    cells = _is_single(a) and _is_single(b)
-    return Comparison(
-        a=a,
-        b=b,
-        settings=_differing(a.settings, b.settings),
-        data=_differing(a.data, b.data),
-        code=_changed_files(a.revisions, b.revisions),
-        code_differs=any(a.code[cell] != b.code[cell] for cell in common) if common else None,
-        numbers=numbers,
-        only_a=[] if cells else _missing(a, shared),
-        only_b=[] if cells else _missing(b, shared),
-    )
+    numbers = [number for of, results in pairs.items() for number in _numbers(of, results)]
+    tested = {i: Difference(found["difference"], len(found["seeds"]), p=found["p"]) for i, found in _tested(numbers)}
+    for i, adjusted in holm(tested).items():
+        numbers[i]["adjusted"] = adjusted
+    code = [{cell: result.metrics.fingerprint.code for cell, result in side.results.items()} for side in (a, b)]
+    common = code[0].keys() & code[1].keys()
+    one_cell = len(a.results) == len(b.results) == 1
+    return {
+        **{key: {"what": side.what, "revisions": list(side.revisions)} for key, side in (("a", a), ("b", b))},
+        "settings": _differing(a.settings, b.settings),
+        "data": _differing(a.data, b.data),
+        "code": _changed_files(a.revisions, b.revisions),
+        "code_differs": any(code[0][cell] != code[1][cell] for cell in common) if common else None,
+        "only_a": [] if one_cell else _missing(a, b),
+        "only_b": [] if one_cell else _missing(b, a),
+        "numbers": numbers,
+        "tests": _TESTS,
+    }
 
 
-def lines(found: Comparison) -> list[str]:
-    """The comparison for people, in at most 80 columns as far as names allow."""
-    out = [f"A  {found.a.what}", f"B  {found.b.what}", ""]
-    for title, rows in (("Settings", found.settings), ("Data", found.data)):
-        out.append(f"{title}: {'what differs' if rows else 'the same'}")
-        for key, (one, other) in rows.items():
-            out += [f"  {key}", f"    A  {_shown(one)}", f"    B  {_shown(other)}"]
+def _tested(numbers: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    return ((i, number) for i, number in enumerate(numbers) if number["p"] is not None)
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the comparison for people, in at most 80 columns as far as names allow."""
+    out = [f"A  {found['a']['what']}", f"B  {found['b']['what']}", ""]
+    for title in ("settings", "data"):
+        out.append(f"{title.capitalize()}: {'what differs' if found[title] else 'the same'}")
+        for key, sides in found[title].items():
+            out += [f"  {key}", f"    A  {_shown(sides['a'])}", f"    B  {_shown(sides['b'])}"]
     out += [*_code_lines(found), ""]
-    last = None
-    for number in found.numbers:
-        if number.of != last:
-            last = number.of
-            seeds = f"seed {number.seeds[0]}" if len(number.seeds) == 1 else f"mean of {len(number.seeds)} seeds"
-            out += [f"{number.of}, {seeds}", f"  {'':17}{'A':>13}{'B':>13}{'B - A':>13}  p, corrected"]
-        out.append(f"  {number.name:17}{_numbers_shown(number)}")
-    for name, missing in (("A", found.only_a), ("B", found.only_b)):
-        out += [f"only in {name}: {each}" for each in missing]
-    if not found.numbers:
-        out.append("no result is in both")
-    else:
-        apart = sum(1 for number in found.numbers if number.adjusted is not None and number.adjusted < LEVEL)
-        legend = f"{_TESTS}; Holm's correction over all. More than luck at 5 %: {counted(apart, 'difference')}."
-        out += ["", *textwrap.wrap(legend, _COLUMNS)]
-    return out
+    for of in dict.fromkeys(number["of"] for number in found["numbers"]):
+        own = [number for number in found["numbers"] if number["of"] == of]
+        seeds = own[0]["seeds"]
+        out.append(f"{of}, {f'seed {seeds[0]}' if len(seeds) == 1 else f'mean of {len(seeds)} seeds'}")
+        headings = ["", "A", "B", "B - A", "p, corrected"]
+        alignment = ["left", "right", "right", "right", "left"]
+        rows = [_number_shown(number) for number in own]
+        drawn = tabulate(rows, headings, tablefmt="plain", disable_numparse=True, colalign=alignment)
+        out += [f"  {line}".rstrip() for line in drawn.splitlines()]
+    for name in ("a", "b"):
+        out += [f"only in {name.upper()}: {each}" for each in found[f"only_{name}"]]
+    if not found["numbers"]:
+        return [*out, "no result is in both"]
+    significant = sum(number["adjusted"] < LEVEL for _, number in _tested(found["numbers"]))
+    legend = f"{_TESTS}; Holm's correction over all. Significant at 5 %: {counted(significant, 'difference')}."
+    return [*out, "", *textwrap.wrap(legend, _COLUMNS)]
 
 
 def _side(name: str, stack: ExitStack) -> Side:
     profile = current_profile()
     if name == HERE:
-        return _folder_side(name, f"the working folder, profile {profile}", Path(), profile)
+        return _folder_side(f"the working folder, profile {profile}", Path(), profile)
     of_profile, _, cell = name.rpartition("/")
     if cell in trained_cells(of_profile or profile):
-        return _cell_side(name, of_profile or profile, cell)
+        return _cell_side(of_profile or profile, cell)
     if name == profile or trained_cells(name):
-        return _folder_side(name, f"profile {name}", Path(), name)
+        return _folder_side(f"profile {name}", Path(), name)
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if commit is not None:
         return _revision_side(name, commit, stack)
@@ -202,15 +158,10 @@ def _side(name: str, stack: ExitStack) -> Side:
     raise UserError(f"{name!r} is no profile or cell with results, and no git revision; choose from: {choices}")
 
 
-def _folder_side(name: str, what: str, root: Path, profile: str, revision: str | None = None) -> Side:
-    """The results under a folder, and the settings of the profile as they are there."""
-    results: dict[str, dict[int, Result]] = {}
-    code, made = {}, set()
-    for name_of_cell in trained_cells(profile, root):
-        cell, result = _result(CellResults(profile, name_of_cell, root))
-        results.setdefault(_mechanism(cell), {})[cell.seed] = result
-        code[cell.id] = result.metrics.fingerprint.code
-        made.add(result.metrics.git_revision)
+def _folder_side(what: str, root: Path, profile: str, revision: str | None = None) -> Side:
+    """Return the results under a folder, with the settings of the profile as they are there."""
+    results = dict(_result(CellResults(profile, cell, root)) for cell in trained_cells(profile, root))
+    made = {result.metrics.git_revision for result in results.values()}
     params = root / PARAMS_FILE
     kept = Path("profiles", f"{profile}.yaml")
     if revision is None and (settings := read_yaml(params)).get("profile") != profile:
@@ -219,10 +170,10 @@ def _folder_side(name: str, what: str, root: Path, profile: str, revision: str |
         settings = read_yaml(params)
     plain = {key: value for key, value in settings.items() if key not in _UNCOMPARED}
     data = {path.stem: _data(read_json(path)) for path in sorted((root / "runs" / profile / "data").glob("*.json"))}
-    return Side(name, what, flat(plain), data, [revision] if revision else sorted(made), code, results)
+    return Side(what, flat(plain), data, [revision] if revision else sorted(made), results)
 
 
-def _cell_side(name: str, profile: str, cell_id: str) -> Side:
+def _cell_side(profile: str, cell_id: str) -> Side:
     results = CellResults(profile, cell_id)
     cell, result = _result(results)
     settings: dict[str, Any] = dict(dataclasses.asdict(cell))
@@ -230,16 +181,13 @@ def _cell_side(name: str, profile: str, cell_id: str) -> Side:
         _, described = load_model(results.best)
         settings = {key: value for key, value in described.items() if key not in ("data", "best_step")}
         settings |= {"former": {"name": cell.former, **described["former"]}}
-    fingerprint = result.metrics.fingerprint
-    data = {cell.task: f"{result.metrics.data} ({fingerprint.data[:12]})"}
-    code = {cell.id: fingerprint.code}
+    data = {cell.task: f"{result.metrics.data} ({result.metrics.fingerprint.data[:12]})"}
     what = f"cell {cell_id} of profile {profile}"
-    by_mechanism = {_mechanism(cell): {cell.seed: result}}
-    return Side(name, what, flat(settings), data, [result.metrics.git_revision], code, by_mechanism)
+    return Side(what, flat(settings), data, [result.metrics.git_revision], {cell: result})
 
 
 def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
-    """The results of a commit: those that git has, or DVC as far as its cache holds them."""
+    """Return the results of a commit: those that git has, or DVC as far as its cache holds them."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
@@ -259,7 +207,7 @@ def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
     except (DvcException, FileNotFoundError, KeyError, TypeError) as error:
         raise UserError(f"git revision {name} holds no project that DVC can read: {error}") from None
     what = f"git revision {name} ({commit[:12]}), profile {profile}"
-    return _folder_side(name, what, root, profile, commit)
+    return _folder_side(what, root, profile, commit)
 
 
 def _result(results: CellResults) -> tuple[Cell, Result]:
@@ -277,35 +225,31 @@ def _data(meta: Mapping[str, Any]) -> str:
     return f"{meta['label']} ({meta['fingerprint'][:12]})"
 
 
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by key what either side has, None for nothing, where that differs."""
+    return {key: {"a": a.get(key), "b": b.get(key)} for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
 
 
-def _pairs(a: Side, b: Side) -> list[tuple[str, list[tuple[Result, Result]]]]:
-    """The results that belong together: of the same mechanism, task and seed; or those of two cells."""
-    if _is_single(a) and _is_single(b):
+def _pairs(a: Side, b: Side) -> Pairs:
+    """Return the results that belong together: of the same cell; or, of two cells, these."""
+    if len(a.results) == len(b.results) == 1:
         ((one, of_a),), ((other, of_b),) = a.results.items(), b.results.items()
-        (result_a,), (result_b,) = of_a.values(), of_b.values()
-        return [(one if one == other else f"{one} | {other}", [(result_a, result_b)])]
-    paired = {
-        of: [(of_a[seed], b.results[of][seed]) for seed in of_a if seed in b.results[of]]
-        for of, of_a in a.results.items()
-        if of in b.results
-    }
-    return [(of, results) for of, results in paired.items() if results]
+        names = dict.fromkeys([_mechanism(one), _mechanism(other)])
+        return {" | ".join(names): [(of_a, of_b)]}
+    pairs: Pairs = {}
+    for cell, result in a.results.items():
+        if cell in b.results:
+            pairs.setdefault(_mechanism(cell), []).append((result, b.results[cell]))
+    return pairs
 
 
-def _is_single(side: Side) -> bool:
-    return [len(results) for results in side.results.values()] == [1]
-
-
-def _missing(side: Side, shared: set[tuple[str, int]]) -> list[str]:
-    missing = []
-    for of, results in side.results.items():
-        seeds = [seed for seed in results if (of, seed) not in shared]
-        if seeds:
-            missing.append(f"{of}, seed {', '.join(map(str, seeds))}")
-    return missing
+def _missing(side: Side, other: Side) -> list[str]:
+    """Return the mechanisms on tasks, with their seeds, that the other side has not."""
+    seeds: dict[str, list[str]] = {}
+    for cell in side.results:
+        if cell not in other.results:
+            seeds.setdefault(_mechanism(cell), []).append(str(cell.seed))
+    return [f"{of}, seed {', '.join(found)}" for of, found in seeds.items()]
 
 
 _FIGURES: dict[str, Callable[[Result], float | None]] = {
@@ -320,7 +264,8 @@ _FIGURES: dict[str, Callable[[Result], float | None]] = {
 _TESTED = ("test accuracy", "test loss", "dev accuracy", "dev loss")
 
 
-def _numbers(of: str, pairs: list[tuple[Result, Result]]) -> Iterator[Number]:
+def _numbers(of: str, pairs: list[tuple[Result, Result]]) -> Iterator[dict[str, Any]]:
+    """Yield each figure that both sides have: means over seeds, and p of no difference, None without a test."""
     for name, figure in _FIGURES.items():
         found = [(one, other, figure(one), figure(other)) for one, other in pairs]
         both = [(one, other, x, y) for one, other, x, y in found if x is not None and y is not None]
@@ -333,18 +278,19 @@ def _numbers(of: str, pairs: list[tuple[Result, Result]]) -> Iterator[Number]:
         if p is None and name in _TESTED and len(both) > 1:
             p = _paired_t(b - a)
         seeds = [one.metrics.seed for one, _, _, _ in both]
-        yield Number(of, name, seeds, float(a.mean()), float(b.mean()), p, bool((a == b).all()))
+        means = {"a": float(a.mean()), "b": float(b.mean()), "difference": float(b.mean() - a.mean())}
+        yield {"of": of, "name": name, "seeds": seeds, **means, "p": p, "adjusted": None, "same": bool((a == b).all())}
 
 
 def _paired_t(differences: np.ndarray) -> float | None:
-    """Two-sided; None where all differences are one and the same, of which a t-test can say nothing."""
+    """Return the two-sided p; None where all differences are equal, of which a t-test can say nothing."""
     if np.ptp(differences) == 0:
         return None if differences[0] else 1.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def _p_of_predictions(pairs: list[tuple[Result, Result]]) -> float | None:
-    """Of no difference in test accuracy; None where predictions of the same examples are missing."""
+    """Return p of no difference in test accuracy; None where predictions of the same examples are missing."""
     sides: tuple[dict[int, Predictions], dict[int, Predictions]] = ({}, {})
     for place, (one, other) in enumerate(pairs):
         a, b = one.predictions, other.predictions
@@ -362,25 +308,23 @@ def _p_of_predictions(pairs: list[tuple[Result, Result]]) -> float | None:
 
 
 def _changed_files(a: Sequence[str], b: Sequence[str]) -> list[str] | None:
-    """The files of code that git says differ between the revisions; None where it cannot."""
+    """Return the files of code that differ between the revisions; None where git cannot say."""
     if any(len(made) != 1 or made[0] == "none" or made[0].endswith("+") for made in (a, b)):
         return None
     changed = git("diff", "--name-only", a[0], b[0], "--", *_CODE)
     return None if changed is None else changed.splitlines()
 
 
-def _code_lines(found: Comparison) -> list[str]:
-    revisions = [", ".join(side.revisions) or "unknown" for side in (found.a, found.b)]
-    if found.code_differs is None:
-        head = f"Code: git revision {revisions[0]} | {revisions[1]}"
+def _code_lines(found: Mapping[str, Any]) -> list[str]:
+    revisions = [", ".join(found[side]["revisions"]) or "unknown" for side in ("a", "b")]
+    if found["code_differs"] is None:
+        head = f"Code: git revision {' | '.join(revisions)}"
     else:
-        head = f"Code: {'not ' if found.code_differs else ''}the same where cells depend on it"
+        head = f"Code: {'not ' if found['code_differs'] else ''}the same where cells depend on it"
         head += f" (git revision {' | '.join(dict.fromkeys(revisions))})"
-    if found.code:
-        shown = found.code[:10]
-        more = [f"  ... and {len(found.code) - len(shown)} more"] if len(shown) < len(found.code) else []
-        return [head, *(f"  {file}" for file in shown), *more]
-    return [head]
+    files = found["code"] or []
+    more = [f"  ... and {len(files) - 10} more"] if len(files) > 10 else []
+    return [head, *(f"  {file}" for file in files[:10]), *more]
 
 
 def _shown(value: Any) -> str:
@@ -388,28 +332,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 70 else f"{text[:69]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _numbers_shown(number: Number) -> str:
-    percent = number.name.endswith("accuracy")
-    decimals = 2 if percent else 4 if number.name.endswith("loss") else 1 if number.name == "training seconds" else 0
-    a, b, difference = (f"{(100 if percent else 1) * x:,.{decimals}f}" for x in (number.a, number.b, number.difference))
+def _number_shown(number: Mapping[str, Any]) -> list[str]:
+    """Return a row of the table for people."""
+    name = number["name"]
+    percent = name.endswith("accuracy")
+    decimals = 2 if percent else 4 if name.endswith("loss") else 1 if name == "training seconds" else 0
+    a, b, difference = ((100 if percent else 1) * number[key] for key in ("a", "b", "difference"))
     unit = " %" if percent else ""
-    change = "the same" if number.same else f"{'+' if number.difference > 0 else ''}{difference}"
-    p = "" if number.adjusted is None or number.same else _p_shown(number.adjusted)
-    return f"{a + unit:>13}{b + unit:>13}{change:>13}  {p}".rstrip()
-
-
-def _p_shown(p: float) -> str:
-    return "< 0.001 *" if p < 0.001 else f"{p:.3f}{' *' if p < LEVEL else ''}"
-
-
-def _plain(found: Comparison) -> dict[str, Any]:
-    """For programs."""
-    sides = {
-        key: {"name": side.name, "what": side.what, "revisions": list(side.revisions)}
-        for key, side in (("a", found.a), ("b", found.b))
-    }
-    numbers = [{**dataclasses.asdict(number), "difference": number.difference} for number in found.numbers]
-    listed = {key: {"a": one, "b": other} for key, (one, other) in found.settings.items()}
-    data = {key: {"a": one, "b": other} for key, (one, other) in found.data.items()}
-    rest = {"code": found.code, "code_differs": found.code_differs, "only_a": found.only_a, "only_b": found.only_b}
-    return {**sides, "settings": listed, "data": data, **rest, "numbers": numbers, "tests": _TESTS}
+    if number["same"]:
+        return [name, f"{a:,.{decimals}f}{unit}", f"{b:,.{decimals}f}{unit}", "the same", ""]
+    p = number["adjusted"]
+    shown = "" if p is None else ("< 0.001" if p < 0.001 else f"{p:.3f}") + (" *" if p < LEVEL else "")
+    return [name, f"{a:,.{decimals}f}{unit}", f"{b:,.{decimals}f}{unit}", f"{difference:+z,.{decimals}f}", shown]

@@ -16,7 +16,8 @@ import typer.main
 from pipeline import cli
 from pipeline.commands import PROGRAM
 from pipeline.grid.params import load_params
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._collect import collect
+from pipeline.reporting._comparison import Comparison
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -116,14 +117,14 @@ def test_the_example_of_the_method_prints_an_allocation(capsys: pytest.CaptureFi
     assert "256 features, expected relative error" in capsys.readouterr().out
 
 
-def test_the_report_of_the_document_makes_its_table() -> None:
+def test_the_report_of_the_document_makes_its_table(tmp_path: Path) -> None:
     (example,) = (text for document, text in SNIPPETS if document == "docs/adding.md" and "Report" in text)
     names: dict[str, Any] = {"__name__": "parameters"}
     exec(compile(example, "docs/adding.md", "exec"), names)
     axes = {"task": "lra-text", "attn": "rmfa", "dotf": "exp", "former": "maclauformer"}
     frame = pd.DataFrame([{**axes, "quantity": "num_parameters", "value": 12345.0}])
-    setting = Setting("tiny", "", [0], ["lra-text"], {"lra-text": 1}, {"lra-text": 8}, 1)
-    (table,) = names["Parameters"]().make(frame, setting)
+    _, setting = collect("quick", load_params(ROOT / "profiles/quick.yaml"), tmp_path)
+    (table,) = names["Parameters"]().make(Comparison(frame, setting))
     assert table.shown.value.tolist() == ["12345.0"]
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from schoenbat import registry
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS, Kernel
-from schoenbat.registry import describe_entry
+from schoenbat.registry import check_bounds, describe_entry
 
 Install = Callable[..., None]
 KERNEL = """
@@ -162,3 +163,11 @@ def test_an_installation_from_a_checkout_with_variants_has_no_component_more(tmp
     # An installer copies the file that a link leads to.
     shutil.copy(tmp_path / "schoenbat/attention/rmfa.py", tmp_path / "schoenbat/attention/rmfa+wide.py")
     assert listed(tmp_path) == expected
+
+
+def test_both_bounds_of_a_number_are_allowed_and_null_is_not_compared() -> None:
+    for value in (1, 3, None, [1, 3]):
+        check_bounds(types.SimpleNamespace(size=value), size=(1, 3))
+    for value, message in ((0, "size must be at least 1, not 0"), ([1, 4], "size must be at most 3, not 4")):
+        with pytest.raises(ValueError, match=message):
+            check_bounds(types.SimpleNamespace(size=value), size=(1, 3))

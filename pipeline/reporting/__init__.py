@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import matplotlib.style
-import pandas as pd
 
 from pipeline.grid.params import Params
-from pipeline.reporting._collect import Setting, collect
+from pipeline.reporting._collect import collect
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._output import STYLE, Figure, write_figure, write_table, write_text
 from pipeline.reporting._page import Section, render_page
 from pipeline.reporting._statistics import MARGIN
@@ -37,8 +37,8 @@ class Report(ABC):
     """Its place among the sections: those with a smaller number come first."""
 
     @abstractmethod
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterable[Text | Table | Figure]:
-        """Texts, tables and figures, in order; whatever there is nothing to show for is left out."""
+    def make(self, comparison: Comparison) -> Iterable[Text | Table | Figure]:
+        """Return texts, tables and figures, in order; whatever there is nothing to show for is left out."""
 
 
 REPORTS: Registry[Report] = Registry("report", "pipeline.reporting", Report)  # type: ignore[type-abstract]
@@ -67,6 +67,7 @@ def build(
         UserError: the report that is there shows more finished cells.
     """
     frame, setting = collect(profile, params, root, reference, margin)
+    comparison = Comparison(frame, setting)
     folder = root / "reports" / profile
     before = finished_cells(folder)
     if before > setting.num_finished and not force:
@@ -83,7 +84,7 @@ def build(
     sections = []
     with matplotlib.style.context(["default", STYLE]):
         for report in sorted((REPORTS.get(name)() for name in REPORTS.names()), key=lambda report: report.order):
-            parts = list(report.make(frame, setting))
+            parts = list(report.make(comparison))
             if parts:
                 sections.append(Section(report.title, parts))
                 lines += [f"## {report.title}", *(_write(building, part) for part in parts)]
@@ -97,7 +98,7 @@ def build(
 
 
 def finished_cells(folder: Path) -> int:
-    """How many finished cells the report in `folder` shows; 0 where there is none."""
+    """Return how many finished cells the report in `folder` shows; 0 where there is none."""
     index = folder / "index.md"
     text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
     found = _FINISHED.search(text)
@@ -105,7 +106,7 @@ def finished_cells(folder: Path) -> int:
 
 
 def _write(folder: Path, part: Text | Table | Figure) -> str:
-    """Write the files of one part; it as Markdown."""
+    """Write one part's files; return its Markdown."""
     if isinstance(part, Text):
         return write_text(folder, part)
     return write_table(folder, part) if isinstance(part, Table) else write_figure(folder, part)

@@ -1,4 +1,4 @@
-"""The mechanisms of a profile compared with each other, task by task, and with rules that need no model."""
+"""The mechanisms of a profile compared with each other, task by task, and with baselines that need no model."""
 
 import functools
 import itertools
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pipeline.reporting._collect import Mechanism, Setting
-from pipeline.reporting._mechanisms import mechanisms, rows_of
+from pipeline.reporting._mechanisms import Mechanism, mechanisms, rows_of
+from pipeline.reporting._setting import Setting
 from pipeline.reporting._statistics import (
     Difference,
     holm,
@@ -20,9 +20,9 @@ from pipeline.reporting._statistics import (
 )
 
 CONTROL = "mean"
-"""Uniform attention: what it reaches owes nothing to where one attends."""
+"""Uniform attention, the control."""
 BEYOND = 2.0
-"""Standard errors by which a cell must be above a rule to have passed it."""
+"""Standard errors by which a cell must be above a baseline to have passed it."""
 
 MOST_GROUPS = 6
 """With more groups than that, the letters of a mechanism cannot be read any more."""
@@ -30,8 +30,8 @@ MOST_GROUPS = 6
 Pair = tuple[Mechanism, Mechanism]
 
 
-class Rule(NamedTuple):
-    """A rule that needs no model, and what it scores on the test examples."""
+class Baseline(NamedTuple):
+    """A rule that needs no model, and what it scores on the test examples in percent."""
 
     name: str
     accuracy: float
@@ -43,7 +43,7 @@ class Versus:
 
     Attributes:
         adjusted: p by Holm over all of the table that it stands in.
-        apart: whether it is more than luck, in that table.
+        significant: whether it is, in that table.
     """
 
     task: str
@@ -51,33 +51,33 @@ class Versus:
     other: Mechanism
     difference: Difference
     adjusted: float
-    apart: bool
+    significant: bool
 
 
 @dataclass(frozen=True)
 class OnTask:
-    """All pairs of one task, each once, and the groups that cannot be told apart.
+    """All pairs of one task, each once, and the groups without a significant difference.
 
     Attributes:
         means: accuracy in percent, the mean over seeds.
-        apart: whether a pair is told apart, among all pairs of the task.
+        significant: whether a pair differs significantly, among all pairs of the task.
     """
 
     task: str
     means: Mapping[Mechanism, float]
     differences: Mapping[Pair, Difference]
-    apart: Mapping[Pair, bool]
+    significant: Mapping[Pair, bool]
     groups: Mapping[Mechanism, str]
 
     def difference(self, one: Mechanism, other: Mechanism) -> Difference | None:
-        """Of `one` less `other`; None if they have no seed in common."""
+        """Return that of `one` less `other`; None if they have no seed in common."""
         if (one, other) in self.differences:
             return self.differences[one, other]
         found = self.differences.get((other, one))
         return None if found is None else found.reversed()
 
-    def is_apart(self, one: Mechanism, other: Mechanism) -> bool:
-        return self.apart.get((one, other), self.apart.get((other, one), False))
+    def is_significant(self, one: Mechanism, other: Mechanism) -> bool:
+        return self.significant.get((one, other), self.significant.get((other, one), False))
 
     @property
     def marks(self) -> Mapping[Mechanism, str]:
@@ -88,15 +88,18 @@ class OnTask:
         return max(self.means, key=lambda mechanism: self.means[mechanism], default=None)
 
     def leaders(self) -> list[Mechanism]:
-        """The best, and those that are not told apart from it."""
+        """Return the best, and those that are not significantly different from it."""
         best = self.best()
         if best is None:
             return []
-        return [mechanism for mechanism in self.means if mechanism == best or not self.is_apart(best, mechanism)]
+        return [mechanism for mechanism in self.means if mechanism == best or not self.is_significant(best, mechanism)]
 
 
 class Comparison:
-    """What follows from the scores in a setting. Everything is computed once, when it is first asked for."""
+    """What reports are made of: observations, their setting, and what follows from the scores.
+
+    Everything is computed once, when it is first asked for.
+    """
 
     def __init__(self, frame: pd.DataFrame, setting: Setting) -> None:
         self.frame, self.setting = frame, setting
@@ -104,7 +107,7 @@ class Comparison:
 
     @functools.cached_property
     def tasks(self) -> dict[str, OnTask]:
-        """Of each task of the grid."""
+        """The comparisons on each task of the grid."""
         return {task: self._on(task) for task in self.setting.tasks}
 
     def _on(self, task: str) -> OnTask:
@@ -112,12 +115,12 @@ class Comparison:
         pairs = {(one, other): (scores[one], scores[other]) for one, other in itertools.combinations(scores, 2)}
         found = paired_differences(pairs)
         adjusted = holm(found)
-        apart = {pair: found[pair].is_apart(adjusted[pair], len(found)) for pair in found}
+        significant = {pair: found[pair].is_significant(adjusted[pair], len(found)) for pair in found}
         means = {mechanism: float(of_mechanism.accuracies.mean()) for mechanism, of_mechanism in scores.items()}
-        return OnTask(task, means, found, apart, letters(means, apart))
+        return OnTask(task, means, found, significant, letters(means, significant))
 
     def others_of(self, attn: str) -> dict[Mechanism, Mechanism]:
-        """For each mechanism the one called `attn` that it is compared with: with the same former, if there is one."""
+        """Return for each mechanism the `attn` that it is compared with: of the same former, if there is one."""
         named = [mechanism for mechanism in self.mechanisms if mechanism[0] == attn]
         found = {}
         for mechanism in self.mechanisms:
@@ -127,7 +130,7 @@ class Comparison:
         return found
 
     def versus(self, attn: str) -> list[Versus]:
-        """Every mechanism on every task less the one called `attn`, corrected over all of them."""
+        """Compare every mechanism on every task with the one called `attn`, corrected over all of them."""
         chosen = {
             (task, mechanism): (other, difference)
             for task, on_task in self.tasks.items()
@@ -138,7 +141,7 @@ class Comparison:
         return _corrected(chosen)
 
     def planned(self, attn: str) -> list[Versus]:
-        """The one called `attn` less uniform attention with the same former, on every task, corrected over these alone.
+        """Compare the one called `attn` with uniform attention of the same former, on every task, corrected over these.
 
         It is the first question, whatever else is in the grid: does it matter where one attends?
         """
@@ -153,7 +156,7 @@ class Comparison:
         return _corrected(chosen)
 
     def ppsbn(self) -> list[Versus]:
-        """Every mechanism that is there both ways: with ppSBN less without, corrected over all of them."""
+        """Compare every mechanism with ppSBN with itself without, corrected over all of them."""
         with_it = [m for m in self.mechanisms if m[2] == "maclauformer" and (*m[:2], "transformer") in self.mechanisms]
         chosen = {}
         for task, on_task in self.tasks.items():
@@ -164,35 +167,35 @@ class Comparison:
                     chosen[task, mechanism] = (other, difference)
         return _corrected(chosen)
 
-    def rules(self, task: str) -> list[Rule]:
-        """Those of a task, with what they score in percent."""
-        found = self.frame[(self.frame.quantity == "rule_accuracy") & (self.frame.task == task)]
-        return [Rule(str(name), 100 * value) for name, value in zip(found.direction, found.value, strict=True)]
+    def baselines(self, task: str) -> list[Baseline]:
+        """Return the baselines of a task."""
+        found = self.frame[(self.frame.quantity == "baseline_accuracy") & (self.frame.task == task)]
+        return [Baseline(str(name), 100 * value) for name, value in zip(found.direction, found.value, strict=True)]
 
-    def best_rule(self, task: str) -> Rule | None:
-        return max(self.rules(task), key=lambda rule: rule.accuracy, default=None)
+    def best_baseline(self, task: str) -> Baseline | None:
+        return max(self.baselines(task), key=lambda baseline: baseline.accuracy, default=None)
 
     @functools.cached_property
     def passed(self) -> dict[tuple[str, Mechanism, int], float]:
-        """The step at which each finished cell passed the best rule on dev; infinity for never, NaN without a rule."""
+        """The step at which each finished cell passed the best baseline on dev; infinity for never, NaN without one."""
         curves = self.frame[self.frame.quantity == "curve_dev_accuracy"]
         found = {}
         for task in self.setting.tasks:
-            rule = self.best_rule(task)
+            baseline = self.best_baseline(task)
+            bar = baseline.accuracy / 100 if baseline else float("nan")
             sizes = [self._size(task, split) for split in ("dev", "test")]
             of_task = curves[curves.task == task]
             for mechanism in self.mechanisms:
                 for seed, rows in rows_of(of_task, mechanism).groupby("seed"):
-                    bar = rule.accuracy / 100 if rule else float("nan")
                     found[task, mechanism, int(str(seed))] = _passed(rows, bar, *sizes)
         return found
 
     def steps_to_pass(self, task: str, mechanism: Mechanism) -> list[float]:
-        """Those of its seeds."""
+        """Return the step of each of its seeds."""
         return [step for key, step in self.passed.items() if key[:2] == (task, mechanism)]
 
     def never_passed(self, task: str, mechanism: Mechanism) -> bool:
-        """Whether there is a rule, and no seed has passed it."""
+        """Return whether there is a baseline, and no seed has passed it."""
         steps = self.steps_to_pass(task, mechanism)
         return bool(steps) and all(np.isinf(steps))
 
@@ -201,38 +204,32 @@ class Comparison:
         return float(found.value.iloc[0]) if len(found) else float("nan")
 
     def middle(self, mechanism: Mechanism) -> tuple[float, float, float]:
-        """The interquartile mean over all runs of all tasks, of accuracy above that of the majority class, in percent.
+        """Return the interquartile mean over all runs of all tasks of accuracy above the majority class, in percent.
 
         0 is the majority class and 100 everything right; NaN where a task is missing, or there is one task only.
         """
         runs = []
         for task in self.setting.tasks:
-            floor = next((rule.accuracy for rule in self.rules(task) if rule.name == "majority class"), float("nan"))
+            baselines = {baseline.name: baseline.accuracy for baseline in self.baselines(task)}
+            floor = baselines.get("majority class", float("nan"))
             if (task, mechanism) not in self.setting.scores:
                 return (float("nan"),) * 3
             runs.append(100 * (self.setting.scores[task, mechanism].accuracies - floor) / (100 - floor))
         return interquartile_mean(runs) if len(runs) > 1 else (float("nan"),) * 3
 
 
-def compared(frame: pd.DataFrame, setting: Setting) -> Comparison:
-    """The comparison of what is in `frame`, the same one for all reports that share the setting."""
-    if setting.comparison is None:
-        setting.comparison = Comparison(frame, setting)
-    return setting.comparison
-
-
 def _corrected(chosen: Mapping[tuple[str, Mechanism], tuple[Mechanism, Difference]]) -> list[Versus]:
     differences = {key: difference for key, (_, difference) in chosen.items()}
     adjusted, family = holm(differences), len(differences)
     return [
-        Versus(task, mechanism, other, found, adjusted[key], found.is_apart(adjusted[key], family))
+        Versus(task, mechanism, other, found, adjusted[key], found.is_significant(adjusted[key], family))
         for (task, mechanism), (other, found) in chosen.items()
         for key in [(task, mechanism)]
     ]
 
 
 def _passed(rows: pd.DataFrame, bar: float, dev_size: float, test_size: float) -> float:
-    """The first step at which dev accuracy is BEYOND standard errors above `bar`, which a rule scores on test."""
+    """Return the first step at which dev accuracy is BEYOND standard errors above `bar`, a baseline's on test."""
     if np.isnan(bar):
         return float("nan")
     ordered = rows.sort_values("step")

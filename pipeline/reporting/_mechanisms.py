@@ -5,8 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting._collect import Mechanism
 from schoenbat.registry import VARIANT_MARK
+
+Mechanism = tuple[str, str, str]
+"""attn, dotf ("" for none) and former."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56A0D3", "#8C564B", "#7A68C8")
 """After Okabe and Ito's palette, which stays distinct for colour-blind readers; all are seen on white and on black."""
@@ -16,29 +18,29 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 
 
 def mechanisms(frame: pd.DataFrame) -> list[Mechanism]:
-    """The distinct (attn, dotf, former) of the cells in `frame`, in the order of the grid."""
+    """Return the distinct (attn, dotf, former) of the cells in `frame`, in the order of the grid."""
     cells = frame[frame.quantity == "test_accuracy"]
     return list(dict.fromkeys(zip(cells.attn, cells.dotf, cells.former, strict=True)))
 
 
 def named(mechanism: Sequence[str]) -> dict[str, str]:
-    """The column that says in a table which mechanism a row is about."""
+    """Return the column that says in a table which mechanism a row is about."""
     return {"mechanism": label(mechanism)}
 
 
 def keyed(mechanism: Sequence[str]) -> dict[str, str]:
-    """The same for programs: attn, dotf and former as params.yaml has them."""
+    """Return the same for programs: attn, dotf and former as params.yaml has them."""
     return dict(zip(("attn", "dotf", "former"), mechanism, strict=False))
 
 
 def has_ppsbn(former: str) -> str:
-    """Yes or no, with the name of a variant of the former, if it is one."""
+    """Return yes or no, with the name of a variant of the former, if it is one."""
     name, _, variant = former.partition(VARIANT_MARK)
     return ("yes" if name == "maclauformer" else "no") + (f", {variant}" if variant else "")
 
 
 def label(mechanism: Sequence[str]) -> str:
-    """The mechanism in a legend or a sentence."""
+    """Name the mechanism in a legend or a sentence."""
     attn, dotf, *former = mechanism
     name, _, variant = former[0].partition(VARIANT_MARK) if former else ("", "", "")
     parts = [f"{attn}{f' {dotf}' if dotf else ''}", *(["ppSBN"] if name == "maclauformer" else [])]
@@ -46,7 +48,7 @@ def label(mechanism: Sequence[str]) -> str:
 
 
 def style(frame: pd.DataFrame, mechanism: Sequence[str]) -> dict[str, Any]:
-    """How an (attn, dotf) is drawn in all figures of a profile; with the second of its formers it is dashed and hollow.
+    """Return how an (attn, dotf) is drawn in all figures of a profile; its second former is dashed and hollow.
 
     No two share both colour and marker.
     """
@@ -65,20 +67,20 @@ def style(frame: pd.DataFrame, mechanism: Sequence[str]) -> dict[str, Any]:
 
 
 def first_listed(timings: pd.DataFrame) -> pd.DataFrame:
-    """The timings at the first of `bench.threads` and, for each mechanism that has them, of `bench.num_features`."""
+    """Return the timings at the first of `bench.threads` and, where there are several, of `bench.num_features`."""
     firsts = timings.groupby("attn").num_features.transform("first")
     return timings[(timings.threads == timings.threads.iloc[:1].max()) & (timings.num_features == firsts)]
 
 
 def widened(frame: pd.DataFrame, prefix: str, keys: list[str]) -> pd.DataFrame:
-    """One row per combination of `keys`, in order of appearance, with the quantities called PREFIX... as columns."""
+    """Return one row per combination of `keys`, in order of appearance, with quantities called PREFIX... as columns."""
     order = frame[keys].drop_duplicates()
     wide = frame.pivot(index=keys, columns="quantity", values="value").reset_index()
     return order.merge(wide, on=keys).rename(columns=lambda name: name.removeprefix(prefix))
 
 
 def rows_of(frame: pd.DataFrame, mechanism: Sequence[str]) -> pd.DataFrame:
-    """The rows of `frame` on one (attn, dotf) or (attn, dotf, former)."""
+    """Return the rows of `frame` on one (attn, dotf) or (attn, dotf, former)."""
     for column, value in zip(("attn", "dotf", "former"), mechanism, strict=False):
         frame = frame[frame[column] == value]
     return frame

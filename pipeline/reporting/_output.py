@@ -48,7 +48,7 @@ class Figure:
 
 
 def new_canvas(width: float, height: float, panels: int = 1, rows: int = 1) -> tuple[Canvas, list[Axes]]:
-    """A figure of width x height inches with `panels` axes side by side in each row, of one vertical scale."""
+    """Return a figure of width x height inches with `panels` axes side by side in each row, of one vertical scale."""
     # A text is a little wider in one format than in another.
     canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(canvas)
@@ -56,7 +56,7 @@ def new_canvas(width: float, height: float, panels: int = 1, rows: int = 1) -> t
 
 
 def add_legend(axes: Axes) -> None:
-    """Below all axes, in as many columns as fit; the figure grows by its rows, so the axes keep their size."""
+    """Draw the legend below all axes, in as many columns as fit; the figure grows by its rows."""
     canvas = axes.figure
     assert isinstance(canvas, Canvas)
     handles, labels = axes.get_legend_handles_labels()
@@ -81,8 +81,14 @@ def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def keep_within_percent(axes: Axes) -> None:
+    """End the y axis at 0 and 100 %, so that no bar of a spread leaves what an accuracy can be."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 102.0))
+
+
 def write_table(folder: Path, table: Table) -> str:
-    """Write tables/NAME.{md,csv,tex} under `folder`; returns the table as Markdown for the index."""
+    """Write tables/NAME.{md,csv,tex} under `folder`; return the table as Markdown for the index."""
     stem = folder / "tables" / table.name
     text = f"**{_escape_markdown(table.title)}**\n\n{_markdown(table)}\n\n{_escape_markdown(table.note)}"
     stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
@@ -92,7 +98,7 @@ def write_table(folder: Path, table: Table) -> str:
 
 
 def write_figure(folder: Path, figure: Figure) -> str:
-    """Write figures/NAME.{svg,pdf,png} under `folder`; returns a reference to it as Markdown for the index."""
+    """Write figures/NAME.{svg,pdf,png} under `folder`; return a reference to it as Markdown for the index."""
     stem = folder / "figures" / figure.name
     figure.canvas.savefig(stem.with_suffix(".png"), dpi=160)
     # What constrained layout has found by now is kept: it takes longer than to draw.
@@ -107,7 +113,7 @@ def write_figure(folder: Path, figure: Figure) -> str:
 
 
 def write_text(folder: Path, text: Text) -> str:
-    """Write NAME.md under `folder` if the sentences have a name; returns them as Markdown for the index."""
+    """Write NAME.md under `folder` if the sentences have a name; return them as Markdown for the index."""
     heading = f"**{_escape_markdown(text.title)}**\n\n" if text.title else ""
     written = heading + "\n".join(f"- {_escape_markdown(line)}" for line in text.lines)
     if text.name:

@@ -11,8 +11,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from pipeline.reporting._collect import Setting
 from pipeline.reporting._output import Figure
+from pipeline.reporting._setting import Setting
 from pipeline.reporting._table import Table, Text
 from pipeline.text import counted
 
@@ -43,7 +43,7 @@ class Section:
 
 
 def render_page(setting: Setting, sections: Sequence[Section], figures: Path) -> str:
-    """The page, as one text.
+    """Return the page as one text.
 
     Args:
         figures: the folder in which NAME.svg of each figure lies.
@@ -73,7 +73,7 @@ def render_page(setting: Setting, sections: Sequence[Section], figures: Path) ->
 
 
 def _rows(table: Table) -> list[list[tuple[str, bool]]]:
-    """The cells to be shown, and whether each stands out."""
+    """Return the cells to be shown, and whether each stands out."""
     headings = list(table.shown.columns)
     return [
         [(_bound(text), (number, heading) in table.strong) for heading, text in zip(headings, row, strict=True)]
@@ -82,12 +82,12 @@ def _rows(table: Table) -> list[list[tuple[str, bool]]]:
 
 
 def _bound(text: str) -> str:
-    """With percent signs that stay beside their numbers."""
+    """Keep percent signs beside their numbers."""
     return text.replace(" %", "\u00a0%")
 
 
 def _drawn(figure: Figure, svg: str) -> Markup:
-    """The <svg> element of a file by matplotlib, fit to stand in a page with others."""
+    """Return the <svg> element of a file by matplotlib, fit to stand in a page with others."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r"\n\s*", "\n", element)

@@ -1,4 +1,4 @@
-"""Which differences between mechanisms are more than luck, over seeds and test examples together.
+"""Which differences between mechanisms are significant, over seeds and test examples together.
 
 At one seed all mechanisms start from the same weights and see the same batches, and all are tested on the same
 examples, so differences are taken within seed and example. Of one pair on one task there is a table d [S, n]: what the
@@ -8,7 +8,7 @@ examples, e for the rest, its squared standard error is
 
     (MS_s + MS_i - MS_e) / (S n)
 
-with MS_s and MS_i taken as MS_e where luck has made them less, which they are not in truth (Clark, 1973, "The
+with MS_s and MS_i taken as MS_e where they came out less, which their expectations are not (Clark, 1973, "The
 language-as-fixed-effect fallacy"). It is estimated by a bootstrap
 that draws seeds and examples with replacement, each apart. Row means are stretched by sqrt(S / (S - 1)), as S of them
 vary less than S fresh ones, and column means shrunk by sqrt(1 - MS_e / MS_i), as the noise in them is in the row means
@@ -65,7 +65,7 @@ class Scores:
 
     @staticmethod
     def of(predictions: Mapping[int, Predictions]) -> "Scores":
-        """Those of the predictions by seed, which are of the same examples."""
+        """Return the scores of predictions of the same examples, by seed."""
         rows = [found.correct / found.targets.mean() for found in predictions.values()]
         return Scores(tuple(predictions), np.stack(rows))
 
@@ -104,11 +104,11 @@ class Difference:
     margin: float = float("nan")
 
     def reversed(self) -> "Difference":
-        """The second of the pair less the first."""
+        """Return the second of the pair less the first."""
         return dataclasses.replace(self, estimate=-self.estimate, low=-self.high, high=-self.low)
 
-    def is_apart(self, adjusted: float, family: int) -> bool:
-        """Whether it is more than luck among `family` comparisons.
+    def is_significant(self, adjusted: float, family: int) -> bool:
+        """Return whether it is significant after correction for `family` comparisons.
 
         Args:
             adjusted: p after Holm's correction. With fewer than LEAST_SEEDS seeds it is Bonferroni's that counts: an
@@ -118,7 +118,7 @@ class Difference:
 
 
 def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) -> dict[K, Difference]:
-    """Those of all pairs, of one task.
+    """Return the differences of all pairs of one task.
 
     Args:
         pairs: over the seeds that both have; a pair that has none in common is left out.
@@ -144,7 +144,7 @@ class _Layout:
     """Means and mean squares of a table of seeds and examples.
 
     Attributes:
-        lacking: what luck has made the mean square of the seeds less than that of the rest, which is in `seeds_ms`.
+        lacking: by how much the mean square of the seeds came out less than that of the rest; it is in `seeds_ms`.
     """
 
     rows: Array
@@ -178,7 +178,7 @@ class _Layout:
         return float(np.sqrt(max(0.0, 1 - self.rest_ms / self.examples_ms))) if self.examples_ms else 0.0
 
     def degrees(self) -> float:
-        """Satterthwaite's, of the squared standard error."""
+        """Return Satterthwaite's degrees of freedom of the squared standard error."""
         seeds, examples = len(self.rows) - 1, max(1, len(self.columns) - 1)
         total = self.seeds_ms + max(0.0, self.examples_ms - self.rest_ms)
         spread = self.seeds_ms**2 / seeds
@@ -188,7 +188,7 @@ class _Layout:
 
 
 def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
-    """The standard errors of the means of the tables; those of one shape share their draws."""
+    """Return the standard errors of the means of the tables; those of one shape share their draws."""
     errors = [0.0] * len(layouts)
     shapes: dict[tuple[int, int], list[int]] = {}
     for position, layout in enumerate(layouts):
@@ -208,7 +208,7 @@ def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
 
 
 def _drawn(generator: np.random.Generator, size: int) -> Array:
-    """[_CHUNK, size]: in each row, how often each of `size` is drawn in as many draws, as shares."""
+    """Return [_CHUNK, size]: in each row, how often each of `size` is drawn in as many draws, as shares."""
     drawn = generator.integers(0, size, (_CHUNK, size)) + size * np.arange(_CHUNK)[:, None]
     return np.bincount(drawn.ravel(), minlength=_CHUNK * size).reshape(_CHUNK, size) / size
 
@@ -236,24 +236,24 @@ def _difference(layout: _Layout, error: float) -> Difference:
 
 @functools.cache
 def _noncentrality(df: float) -> float:
-    """A true difference in standard errors that a t-test at LEVEL shows with a probability of POWER."""
+    """Return the true difference in standard errors that a t-test at LEVEL shows with a probability of POWER."""
     effect = TTestPower().solve_power(effect_size=None, nobs=df + 1, alpha=LEVEL, power=POWER)
     return float(np.squeeze(effect)) * (df + 1) ** 0.5
 
 
 def holm(differences: Mapping[K, Difference]) -> dict[K, float]:
-    """The p-values of a family after Holm's correction; NaN stays NaN and counts for nothing."""
+    """Return the p-values of a family after Holm's correction; NaN stays NaN and counts for nothing."""
     known = {key: found.p for key, found in differences.items() if not np.isnan(found.p)}
     adjusted = multipletests(list(known.values()), method="holm")[1].tolist() if known else []
     return dict.fromkeys(differences, float("nan")) | dict(zip(known, adjusted, strict=True))
 
 
-def letters(means: Mapping[K, float], apart: Mapping[tuple[K, K], bool]) -> dict[K, str]:
-    """Groups that cannot be told apart: two share a letter where they, and all that share it, are not told apart.
+def letters(means: Mapping[K, float], significant: Mapping[tuple[K, K], bool]) -> dict[K, str]:
+    """Return groups as letters: two share one where they, and all that share it, are not significantly different.
 
     Args:
         means: what "a", the group with the highest, is chosen by.
-        apart: of all pairs, in either order; a pair that is missing is not told apart.
+        significant: of all pairs, in either order; a pair that is missing is not significant.
     """
     graph: nx.Graph = nx.Graph()
     graph.add_nodes_from(means)
@@ -262,7 +262,7 @@ def letters(means: Mapping[K, float], apart: Mapping[tuple[K, K], bool]) -> dict
         (one, other)
         for position, one in enumerate(ordered)
         for other in ordered[position + 1 :]
-        if not apart.get((one, other), apart.get((other, one), False))
+        if not significant.get((one, other), significant.get((other, one), False))
     )
     ranks = {key: rank for rank, key in enumerate(ordered)}
     groups = sorted(sorted(ranks[key] for key in group) for group in nx.find_cliques(graph))
@@ -279,7 +279,7 @@ def _letter(number: int) -> str:
 
 
 def interquartile_mean(runs: Sequence[Array], seed: int = 0) -> tuple[float, float, float]:
-    """The mean of the middle half of all runs of all tasks, and an interval with 1 - LEVEL.
+    """Return the mean of the middle half of all runs of all tasks, and an interval with 1 - LEVEL.
 
     By percentiles of a bootstrap that draws runs anew within each task (Agarwal et al., 2021, "Deep reinforcement
     learning at the edge of the statistical precipice"); NaN where a task has a single run.

@@ -1,5 +1,6 @@
-"""What a report is made of, before it is written in any form: texts, and tables."""
+"""What a report is made of, before it is written in any form: texts and tables; and how numbers are shown."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -44,5 +45,20 @@ class Table:
 
     @property
     def note(self) -> str:
-        """What stands below it."""
+        """The text below the table."""
         return f"{self.caption} {self.provenance}".strip()
+
+
+def show_number(value: float, how: str = ".2f") -> str:
+    """Format a number, never as a negative zero; NaN is `MISSING`."""
+    if math.isnan(value):
+        return MISSING
+    sign = "+" if how.startswith("+") else ""
+    return format(value, f"{sign}z{how.removeprefix('+')}")
+
+
+def show_interval(low: float, high: float, how: str = "+.2f") -> str:
+    """Format an interval of a difference in accuracy, cut at the ±100 points that are possible."""
+    if math.isnan(low):
+        return MISSING
+    return f"{show_number(max(low, -100.0), how)} to {show_number(min(high, 100.0), how)}"

@@ -1,4 +1,4 @@
-"""The results of a profile on a terminal of 80 columns: accuracies, groups that are not told apart, what to do next."""
+"""The results of a profile on a terminal of 80 columns: accuracies, groups that do not differ, what to do next."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.grid.params import Params
-from pipeline.reporting._collect import Setting, collect
-from pipeline.reporting._comparison import Comparison, compared
+from pipeline.reporting._collect import collect
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, label
+from pipeline.reporting._setting import Setting
 from pipeline.text import counted
 
 WIDTH = 80
@@ -25,7 +26,7 @@ def show_results(params: Params, root: Path, console: Console | None = None) -> 
     """Print the results of the profile, from the files of its cells."""
     console = console or _console()
     frame, setting = collect(params.profile, params, root)
-    comparison = compared(frame, setting)
+    comparison = Comparison(frame, setting)
     console.print(
         Text(f"profile {setting.profile}: {setting.num_finished} of {counted(setting.num_cells, 'cell')} done")
     )
@@ -38,9 +39,9 @@ def show_results(params: Params, root: Path, console: Console | None = None) -> 
 
 
 def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
-    """The same as plain values: accuracies in percent, by task."""
+    """Return the same as plain values: accuracies in percent, by task."""
     frame, setting = collect(params.profile, params, root)
-    comparison = compared(frame, setting)
+    comparison = Comparison(frame, setting)
     return {
         "profile": setting.profile,
         "finished": setting.num_finished,
@@ -48,10 +49,13 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
         "report": str(_report(setting)) if (root / _report(setting)).is_file() else None,
         "tasks": {
             task: {
-                "rules": {rule.name: rule.accuracy for rule in comparison.rules(task)},
+                "baselines": {baseline.name: baseline.accuracy for baseline in comparison.baselines(task)},
                 "mechanisms": [
                     {**keyed(mechanism), "mean": mean, "seeds": _by_seed(comparison, task, mechanism)}
-                    | {"group": on_task.groups[mechanism], "passed_rule": not comparison.never_passed(task, mechanism)}
+                    | {
+                        "group": on_task.groups[mechanism],
+                        "passed_baseline": not comparison.never_passed(task, mechanism),
+                    }
                     for mechanism, mean in on_task.means.items()
                 ],
             }
@@ -61,7 +65,7 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
 
 
 def _console() -> Console:
-    """As wide as the terminal; elsewhere as wide as most are."""
+    """Return a console as wide as the terminal; elsewhere as wide as most are."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
@@ -88,10 +92,10 @@ def _tables(comparison: Comparison, width: int) -> Iterator[Table]:
         }
         for mechanism in sorted(found, key=lambda m: (-len(found[m]), -sum(found[m]))):
             drawn.add_row(label(mechanism), *(_cell(comparison, task, mechanism) for task in chosen))
-        best = {task: comparison.best_rule(task) for task in chosen}
-        if any(best.values()):
-            texts = [Text(f"{rule.accuracy:.1f}" if rule else "", style="dim") for rule in best.values()]
-            drawn.add_row(Text("best rule without a model", style="dim"), *texts)
+        best = [comparison.best_baseline(task) for task in chosen]
+        if any(best):
+            texts = [Text(f"{found.accuracy:.1f}" if found else "", style="dim") for found in best]
+            drawn.add_row(Text("best baseline (no model)", style="dim"), *texts)
         yield drawn
 
 
@@ -112,11 +116,11 @@ def _legend(comparison: Comparison) -> str:
     seeds = len(comparison.setting.seeds)
     parts = [f"± over {seeds} seeds." if seeds > 1 else "One seed: no spread."]
     if seeds > 1 and any(on_task.marks for on_task in comparison.tasks.values()):
-        parts.append("Two that share a letter are not told apart.")
+        parts.append("Two that share a letter are not significantly different.")
     elif seeds > 1:
-        parts.append("Which are told apart is in the report.")
+        parts.append("Which differ significantly is in the report.")
     if any(comparison.never_passed(*key) for key in comparison.setting.scores):
-        parts.append(f"{_NOT_LEARNED} no better than the best rule that needs no model.")
+        parts.append(f"{_NOT_LEARNED} no better than the best baseline, which needs no model.")
     return " ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Test accuracy of every mechanism on every task, over seeds, beside what rules score that need no model."""
+"""Test accuracy of every mechanism on every task, over seeds, beside baselines that need no model."""
 
 from collections.abc import Iterator
 
@@ -6,28 +6,27 @@ import numpy as np
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
-from pipeline.reporting._comparison import MOST_GROUPS, Comparison, compared
+from pipeline.reporting._comparison import MOST_GROUPS, Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, named
 from pipeline.reporting._statistics import LEAST_SEEDS
-from pipeline.reporting._table import MISSING, Table
+from pipeline.reporting._table import MISSING, Table, show_number
 
 NEVER = "†"
 
 
 class Accuracy(Report):
-    """The main table. In bold: the best of a task, and those that are not told apart from it."""
+    """The main table. In bold: the best of a task, and those that are not significantly different from it."""
 
     title = "Test accuracy"
     order = 10
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
-        comparison = compared(frame, setting)
+    def make(self, comparison: Comparison) -> Iterator[Table]:
+        setting = comparison.setting
         if not comparison.mechanisms:
             return
         found = [_row(comparison, mechanism) for mechanism in comparison.mechanisms]
-        rules = dict.fromkeys(rule.name for task in setting.tasks for rule in comparison.rules(task))
-        found += [_rule_row(comparison, name) for name in rules]
+        names = dict.fromkeys(found.name for task in setting.tasks for found in comparison.baselines(task))
+        found += [_baseline_row(comparison, name) for name in names]
         values, shown = (pd.DataFrame(rows) for rows in zip(*found, strict=True))
         strong = {
             (row, setting.heading(task))
@@ -53,17 +52,17 @@ def _legend(comparison: Comparison) -> str:
     parts = [f"Seeds: {len(setting.seeds)}, or as many as stand in parentheses."]
     if len(setting.seeds) > 1:
         parts.append(
-            "Bold: the best, and what is not told apart from it, over seeds and test examples together (all pairs of a "
-            f"task; Holm, with fewer than {LEAST_SEEDS} seeds Bonferroni)."
+            "Bold: the best, and what is not significantly different from it, over seeds and test examples together "
+            f"(all pairs of a task; Holm, with fewer than {LEAST_SEEDS} seeds Bonferroni)."
         )
         marked = [bool(on_task.marks) for on_task in comparison.tasks.values() if on_task.groups]
         if any(marked):
-            parts.append("Letters: of two that share one the difference may be luck as well.")
+            parts.append("Letters: two that share one are not significantly different.")
         if not all(marked):
             parts.append(
                 f"Where it would take more than {MOST_GROUPS} letters, the figure of all pairs shows it instead."
             )
-    parts.append(f"{NEVER}: no seed passed the best of the rules, which need no model, by two standard errors on dev.")
+    parts.append(f"{NEVER}: no seed passed the best baseline, which needs no model, by two standard errors on dev.")
     if len(setting.tasks) > 1:
         parts.append(
             "IQM: interquartile mean over the runs of all tasks, as the share of the way from the majority class to "
@@ -93,20 +92,20 @@ def _row(comparison: Comparison, mechanism: Mechanism) -> tuple[dict, dict]:
     if len(setting.tasks) > 1:
         middle, low, high = comparison.middle(mechanism)
         numbers |= {"iqm": middle, "iqm low": low, "iqm high": high}
-        texts["IQM"] = _number(middle) + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
+        texts["IQM"] = show_number(middle) + ("" if np.isnan(low) else f" [{low:z.1f}, {high:z.1f}]")
     return keyed(mechanism) | numbers, named(mechanism) | texts
 
 
-def _rule_row(comparison: Comparison, name: str) -> tuple[dict, dict]:
+def _baseline_row(comparison: Comparison, name: str) -> tuple[dict, dict]:
     setting = comparison.setting
     numbers, texts = {}, {}
     for task in setting.tasks:
-        accuracy = next((rule.accuracy for rule in comparison.rules(task) if rule.name == name), float("nan"))
+        accuracy = next((found.accuracy for found in comparison.baselines(task) if found.name == name), float("nan"))
         numbers[f"{task} mean"] = accuracy
-        texts[setting.heading(task)] = _number(accuracy)
+        texts[setting.heading(task)] = show_number(accuracy)
     if len(setting.tasks) > 1:
         texts["IQM"] = MISSING
-    label = f"rule: {name}"
+    label = f"baseline: {name}"
     return {"attn": label} | numbers, {"mechanism": label} | texts
 
 
@@ -117,7 +116,3 @@ def _show(accuracies: np.ndarray, group: str, mark: str, planned: int) -> str:
     letters = f" {group}" if group and planned > 1 else ""
     count = "" if len(accuracies) == planned else f" ({len(accuracies)} of {planned})"
     return f"{accuracies.mean():.2f}{spread}{letters}{mark}{count}"
-
-
-def _number(value: float) -> str:
-    return MISSING if np.isnan(value) else f"{value:.2f}"

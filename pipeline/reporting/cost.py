@@ -8,10 +8,11 @@ import pandas as pd
 from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style, widened
 from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
-from pipeline.reporting._table import MISSING, Table
+from pipeline.reporting._setting import Setting
+from pipeline.reporting._table import MISSING, Table, show_number
 
 PASSES = ("forward", "forward+backward")
 CAUSAL_PASSES = ("causal forward", "causal forward+backward")
@@ -25,7 +26,8 @@ class Cost(Report):
     title = "Time and memory"
     order = 40
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+        frame, setting = comparison.frame, comparison.setting
         found = frame[frame.quantity.str.startswith("bench_")]
         if found.empty:
             return
@@ -55,11 +57,11 @@ def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Ta
             "threads": str(row["threads"]),
             "length": f"{row['length']:,}",
             "direction": row["direction"],
-            "ms": _number(row["milliseconds"]),
-            "± (iqr)": _number(row["spread"]),
+            "ms": show_number(row["milliseconds"], ",.2f"),
+            "± (iqr)": show_number(row["spread"], ",.2f"),
             "speed-up": _speedup(row),
-            "peak MB": _number(row["peak_memory_mb"]),
-            "error": _number(row["relative_error"], ".1e"),
+            "peak MB": show_number(row["peak_memory_mb"], ",.2f"),
+            "error": show_number(row["relative_error"], ".1e"),
         }
         for row in timings.to_dict("records")
     ]
@@ -82,7 +84,7 @@ def _speedup(row: Mapping[Hashable, Any]) -> str:
 
 
 def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
-    """The length from which on a ratio of times stays below 1, straight between measured points on logarithmic axes.
+    """Return the length from which on a ratio of times stays below 1, interpolated on logarithmic axes.
 
     Args:
         lengths: ascending.
@@ -103,7 +105,7 @@ def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
 
 
 def _leads(own: pd.DataFrame, sdpa: pd.DataFrame) -> dict[str, float]:
-    """From which length a mechanism is faster, and the same with both times off by half of their spreads."""
+    """Return from which length a mechanism is faster, and the same with both times off by half of their spreads."""
     both = own.merge(sdpa, on="length", suffixes=("", "_sdpa")).sort_values("length")
     lengths = both.length.tolist()
     ratio = both.milliseconds / both.milliseconds_sdpa
@@ -188,7 +190,3 @@ def _figure(
         caption="Medians.",
         provenance=setting.bench_caption(),
     )
-
-
-def _number(value: float, how: str = ",.2f") -> str:
-    return MISSING if pd.isna(value) else format(value, how)

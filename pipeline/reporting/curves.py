@@ -7,13 +7,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Mechanism, Setting
-from pipeline.reporting._comparison import compared
-from pipeline.reporting._mechanisms import label, mechanisms, rows_of, style
+from pipeline.reporting._comparison import Comparison
+from pipeline.reporting._mechanisms import Mechanism, label, rows_of, style
 from pipeline.reporting._output import Figure, add_legend, new_canvas
 
 PANEL = 10
-"""Mechanisms that can be told apart in one panel."""
+"""Mechanisms whose lines can be distinguished in one panel."""
 COLUMNS = 2
 
 
@@ -23,24 +22,25 @@ class Curves(Report):
     title = "Learning curves"
     order = 50
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Figure]:
-        for task in setting.tasks:
+    def make(self, comparison: Comparison) -> Iterator[Figure]:
+        frame = comparison.frame
+        for task in comparison.setting.tasks:
             found = frame[(frame.quantity == "curve_dev_accuracy") & (frame.task == task)]
-            drawn = [mechanism for mechanism in mechanisms(frame) if not rows_of(found, mechanism).empty]
+            drawn = [mechanism for mechanism in comparison.mechanisms if not rows_of(found, mechanism).empty]
             if drawn:
-                yield _figure(frame, found, drawn, task, setting)
+                yield _figure(comparison, found, drawn, task)
 
 
-def _figure(frame: pd.DataFrame, found: pd.DataFrame, drawn: list[Mechanism], task: str, setting: Setting) -> Figure:
-    rule = compared(frame, setting).best_rule(task)
+def _figure(comparison: Comparison, found: pd.DataFrame, drawn: list[Mechanism], task: str) -> Figure:
+    setting, baseline = comparison.setting, comparison.best_baseline(task)
     panels = [drawn[start : start + PANEL] for start in range(0, len(drawn), PANEL)]
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     canvas, all_axes = new_canvas(7.5, 4) if len(panels) == 1 else new_canvas(11, 2.6 * rows, columns, rows)
     for axes, panel in zip(all_axes, panels, strict=False):
-        _draw(axes, frame, found, panel)
-        if rule is not None:
-            axes.axhline(rule.accuracy, color="0.5", linewidth=1, linestyle=":")
+        _draw(axes, comparison.frame, found, panel)
+        if baseline is not None:
+            axes.axhline(baseline.accuracy, color="0.5", linewidth=1, linestyle=":")
         axes.set(xlabel="step", ylabel="dev accuracy (%)", xlim=(0, found.step.max() * 1.02))
         if len(panels) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
@@ -53,7 +53,7 @@ def _figure(frame: pd.DataFrame, found: pd.DataFrame, drawn: list[Mechanism], ta
         name=f"curves-{task}",
         title=f"Dev accuracy of {task} while training (mean over seeds; band: lowest to highest seed)",
         canvas=canvas,
-        caption="" if rule is None else f"Dotted: the best rule that needs no model, {rule.name}.",
+        caption="" if baseline is None else f"Dotted: the best baseline that needs no model, {baseline.name}.",
         provenance=setting.caption([task]),
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._table import Table
 
 COLUMNS = {
@@ -27,7 +27,8 @@ class Data(Report):
     title = "Data"
     order = 85
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table]:
+    def make(self, comparison: Comparison) -> Iterator[Table]:
+        frame, setting = comparison.frame, comparison.setting
         found = frame[frame.quantity.str.startswith("data_")]
         if found.empty:
             return
@@ -36,15 +37,15 @@ class Data(Report):
         )
         tasks = [task for task in setting.tasks if task in wide.index]
         values = wide.loc[tasks, list(COLUMNS)].reset_index()
-        values.insert(1, "data", [setting.labels[task] for task in tasks])
+        values.insert(1, "data", [setting.data[task].label for task in tasks])
         shown = pd.DataFrame(
             {
                 "task": tasks,
-                "data": [setting.labels[task] for task in tasks],
+                "data": [setting.data[task].label for task in tasks],
                 **{heading: [f"{value:,.0f}" for value in values[name]] for name, heading in COLUMNS.items()},
             }
         )
-        notes = [f"{task}: {note}" for task in tasks for note in setting.data_notes[task]]
+        notes = [f"{task}: {note}" for task in tasks for note in setting.data[task].notes]
         yield Table(
             name="data",
             title="Numbers of examples, and lengths of texts in tokens before they are cut",

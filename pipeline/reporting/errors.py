@@ -1,17 +1,21 @@
 """How much of a trained cell's attention estimates of its kernel explain, at equal numbers of features."""
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import COLOURS, MARKERS, widened
 from pipeline.reporting._output import Figure, add_legend, new_canvas
-from pipeline.reporting._table import MISSING, Table
+from pipeline.reporting._setting import Setting
+from pipeline.reporting._table import MISSING, Table, show_number
 
 FIGURE_KERNEL = "exp"
+COLUMNS = 3
+"""Panels of a figure side by side."""
 LEAST_SHARE = -0.5
 """Where the axis of shares ends: an estimate can be further off than uniform weights without bound."""
 AS_TRAINED = " as trained"
@@ -25,7 +29,8 @@ class Errors(Report):
     title = "Errors of the estimators in trained cells"
     order = 35
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+        frame, setting = comparison.frame, comparison.setting
         found = frame[frame.quantity.str.startswith("error_")]
         if found.empty:
             return
@@ -60,7 +65,7 @@ def _trained_table(beside: pd.DataFrame, setting: Setting) -> Table:
             "kernel error": f"{row['kernel_error']:.1e}",
             "output error": f"{row['output_error']:.1e}",
             "share explained": _share(row["share"]),
-            "test accuracy": MISSING if pd.isna(row["accuracy"]) else f"{100 * row['accuracy']:.2f}",
+            "test accuracy": show_number(100 * row["accuracy"]),
         }
         for row in beside.to_dict("records")
     ]
@@ -109,9 +114,11 @@ def _share(share: float) -> str:
 
 def _figure(errors: pd.DataFrame, setting: Setting) -> Figure:
     cells = list(dict.fromkeys(errors.cell))
-    canvas, panels = new_canvas(3.2 * len(cells) + 2, 3.8, panels=len(cells))
+    columns = min(COLUMNS, len(cells))
+    rows_of_panels = math.ceil(len(cells) / columns)
+    canvas, panels = new_canvas(3.6 * columns, 3.2 * rows_of_panels + 0.6, columns, rows_of_panels)
     sizes = sorted(errors.num_features.unique())
-    for axes, cell in zip(panels, cells, strict=True):
+    for axes, cell in zip(panels, cells, strict=False):
         for index, estimator in enumerate(dict.fromkeys(errors.estimator)):
             rows = errors[(errors.cell == cell) & (errors.estimator == estimator)]
             spreads = (2 * rows.unexplained * rows.unexplained_spread).where(rows.share > LEAST_SHARE)
@@ -132,8 +139,11 @@ def _figure(errors: pd.DataFrame, setting: Setting) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("features")
         axes.set_title(cell, fontsize=7)
-    panels[0].set_ylabel("share of the attention explained")
-    add_legend(panels[-1])
+    for axes in panels[::columns]:
+        axes.set_ylabel("share explained")
+    for axes in panels[len(cells) :]:
+        axes.remove()
+    add_legend(panels[0])
     return Figure(
         name="errors",
         title=f"Share of the attention explained over the number of features, kernel {FIGURE_KERNEL}",

@@ -3,14 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
-from pipeline.reporting._comparison import Comparison, OnTask, compared
+from pipeline.reporting._comparison import Comparison, OnTask
 from pipeline.reporting._mechanisms import Mechanism, has_ppsbn, label, rows_of
 from pipeline.reporting._statistics import LEAST_SEEDS
-from pipeline.reporting._table import Text
+from pipeline.reporting._table import Text, show_interval, show_number
 from pipeline.text import counted
 
 _NAMED = 4
@@ -23,8 +21,7 @@ class Findings(Report):
     title = "Findings"
     order = 0
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Text]:
-        comparison = compared(frame, setting)
+    def make(self, comparison: Comparison) -> Iterator[Text]:
         shown = [line for on_task in comparison.tasks.values() for line in _on_task(comparison, on_task)]
         shown += [*_attention_matters(comparison), *_on_ppsbn(comparison)]
         yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",), "findings")
@@ -42,21 +39,34 @@ def _on_task(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
     if not others:
         yield f"{start}; nothing else is finished."
     elif not tied:
-        yield f"{start}, told apart from {'the other one' if len(others) == 1 else f'all {len(others)} others'}."
+        yield f"{start}, significantly above {'the other one' if len(others) == 1 else f'all {len(others)} others'}."
     elif len(tied) == len(others):
-        yield f"{start}, but not told apart from {'the other one' if len(others) == 1 else 'any other'}."
+        yield f"{start}, not significantly above {'the other one' if len(others) == 1 else 'any other'}."
     else:
-        yield f"{start}; it is not told apart from {_listed(tied)}, but from {_others(len(others) - len(tied))}."
+        rest = _others(len(others) - len(tied))
+        yield f"{start}: significantly above {rest}, not significantly above {_listed(tied)}."
+    yield from _on_baseline(comparison, on_task)
+
+
+def _on_baseline(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
+    """Say which mechanisms passed the best baseline with no seed, and which with some only."""
+    task, baseline = on_task.task, comparison.best_baseline(on_task.task)
+    if baseline is None:
+        return
     never = [mechanism for mechanism in on_task.means if comparison.never_passed(task, mechanism)]
-    rule = comparison.best_rule(task)
-    if rule is not None and never:
+    steps = {mechanism: comparison.steps_to_pass(task, mechanism) for mechanism in on_task.means}
+    passed = {mechanism: (int(np.isfinite(found).sum()), len(found)) for mechanism, found in steps.items()}
+    partly = sorted((m for m, (some, every) in passed.items() if 0 < some < every), key=lambda m: passed[m][0])
+    named = f"“{baseline.name}”, which scores {baseline.accuracy:.1f} % without a model"
+    if never:
         who = "no mechanism" if len(never) == len(on_task.means) else f"no seed of {_listed(never)}"
-        yield (
-            f"{task}: {who} passed the rule “{rule.name}”, which scores {rule.accuracy:.1f} % without a model: such an "
-            "accuracy is no sign of having learned more."
-        )
-    elif rule is not None:
-        yield f"{task}: every mechanism passed the best rule that needs no model ({rule.name}, {rule.accuracy:.1f} %)."
+        yield f"{task}: {who} passed the baseline {named}: such an accuracy is no sign of having learned more."
+    if partly:
+        counts = [f"{label(m)} ({passed[m][0]} of {passed[m][1]})" for m in partly[:_NAMED]]
+        more = [f"{len(partly) - _NAMED} more"] if len(partly) > _NAMED else []
+        yield f"{task}: only some seeds of {_joined([*counts, *more])} passed the baseline {named}."
+    if not never and not partly:
+        yield f"{task}: every seed of every mechanism passed the baseline {named}."
 
 
 def _others(count: int) -> str:
@@ -67,43 +77,48 @@ def _attention_matters(comparison: Comparison) -> Iterator[str]:
     rows = comparison.planned(comparison.setting.reference)
     for row in rows:
         found = row.difference
-        pair = f"{row.task}: {label(row.mechanism)} less {label(row.other)} is {found.estimate:+.1f} points"
-        interval = f"(95 %: {found.low:+.1f} to {found.high:+.1f})"
+        one, other = label(row.mechanism), label(row.other)
+        points = f"{show_number(abs(found.estimate), '.1f')} points"
+        interval = f"(95 %: {show_interval(found.low, found.high, '+.1f')})"
+        beats = f"{row.task}: {one} {'beats' if found.estimate > 0 else 'stays below'} {other} by {points}"
         if found.seeds < 2:
-            yield f"{pair}, of one seed."
-        elif row.apart:
-            yield f"{pair} {interval}: it matters where one attends."
+            yield f"{beats}, in one seed."
+        elif row.significant:
+            yield f"{beats} {interval}."
         else:
-            among = f", one of {len(rows)} such comparisons," if len(rows) > 1 else ""
-            yield f"{pair} {interval}{among} which may be luck: that it matters where one attends is not shown."
+            among = f", one of {len(rows)} such comparisons" if len(rows) > 1 else ""
+            yield f"{row.task}: {one} and {other} differ by {points} {interval}{among}: not significant."
 
 
 def _on_ppsbn(comparison: Comparison) -> Iterator[str]:
+    """Name the largest significant effects of ppSBN, and say how many there are of either sign."""
     rows = comparison.ppsbn()
     if not rows:
         return
-    apart = [row for row in rows if row.apart]
-    for row in apart[:_NAMED]:
+    found = sorted((row for row in rows if row.significant), key=lambda row: -abs(row.difference.estimate))
+    for row in found[:_NAMED]:
         change = "raises" if row.difference.estimate > 0 else "lowers"
         yield f"{row.task}: ppSBN {change} {label(row.other)} by {abs(row.difference.estimate):.1f} points."
-    kept = len(rows) - len(apart)
-    more = f", of which {len(apart)} are told apart" if apart else ", none of which is told apart"
-    yield f"ppSBN: {counted(len(rows), 'comparison')} with and without{more}; {kept} may be luck."
+    raised = sum(row.difference.estimate > 0 for row in found)
+    yield (
+        f"ppSBN: of {counted(len(rows), 'comparison')} with and without it, {raised} are significantly higher with it, "
+        f"{len(found) - raised} significantly lower, and {len(rows) - len(found)} not significantly different."
+    )
 
 
 def _open(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
     task, setting = on_task.task, comparison.setting
     judged = {pair: found for pair, found in on_task.differences.items() if found.seeds > 1}
     if judged:
-        apart = sum(on_task.apart[pair] for pair in judged)
-        equal = sum(not on_task.apart[pair] and found.margin < setting.margin for pair, found in judged.items())
+        significant = sum(on_task.significant[pair] for pair in judged)
+        equal = sum(not on_task.significant[pair] and found.margin < setting.margin for pair, found in judged.items())
         smallest = float(np.median([found.smallest for found in judged.values()]))
         examples = next(scores.shares.shape[1] for key, scores in setting.scores.items() if key[0] == task)
         yield (
-            f"{task}: of {counted(len(judged), 'pair')} {apart} are told apart, {equal} are equal within "
-            f"{setting.margin:g} point{'' if setting.margin == 1 else 's'}, and {len(judged) - apart - equal} stay "
-            f"open. With these seeds and {examples:,} test examples a true difference has to be about {smallest:.1f} "
-            "points to be seen in four of five cases, before any correction."
+            f"{task}: of {counted(len(judged), 'pair')} {significant} differ significantly, {equal} are equal within "
+            f"{setting.margin:g} point{'' if setting.margin == 1 else 's'}, and "
+            f"{len(judged) - significant - equal} stay open. With these seeds and {examples:,} test examples a true "
+            f"difference has to be about {smallest:.1f} points to be seen in four of five cases, before any correction."
         )
     rising = _still_rising(comparison, task)
     cells = sum(key[0] == task for key in comparison.passed)
@@ -127,9 +142,9 @@ def _in_general(comparison: Comparison) -> Iterator[str]:
     setting = comparison.setting
     seeds = len(setting.seeds)
     if seeds < 2:
-        yield "There is one seed: no difference can be told from luck."
+        yield "There is one seed: no difference can be tested."
     elif seeds < LEAST_SEEDS:
-        yield f"{seeds} seeds are too few for p-values; intervals are wide, and what is not told apart may yet differ."
+        yield f"{seeds} seeds are too few for p-values; intervals are wide, and what is not significant may yet differ."
     confounded = _confounded(comparison)
     if confounded:
         yield (
@@ -142,7 +157,7 @@ def _in_general(comparison: Comparison) -> Iterator[str]:
         yield f"There are no prepared data, and so no results, for {', '.join(setting.unavailable)}."
     if len(setting.tasks) == 1:
         yield "There is one task: nothing is said about others."
-    if not setting.bench:
+    if not setting.bench.circumstances:
         yield "There is no benchmark: nothing is said about time and memory."
     frame = comparison.frame
     if setting.tasks and rows_of(frame[frame.quantity == "test_accuracy"], (setting.reference,)).empty:
@@ -150,7 +165,7 @@ def _in_general(comparison: Comparison) -> Iterator[str]:
 
 
 def _confounded(comparison: Comparison) -> list[Mechanism]:
-    """Mechanisms whose reference has another former than they have."""
+    """Return mechanisms whose reference has another former than they have."""
     found = comparison.others_of(comparison.setting.reference)
     return [mechanism for mechanism, other in found.items() if has_ppsbn(mechanism[2]) != has_ppsbn(other[2])]
 

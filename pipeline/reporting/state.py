@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Mechanism, Setting
-from pipeline.reporting._mechanisms import keyed, label, mechanisms, named, rows_of, style
-from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
+from pipeline.reporting._comparison import Comparison
+from pipeline.reporting._mechanisms import Mechanism, keyed, label, mechanisms, named, rows_of, style
+from pipeline.reporting._output import Figure, add_legend, keep_within_percent, new_canvas, set_log
+from pipeline.reporting._setting import Setting
 from pipeline.reporting._table import MISSING, Table
 from schoenbat.registry import base_name
 
@@ -19,9 +20,11 @@ class State(Report):
     title = "Recall against the size of the state"
     order = 45
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+        frame, setting = comparison.frame, comparison.setting
         sizes = frame[frame.quantity == "state_bytes"].dropna()
-        tasks = [task for task in setting.tasks if task in set(sizes.task)]
+        tested = {task for task, _ in setting.scores}
+        tasks = [task for task in setting.tasks if task in tested & set(sizes.task)]
         if not tasks:
             return
         yield _table(frame, sizes, tasks, setting)
@@ -73,6 +76,7 @@ def _figure(frame: pd.DataFrame, sizes: pd.DataFrame, task: str, setting: Settin
         axes.errorbar(size, accuracy, yerr=spreads if any(spreads) else None, label=label(mechanism), **look)
     set_log(axes, "x")
     axes.set(xlabel="bytes of state", ylabel="test accuracy (%)", title=setting.heading(task))
+    keep_within_percent(axes)
     add_legend(axes)
     return Figure(
         name=f"state-{task}",

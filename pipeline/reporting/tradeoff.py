@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._collect import Setting
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import Mechanism, first_listed, keyed, label, mechanisms, named, rows_of, style
-from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
+from pipeline.reporting._output import Figure, add_legend, keep_within_percent, new_canvas, set_log
+from pipeline.reporting._setting import Setting
 from pipeline.reporting._table import MISSING, Table
 from schoenbat.lra.tasks import TASKS
 
@@ -22,14 +23,17 @@ class Tradeoff(Report):
     title = "Accuracy against cost at each task's own length"
     order = 30
 
-    def make(self, frame: pd.DataFrame, setting: Setting) -> Iterator[Table | Figure]:
+    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+        frame, setting = comparison.frame, comparison.setting
         timings = first_listed(frame[frame.quantity == "bench_milliseconds"])
         costs = {
             task: {m: found for m in mechanisms(frame) if (found := _time(timings, task, m, length)) is not None}
             for task in setting.tasks
             if (length := _own_length(frame, setting, task)) is not None
         }
-        scored = [task for task in costs if costs[task] and any(key[0] == task for key in setting.scores)]
+        scored = [
+            task for task, found in costs.items() if any((task, mechanism) in setting.scores for mechanism in found)
+        ]
         if not scored:
             return
         yield _table(frame, costs, scored, setting)
@@ -38,13 +42,13 @@ class Tradeoff(Report):
 
 
 def _own_length(frame: pd.DataFrame, setting: Setting, task: str) -> int | None:
-    """That of the longest text after cutting; None without data."""
+    """Return the length of the longest truncated text; None without data."""
     longest = frame[(frame.quantity == "data_longest") & (frame.task == task)].value
-    return None if longest.empty else min(int(longest.iloc[0]), setting.max_lengths[task])
+    return None if longest.empty else min(int(longest.iloc[0]), setting.params.task[task].data.max_length)
 
 
 def _time(timings: pd.DataFrame, task: str, mechanism: Mechanism, length: int) -> float | None:
-    """Milliseconds at a length, straight between measured lengths on logarithmic axes; None outside of them."""
+    """Return milliseconds at a length, straight between measured lengths on logarithmic axes; None outside of them."""
     direction = f"causal {DIRECTION}" if TASKS.get(task).causal else DIRECTION
     rows = rows_of(timings[timings.direction == direction], mechanism[:2]).sort_values("length")
     if rows.empty or not rows.length.min() <= length <= rows.length.max():
@@ -102,6 +106,7 @@ def _figure(frame: pd.DataFrame, costs: dict[Mechanism, float], task: str, setti
         ylabel="test accuracy (%)",
         title=setting.heading(task),
     )
+    keep_within_percent(axes)
     add_legend(axes)
     return Figure(
         name=f"tradeoff-{task}",

@@ -18,7 +18,7 @@ class Rival:
 
 
 def installed_rivals(*, heads: int, head_dim: int, num_features: int, device: torch.device) -> Iterator[Rival]:
-    """performer-pytorch's with `num_features` features and transformers' Nystromformer with as many landmarks."""
+    """Yield performer-pytorch with `num_features` features and transformers' Nystromformer with as many landmarks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

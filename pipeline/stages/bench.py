@@ -131,7 +131,7 @@ class Contender:
         return affordable and length % self.multiple_of == 0
 
     def forms(self) -> dict[str, Attend]:
-        """What it can compute, by what stands before the names of `PASSES`."""
+        """Return what it can compute, by what stands before the names of `PASSES`."""
         return {"": self.attend} if self.causal is None else {"": self.attend, "causal ": self.causal}
 
 
@@ -174,7 +174,7 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
 
 
 def _contenders(params: Params, shape: Shape, device: torch.device) -> Iterator[Contender]:
-    """torch's own attention, every registered one with its section of params.yaml (or its defaults), and rivals."""
+    """Yield torch's attention, every registered one with its section of params.yaml or its defaults, and rivals."""
     exact = F.scaled_dot_product_attention
     yield Contender("sdpa", None, None, exact, quadratic=True, causal=functools.partial(exact, is_causal=True))
     for name in ATTENTIONS.names():
@@ -255,7 +255,7 @@ def _bench_length(
 
 
 def _errors(contender: Contender, form: str, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[float, float]:
-    """Relative error of outputs and of gradients; raises TrainingFailed where they may not be timed."""
+    """Return relative errors of outputs and of gradients; raise TrainingFailed where they may not be timed."""
     length = inputs[0].shape[-2]
     picked = torch.linspace(0, length - 1, min(length, CHECKED_QUERIES), device=weight.device).long()
     weight = weight[..., picked, :]
@@ -285,7 +285,7 @@ def _relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def _interleaved(tasks: Mapping[K, Callable[[], Any]], repeats: int, device: torch.device) -> dict[K, list[float]]:
-    """Milliseconds per call, `repeats` samples of each; every other round goes through the tasks backwards."""
+    """Return milliseconds per call, `repeats` samples of each; every other round runs the tasks backwards."""
     loops = {}
     for name, call in tasks.items():
         first = _seconds(call, 1, device)
@@ -342,7 +342,7 @@ def _peak_memory_mb(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
-    """One optimiser step of the LRA model on full-length Text batches: `bench.step` against softmax."""
+    """Time an optimiser step of the LRA model on full-length Text batches: `bench.step` against softmax."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
     labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)

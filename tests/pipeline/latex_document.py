@@ -21,7 +21,8 @@ def set_tables(tables: Path, folder: Path) -> list[float]:
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(path.stem for path in tables.glob("*.tex"))
     inputs = [f"\\input{{{(tables / name).as_posix()}.tex}}\\clearpage" for name in names]
-    packages = r"\usepackage[utf8]{inputenc}\usepackage[T1]{fontenc}\usepackage{lmodern,booktabs,longtable,array}"
+    named = "lmodern,adjustbox,array,booktabs,longtable,pdflscape"
+    packages = rf"\usepackage[utf8]{{inputenc}}\usepackage[T1]{{fontenc}}\usepackage{{{named}}}"
     document = [r"\documentclass{article}", packages, r"\begin{document}", *inputs, r"\end{document}"]
     (folder / "tables.tex").write_text("\n".join(document), encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]

@@ -25,11 +25,11 @@ class Raw:
     """The raw results in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.rules: dict[str, dict[str, float]] = {}
+        self.baselines: dict[str, dict[str, float]] = {}
         self.sizes: dict[str, dict[str, int]] = {}
         for path in (folder / "data").glob("*.json"):
             summary = json.loads(path.read_text())
-            self.rules[path.stem] = summary.get("baselines", {})
+            self.baselines[path.stem] = summary.get("baselines", {})
             self.sizes[path.stem] = summary["splits"]
         self.cells: dict[tuple[str, Mechanism, int], dict[str, Any]] = {}
         for path in folder.glob("*/metrics/*.json"):
@@ -91,7 +91,7 @@ class Raw:
 def check_report(root: Path, profile: str) -> int:
     """Compare every number of the main tables of a report with what its raw files give; how many were compared."""
     raw, tables = Raw(root / "runs" / profile), root / "reports" / profile / "tables"
-    return sum(check(raw, tables) for check in (_accuracy, _cells, _pairs, _versus, _rules))
+    return sum(check(raw, tables) for check in (_accuracy, _cells, _pairs, _versus, _baselines))
 
 
 def _same(found: Any, expected: float, **tolerance: float) -> int:
@@ -113,10 +113,10 @@ def _accuracy(raw: Raw, tables: Path) -> int:
     tasks = [column.removesuffix(" std") for column in table if column.endswith(" std")]
     count = 0
     for row in table.to_dict("records"):
-        if row["attn"].startswith("rule: "):
+        if row["attn"].startswith("baseline: "):
             for task in tasks:
-                rule = raw.rules.get(task, {}).get(row["attn"].removeprefix("rule: "), math.nan)
-                count += _same(row[f"{task} mean"], 100 * rule)
+                accuracy = raw.baselines.get(task, {}).get(row["attn"].removeprefix("baseline: "), math.nan)
+                count += _same(row[f"{task} mean"], 100 * accuracy)
             continue
         runs = []
         for task in tasks:
@@ -124,7 +124,7 @@ def _accuracy(raw: Raw, tables: Path) -> int:
             count += _same(row[f"{task} n"], len(scores))
             count += _same(row[f"{task} mean"], scores.mean() if len(scores) else math.nan)
             count += _same(row[f"{task} std"], scores.std(ddof=1) if len(scores) > 1 else math.nan)
-            floor = 100 * raw.rules.get(task, {}).get("majority class", math.nan)
+            floor = 100 * raw.baselines.get(task, {}).get("majority class", math.nan)
             runs.append(100 * (scores - floor) / (100 - floor))
         if len(tasks) > 1:
             every = np.sort(np.concatenate(runs))
@@ -145,14 +145,14 @@ def _cells(raw: Raw, tables: Path) -> int:
         count += _same(100 * row["test_accuracy"], cell["accuracy"])
         count += _same(row["dev_accuracy"], cell["metrics"]["best_dev_accuracy"])
         count += _same(row["best_step"], cell["metrics"]["best_step"])
-        count += _same(row["passed_rule_at"], _passed(raw, row["task"], cell["curve"]))
+        count += _same(row["passed_baseline_at"], _passed(raw, row["task"], cell["curve"]))
     return count
 
 
 def _passed(raw: Raw, task: str, curve: pd.DataFrame) -> float:
-    if not raw.rules.get(task):
+    if not raw.baselines.get(task):
         return math.nan
-    bar = max(raw.rules[task].values())
+    bar = max(raw.baselines[task].values())
     for step, reached in zip(curve.step, curve.dev_accuracy, strict=True):
         squared = reached * (1 - reached) / raw.sizes[task]["dev"] + bar * (1 - bar) / raw.sizes[task]["test"]
         if reached > bar + 2 * math.sqrt(squared):
@@ -192,7 +192,7 @@ def _compare(row: dict[Any, Any], expected: dict[str, float]) -> int:
 
 
 def _letters(tables: Path, task: str, rows: pd.DataFrame) -> int:
-    """Two share a letter exactly if the table of pairs does not tell them apart."""
+    """Two share a letter exactly if the table of pairs calls them not significant."""
     accuracy = pd.read_csv(tables / "accuracy.csv")
     # After z come a1, b1 and so on.
     groups = {
@@ -201,10 +201,10 @@ def _letters(tables: Path, task: str, rows: pd.DataFrame) -> int:
     }
     holm = _holm(rows.p.to_numpy())
     for (_, row), adjusted in zip(rows.iterrows(), holm, strict=True):
-        apart = adjusted < 0.05 if row.seeds >= 6 else row.p * len(rows) < 0.05
-        assert apart == row.apart
+        significant = adjusted < 0.05 if row.seeds >= 6 else row.p * len(rows) < 0.05
+        assert significant == row.significant
         one, other = _mechanism(row), _mechanism(row, "other")
-        assert apart == (not groups[one] & groups[other]), (one, other)
+        assert significant == (not groups[one] & groups[other]), (one, other)
     return len(rows)
 
 
@@ -229,12 +229,12 @@ def _versus(raw: Raw, tables: Path) -> int:
     return count
 
 
-def _rules(raw: Raw, tables: Path) -> int:
+def _baselines(raw: Raw, tables: Path) -> int:
     count = 0
-    path = tables / "rules.csv"
+    path = tables / "baselines.csv"
     for row in pd.read_csv(path).to_dict("records") if path.is_file() else []:
         steps = [_passed(raw, row["task"], cell["curve"]) for cell in raw.of(row["task"], _mechanism(row)).values()]
         count += _same(row["cells"], len(steps)) + _same(row["passed"], int(np.isfinite(steps).sum()))
         count += _same(row["median_step"], float(np.median(steps)) if steps else math.nan)
-        count += _same(row["rule_accuracy"], 100 * max(raw.rules[row["task"]].values()))
+        count += _same(row["baseline_accuracy"], 100 * max(raw.baselines[row["task"]].values()))
     return count

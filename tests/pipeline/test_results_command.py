@@ -48,8 +48,8 @@ def test_results_fit_a_terminal_of_80_columns_and_say_what_to_do_next(finished: 
     (softmax,) = (line.split() for line in lines if line.startswith("softmax"))
     assert softmax[1:] == ["90.5", "±0.7", "a", "—"]
     (mean,) = (line.split() for line in lines if line.startswith("mean"))
-    assert mean[-2].endswith("†"), "no seed passed the rule of 55 %"
-    assert any(line.startswith("best rule without a model") and "55.0" in line for line in lines)
+    assert mean[-2].endswith("†"), "no seed passed the baseline of 55 %"
+    assert any(line.startswith("best baseline (no model)") and "55.0" in line for line in lines)
     assert lines[-1] == "next: schoenbat-exp run --grid (schoenbat-exp status says what is missing)"
 
 
@@ -72,9 +72,9 @@ def test_results_for_programs_are_plain_values(finished: Project, invoke: Invoke
     softmax, mean, rmfa = found["tasks"]["lra-listops"]["mechanisms"]
     assert (softmax["attn"], softmax["dotf"], softmax["former"]) == ("softmax", "", "transformer")
     assert softmax["seeds"] == pytest.approx({"0": 90, "1": 91})
-    assert (softmax["passed_rule"], mean["passed_rule"]) == (True, False)
+    assert (softmax["passed_baseline"], mean["passed_baseline"]) == (True, False)
     assert rmfa["group"] != ""
-    assert found["tasks"]["lra-text"] == {"rules": {}, "mechanisms": []}
+    assert found["tasks"]["lra-text"] == {"baselines": {}, "mechanisms": []}
 
 
 def test_a_report_that_would_show_less_is_refused_in_one_line_and_made_with_force(
@@ -95,7 +95,7 @@ def test_a_report_that_would_show_less_is_refused_in_one_line_and_made_with_forc
     assert "6 of 12 cells are finished." in index
     assert "- lra-listops: mean + ppSBN" not in index
     assert "lra-listops: softmax is highest with 90.5 %" in index
-    assert "lra-listops: no seed of mean passed the rule “outermost operator”, which scores 55.0 %" in index
+    assert "lra-listops: no seed of mean passed the baseline “outermost operator”, which scores 55.0 %" in index
     assert "2 seeds are too few for p-values" in index
     assert "There are no prepared data, and so no results, for lra-text." in index
     assert "6 of 12 cells are not finished." in index

@@ -80,7 +80,7 @@ def test_the_error_is_that_of_an_analysis_of_variance(
     assert found.example_share == pytest.approx(max(0, examples_ms - rest_ms) / table.size / squared, abs=1e-9)
 
 
-def test_seeds_that_agree_by_luck_do_not_make_a_difference_certain() -> None:
+def test_seeds_that_agree_by_chance_do_not_make_a_difference_certain() -> None:
     """Each of three seeds differs by 2 of 200 examples, but each on others."""
     table = np.zeros((3, 200))
     for seed in range(3):
@@ -145,7 +145,7 @@ def test_equality_within_a_margin_is_that_of_two_one_sided_tests() -> None:
     assert larger == pytest.approx(0.05, abs=0.008)
 
 
-def test_what_few_examples_do_not_tell_apart_is_not_equal() -> None:
+def test_what_is_not_significant_with_few_examples_is_not_equal() -> None:
     few, many = (difference_of(np.zeros((3, n))) for n in (40, 4000))
     unseen = 100 * stats.binomtest(0, 40).proportion_ci(0.90, "exact").high
     assert (few.low, few.high, few.margin) == pytest.approx((-unseen, unseen, unseen))
@@ -164,20 +164,20 @@ def test_holm_is_statsmodels_and_leaves_out_what_has_no_p_value() -> None:
 
 
 def test_fewer_than_six_seeds_need_the_interval_of_all_comparisons() -> None:
-    assert Difference(1.0, 6, p=0.02).is_apart(0.04, family=10)
-    assert not Difference(1.0, 5, p=0.02).is_apart(0.04, family=10)
-    assert Difference(1.0, 5, p=0.004).is_apart(0.04, family=10)
-    assert not Difference(1.0, 1).is_apart(float("nan"), family=10)
+    assert Difference(1.0, 6, p=0.02).is_significant(0.04, family=10)
+    assert not Difference(1.0, 5, p=0.02).is_significant(0.04, family=10)
+    assert Difference(1.0, 5, p=0.004).is_significant(0.04, family=10)
+    assert not Difference(1.0, 1).is_significant(float("nan"), family=10)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_share_a_letter_exactly_if_they_are_not_told_apart(seed: int) -> None:
+def test_two_share_a_letter_exactly_if_they_are_not_significantly_different(seed: int) -> None:
     generator = np.random.default_rng(seed)
     means = {name: float(generator.normal()) for name in "uvwxyz"}
-    apart = {pair: bool(generator.random() < 0.5) for pair in itertools.combinations(means, 2)}
-    found = letters(means, apart)
-    for (one, other), is_apart in apart.items():
-        assert is_apart == (not set(found[one]) & set(found[other]))
+    significant = {pair: bool(generator.random() < 0.5) for pair in itertools.combinations(means, 2)}
+    found = letters(means, significant)
+    for (one, other), differs in significant.items():
+        assert differs == (not set(found[one]) & set(found[other]))
     assert found[max(means, key=lambda name: means[name])][0] == "a"
 
 
