@@ -112,6 +112,7 @@ def test_a_filter_of_run_chooses_cells(project: Project, invoke: Invoke, option:
     assert unit in invoke("run", option, value, "--dry-run")[1]
 
 
+@pytest.mark.slow
 def test_a_plan_of_thousands_of_cells_is_made_without_dvc(project: Project) -> None:
     project.add_dvc()
     project.set("grid.tasks", ["lra-listops"])
@@ -215,6 +216,7 @@ def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
     return process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_what_goes_on_ends_with_an_interrupt(project: Project) -> None:
     project.add_dvc()
     log = Path("logs/tiny", f"{MEAN}.log")
