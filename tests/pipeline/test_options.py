@@ -173,15 +173,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 @pytest.mark.slow
-def test_force_and_restart_run_again_what_is_up_to_date(small: Project, invoke: Invoke) -> None:
-    code, out = run(small.folder, "--jobs", "1", "--devices", "cpu")
-    assert code == 0, out
+def test_force_and_restart_run_again_what_is_up_to_date(trained: Project, invoke: Invoke) -> None:
+    small = trained
     assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
     before = numbers(small.folder)
     written = {cell: Path("runs/tiny", cell, "metrics.json").stat().st_mtime_ns for cell in (MEAN, RMFA)}
     # Without --restart this checkpoint would be an error.
     Path("checkpoints/tiny", MEAN, "last.pt").write_bytes(b"of another time")
-    code, out = run(small.folder, "--cell", MEAN, "--force", "--restart")
+    code, out = run(small.folder, "--cell", MEAN, "--force", "--restart", "--jobs", "1", "--devices", "cpu")
     assert code == 0, out
     assert "1 of 2 cells of profile tiny is done" in out
     assert Path("runs/tiny", MEAN, "metrics.json").stat().st_mtime_ns > written[MEAN]
