@@ -50,14 +50,7 @@ class RmfaSketch(KernelAttention):
         alone = chunk - 1 if complete else length
         return max(far * (complete > 0) + open_chunk, kept_bytes(alone, head_dim) + FLOAT_BYTES * alone)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        scale, itself = query.shape[-1] ** -0.5, query.shape[2] == key.shape[2]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
+        scale, itself = q.shape[-1] ** -0.5, q.shape[2] == k.shape[2]
         bounded = None if self.gets_units else True
-        return attend(self.features, query, key, value, key_mask, is_causal, scale, itself, bounded=bounded)
+        return attend(self.features, q, k, v, key_mask, is_causal, scale, itself, bounded=bounded)

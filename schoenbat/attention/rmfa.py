@@ -35,12 +35,5 @@ class Rmfa(KernelAttention):
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(self.features.plan.num_features, head_dim)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        return attend(self.features, query, key, value, key_mask, is_causal, scale=query.shape[-1] ** -0.5)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
+        return attend(self.features, q, k, v, key_mask, is_causal, scale=q.shape[-1] ** -0.5)

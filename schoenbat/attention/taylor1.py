@@ -28,15 +28,8 @@ class Taylor1(KernelAttention):
     def state_bytes(self, *, length: int, head_dim: int) -> int:
         return sums_bytes(head_dim + 1, head_dim)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        return attend(self._features, query, key, value, key_mask, is_causal, scale=query.shape[-1] ** -0.5)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor:
+        return attend(self._features, q, k, v, key_mask, is_causal, scale=q.shape[-1] ** -0.5)
 
     def _features(self, x: Tensor) -> Tensor:
         return F.pad(self.slope * x, (0, 1), value=self.constant)

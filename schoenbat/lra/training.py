@@ -90,9 +90,6 @@ class Evaluation:
     dev_accuracy: float
 
 
-CURVE_FIELDS = tuple(f.name for f in fields(Evaluation))
-
-
 @dataclass(frozen=True)
 class Score:
     """Means over the labels of a split: one an example, or those of all positions that have one."""

@@ -131,10 +131,20 @@ class _AtOnce(torch.autograd.Function):
         return grad_query, grad_key, features[1] @ grad_summed, None, None, None
 
 
-class _Sum(torch.autograd.Function):
-    """W^2 psi(K)^T V: [G, M, d], [G, M, v] to [G, D, v]."""
+class _InPieces(torch.autograd.Function):
+    """A function of tensors and a plan, of which only these are kept."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.plan = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+
+class _Sum(_InPieces):
+    """W^2 psi(K)^T V: [G, M, d], [G, M, v] to [G, D, v]."""
 
     @staticmethod
     def forward(key: Tensor, value: Tensor, projection: Tensor, squares: Tensor, plan: Plan) -> Tensor:
@@ -142,12 +152,6 @@ class _Sum(torch.autograd.Function):
         for group in _pieces(key):
             parts.append(_total([expand(key[i] @ projection, plan).mT @ value[i] for i in group]) * squares)
         return _joined(parts, 0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.plan = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def jvp(ctx: Any, d_key: Tensor | None, d_value: Tensor | None, *_: Any) -> Tensor:
@@ -176,10 +180,8 @@ class _Sum(torch.autograd.Function):
         return _joined(grad_key, 0), _joined(grad_value, 0), None, None, None
 
 
-class _LookUp(torch.autograd.Function):
+class _LookUp(_InPieces):
     """psi(Q) S: [G, N, d], [G, D, v] to [G, N, v]."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(query: Tensor, summed: Tensor, projection: Tensor, plan: Plan) -> Tensor:
@@ -187,12 +189,6 @@ class _LookUp(torch.autograd.Function):
         for group in _pieces(query):
             parts.append(_joined([expand(query[i] @ projection, plan) @ summed[i[0]] for i in group], 1))
         return _joined(parts, 0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.plan = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def jvp(ctx: Any, d_query: Tensor | None, d_summed: Tensor | None, *_: Any) -> Tensor:

@@ -26,9 +26,10 @@ def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool
     groups = query.shape[1] // key.shape[1]
     query = query.unflatten(1, (-1, groups)).flatten(2, 3)
     key, value = fill_masked(key, key_mask), fill_masked(value, key_mask)
+    inputs = inputs._replace(value=value)
     there = fill_masked(torch.ones_like(key[..., :1]), key_mask)
     place = torch.arange(key.shape[2])
-    row = torch.arange(inputs.query.shape[2]).repeat(groups)[:, None]
+    row = torch.arange(query.shape[2] // groups).repeat(groups)[:, None]
     kernel, seen = features.kernel, there.mT * (place <= row if is_causal else 1)
     if not is_causal or not features.near:
         if features.centres and self_attention and not is_causal:
@@ -39,7 +40,7 @@ def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool
         if features.centres and not is_causal:
             key = key - seen @ key / seen.sum(-1, keepdim=True)
         bounded = bounded and not is_causal
-        numerator, total = _estimate(features, query, key, value, seen, scale, bounded, features.centres)
+        numerator, total = _estimate(features, inputs._replace(query=query, key=key), seen, bounded, features.centres)
         out = divide(numerator, total, 0.0 if bounded else SMALLEST * features.plan.unit)
     else:
         chunk = chunk_length(features)
@@ -54,7 +55,7 @@ def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool
             numerator, total = numerator + lacking * (near @ value) / count, total + lacking
         first = there[:, :, :chunk] * kernel.is_exponential
         centre = (first * key[:, :, :chunk]).sum(-2, keepdim=True) / first.sum(-2, keepdim=True).clamp_min(1)
-        far = _estimate(features, query, key - centre, value, seen - near, scale, bounded, False)
+        far = _estimate(features, inputs._replace(query=query, key=key - centre), seen - near, bounded, False)
         shift = torch.exp(scale * query @ centre.mT)
         numerator, total = numerator + shift * far[0], total + shift * far[1]
         out = numerator / torch.where(total > 0, total, 1.0)
@@ -62,16 +63,10 @@ def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool
 
 
 def _estimate(
-    features: FeatureMap,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    scale: float,
-    bounded: bool,
-    centred: bool,
+    features: FeatureMap, inputs: AttentionInputs, weight: Tensor, bounded: bool, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """Return N and S; `centred` keys have the mean 0 under `weight`."""
+    query, key, value, _, _, scale, _ = inputs
     weight, root = weight.expand(*query.shape[:-1], -1), math.sqrt(scale)
     key_features = features(root * key)
     if not bounded:

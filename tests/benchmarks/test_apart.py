@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parents[2] / "benchmarks/apart.py"
 
 
+@pytest.mark.slow
 def test_each_kernel_has_its_largest_errors_and_how_many_are_above_the_limit() -> None:
     options = ["--kernels", "exp", "sqrt", "--head-dims", "8", "--decays", "1.5", "--sizes", "1"]
     command = [sys.executable, PROGRAM, *options, "--num-features", "4", "495"]

@@ -27,6 +27,7 @@ def test_each_kind_of_vectors_is_judged_before_and_after() -> None:
     assert decaying[5] > 0.5 > decaying[4]
 
 
+@pytest.mark.slow
 def test_on_tight_clusters_the_published_features_beat_the_sketch_and_calibrated_ones_beat_both() -> None:
     options = ("--kinds", "8 tight clusters", "--head-dims", "128", "--scales", "1", "--num-features", "1024")
     ((_, _, _, published, drawn, calibrated),) = rows_of(*options).values()

@@ -227,6 +227,7 @@ def test_torch_func_passes_through(name: str, is_causal: bool, size: str, monkey
     torch.testing.assert_close(second, torch.autograd.functional.hessian(of_query, one[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "is_causal"), WAYS)
 def test_compiles_without_a_graph_break(name: str, is_causal: bool) -> None:
     features = draw(name)
@@ -244,6 +245,7 @@ def test_compiles_without_a_graph_break(name: str, is_causal: bool) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "is_causal"), WAYS)
 def test_compiled_once_it_serves_all_lengths(name: str, is_causal: bool) -> None:
     """A few graphs at most, however many lengths come: one for less and one for more than a chunk."""
@@ -361,6 +363,7 @@ def test_without_a_gradient_blocks_are_the_default_and_agree(monkeypatch: pytest
         torch.testing.assert_close(blocks, attend(features, *tensors, None, True))
 
 
+@pytest.mark.slow
 def test_a_million_tokens_fit_into_little_memory() -> None:
     """32 wide with 128 features: 0.5 GB of inputs and output, 1 GB of features if they were all held."""
     code = """

@@ -1,10 +1,13 @@
 """Fixtures of the pipeline's tests."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import slurm_node
+import small_grid
+import trained_project
 from project_folder import Project
 
 
@@ -22,6 +25,22 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     for name in ("SCHOENBAT_DATA_MIRROR", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original of the trained project, one for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return trained_project.train_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture
+def trained(trained_once: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A copy of a project of two cells that are trained and on record, as the current folder."""
+    folder = project.folder / trained_once.name
+    trained_project.hand_out(trained_once, folder)
+    monkeypatch.chdir(folder)
+    return small_grid.set_small(Project(folder))
 
 
 @pytest.fixture

@@ -26,12 +26,17 @@ MEAN, RMFA = CELLS
 
 def make_small(folder: Path) -> Project:
     """Two cells of generated data, in a folder that is made; it has to be the current one."""
-    project = Project(folder)
+    project = set_small(Project(folder))
+    project.add_dvc()
+    return project
+
+
+def set_small(project: Project) -> Project:
+    """Set the settings of the two cells."""
     project.set("grid.tasks", ["lra-listops"])
     project.set("grid.seeds", [0])
     project.set("grid.plain.attn", ["mean"])
     project.set("grid.kernel.dotf", ["exp"])
-    project.add_dvc()
     return project
 
 

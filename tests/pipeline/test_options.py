@@ -116,6 +116,7 @@ def test_a_filter_of_run_chooses_cells(project: Project, invoke: Invoke, option:
     assert title == f"profile tiny: {expected} of {expected} {unit} to run"
 
 
+@pytest.mark.slow
 def test_a_plan_of_thousands_of_cells_is_made_without_mlflow(project: Project) -> None:
     project.add_dvc()
     project.set("grid.tasks", ["lra-listops"])
@@ -177,16 +178,15 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 @pytest.mark.slow
-def test_force_and_restart_run_again_what_is_up_to_date(small: Project, invoke: Invoke) -> None:
-    code, out = run(small.folder, "--jobs", "1", "--devices", "cpu")
-    assert code == 0, out
+def test_force_and_restart_run_again_what_is_up_to_date(trained: Project, invoke: Invoke) -> None:
+    small = trained
     assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
     before = numbers(small.folder)
     metrics = {cell: Path("runs/tiny", cell.removesuffix("-0"), "metrics/0.json") for cell in (MEAN, RMFA)}
     written = {cell: path.stat().st_mtime_ns for cell, path in metrics.items()}
     # Without --restart this checkpoint would be an error.
     Path("checkpoints/tiny", MEAN, "last.pt").write_bytes(b"of another time")
-    code, out = run(small.folder, "--cell", MEAN, "--force", "--restart")
+    code, out = run(small.folder, "--cell", MEAN, "--force", "--restart", "--jobs", "1", "--devices", "cpu")
     assert code == 0, out
     assert "1 of 2 cells of profile tiny is done" in out
     assert metrics[MEAN].stat().st_mtime_ns > written[MEAN]
@@ -221,6 +221,7 @@ def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
     return process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_what_goes_on_ends_with_an_interrupt(project: Project) -> None:
     project.add_dvc()
     log = Path("logs/tiny", f"{MEAN}.log")

@@ -28,6 +28,7 @@ def read_only(project: Project) -> Iterator[None]:
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
