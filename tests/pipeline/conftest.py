@@ -65,9 +65,3 @@ def slurm_machine() -> Iterator[slurm_node.Node]:
         pytest.skip(f"no Slurm: {reason}")
     with slurm_node.slurm_node() as node:
         yield node
-
-
-@pytest.fixture(scope="session")
-def slurm(slurm_machine: slurm_node.Node) -> dict[str, str]:
-    """The environment in which Slurm's commands find it."""
-    return slurm_machine.environment
