@@ -163,6 +163,17 @@ def test_best_weights_are_those_of_the_best_dev_accuracy_after_the_first_fifth(d
     assert score.loss == pytest.approx(result.best_dev_loss, abs=1e-9)
 
 
+def test_the_first_of_the_best_after_a_fifth_of_the_steps_is_kept(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 7 of 60 is too early, 14 is not."""
+    scripted = iter([0.9, 0.8, 0.7, 0.8, *[0.1] * 5])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: training.Score(0.5, next(scripted), 20))
+    _, result = train(dataset)
+    assert [row.step for row in result.evaluations][:4] == [7, 14, 21, 28]
+    assert (result.best_step, result.best_dev_accuracy) == (14, 0.8)
+
+
 def test_it_learns(dataset: Dataset) -> None:
     _, result = train(dataset)
     assert result.best_dev_accuracy >= 0.8
