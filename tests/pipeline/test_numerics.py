@@ -1,6 +1,7 @@
 """Digests of what code computes: they follow each change of it, not that of its text, and no code is left out."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import json
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from pipeline.grid.numerics import component_digests, digest, write_numerics
 from pipeline.grid.params import cell_training, load_params
 from pipeline.results import CellResults
 from pipeline.stages import download, preprocess
+from pipeline.stages.golden import golden_record
 from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS
 from schoenbat.kernels import KERNELS
@@ -393,6 +396,51 @@ def test_every_function_that_runs_for_a_cell_is_in_its_digests(
             if module not in COMPUTE_NOTHING:
                 (definition,) = numerics._read(numerics._source(module), module).definitions[defined]
                 assert (defined, definition.digest) in listed, f"{module}.{defined} runs for {cell.id}"
+
+
+def lines_of(run: Callable[[], object]) -> set[tuple[str, int]]:
+    """Return the lines of the library's functions that a call runs."""
+    found: set[tuple[str, int]] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            found.add((frame.f_code.co_filename, frame.f_lineno))
+        return note
+
+    def enter(frame: FrameType, _event: str, _: object) -> Any:
+        inside = frame.f_code.co_filename.startswith(str(ROOT / "schoenbat"))
+        return note if inside and frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
+
+    sys.settrace(enter)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+    return found
+
+
+@pytest.mark.parametrize("name", ATTENTIONS.names())
+def test_golden_steps_run_what_a_cell_runs(
+    trainable: Project, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """95 % of the lines at least; the others write progress and resume from a checkpoint."""
+    monkeypatch.chdir(trainable.folder)
+    params = load_params()
+    cell = next(cell for cell in expand(params) if cell.attn == name)
+    folder, device = data_folder("tiny", cell.task), torch.device("cpu")
+    config = dataclasses.replace(cell_training(params, cell), steps=12, eval_every=4)
+
+    def whole() -> None:
+        dataset, model = Dataset(folder), model_of(cell, params, read_json(folder / "meta.json"))
+        fit(model, dataset, config, seed=0, device=device, checkpoint=tmp_path / "a.pt", on_step=lambda report: None)
+        save_model(tmp_path / "best.pt", model, {})
+        model.load_state_dict(load_model(tmp_path / "best.pt")[0])
+        predict(model, dataset, "test", batch_size=config.batch_size, device=device).score()
+
+    # What is imported and cached meanwhile is not meant.
+    golden_record(params, cell)
+    of_cell, of_golden = lines_of(whole), lines_of(lambda: golden_record(params, cell))
+    assert len(of_cell - of_golden) <= 0.05 * len(of_cell), sorted(of_cell - of_golden)
 
 
 @pytest.mark.slow
