@@ -337,6 +337,18 @@ def ui(
     tool.run(profile=profile, port=port, open_browser=open_browser)
 
 
+@_trained("log", "log --profile cpu")
+def log(profile: OfProfile = None) -> None:
+    """Log the finished cells that MLflow lacks, from their files."""
+    from pipeline import tracking, trained
+
+    profile = profile or trained.current_profile()
+    cells = trained.trained_cells(profile)
+    if problem := tracking.Tracker(profile, cells).finish():
+        raise UserError(problem)
+    print(f"MLflow has all {len(cells)} finished cells of profile {profile}: {tracking.shown(tracking.store_uri())}")
+
+
 app.add_typer(commands.app)
 
 

@@ -1,68 +1,48 @@
-"""mlflow.db, which takes what MLflow records where no server is named: it is whole, or it is not there.
+"""MLflow's database in a file: it is whole, or it is not there.
 
-MLflow makes its tables in dozens of steps, and refuses a database in which only some of them were done. So a new one is
-made aside and renamed. One that holds no run is made anew: nothing is lost, and it may be such a half-made one.
+MLflow makes its tables in dozens of steps, and refuses a database in which only some of them were done or which several
+processes made at once. So one process makes a new one aside and renames it.
 """
 
-import contextlib
 import os
-import sqlite3
-import urllib.parse
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from schoenbat.errors import UserError
-
-NAME = "mlflow.db"
+_SQLITE = "sqlite:///"
 
 
-def default_uri(root: Path) -> str:
-    """The address of the database of the project in `root`, for processes in the current folder."""
-    return _address(root / NAME)
-
-
-def _address(path: Path) -> str:
+def address(path: Path) -> str:
+    """Return the URI of a database for processes in the current folder."""
     # In an address ? begins a query and % an escape, so a folder with such a name must not be part of it.
-    return f"sqlite:///{os.path.relpath(path) if {'?', '%'} & set(str(path)) else path}"
+    return f"{_SQLITE}{os.path.relpath(path) if {'?', '%'} & set(str(path)) else path}"
 
 
-def ensure(root: Path, make: Callable[[str], object]) -> None:
-    """Make the database where there is none. To be called under a lock.
+def file_of(uri: str) -> Path | None:
+    """Return the path of the database at `uri`; None for a server."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def is_absent(uri: str) -> bool:
+    """Return whether `uri` names a file in which there is no database yet."""
+    path = file_of(uri)
+    return path is not None and not (path.is_file() and path.stat().st_size)
+
+
+def create(path: Path, make_tables: Callable[[str], object]) -> None:
+    """Create a database. To be called under a lock.
 
     Args:
-        make: makes the tables of a new database at an address.
-
-    Raises:
-        UserError: the one that is there is damaged, or locked by another process.
+        make_tables: makes the tables of a new database at a URI.
     """
-    path = root / NAME
-    for leftover in root.glob(f".{NAME}.*"):
-        leftover.unlink(missing_ok=True)
-    if path.exists() and _holds_runs(path):
-        return
-    part = root / f".{NAME}.{os.getpid()}.tmp"
+    # MLflow remembers by its name that a database has its tables.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        make(_address(part))
+        make_tables(address(part))
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        for journal in root.glob(f"{NAME}-*"):
-            journal.unlink(missing_ok=True)
         part.replace(path)
     finally:
-        for leftover in root.glob(f".{NAME}.*"):
+        # Journals of a database that was deleted would be applied to the new one.
+        for leftover in (*path.parent.glob(f".{path.name}.*.tmp*"), *path.parent.glob(f"{path.name}-*")):
             leftover.unlink(missing_ok=True)
-
-
-def _holds_runs(path: Path) -> bool:
-    address = f"file:{urllib.parse.quote(str(path))}?mode=rw"
-    try:
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
-            return database.execute("select 1 from runs limit 1").fetchone() is not None
-    except sqlite3.DatabaseError as error:
-        if "no such table" in str(error):
-            return False
-        if "locked" in str(error):
-            raise UserError(f"{path} is locked by another process; wait for its end and run again") from None
-        raise UserError(
-            f"{path} cannot be used ({error}); move it away and run again: reports do not need it"
-        ) from None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from pipeline import database, tracking
+from pipeline import tracking
 from pipeline.launch.session import StopSignals
 from pipeline.trained import current_profile
 from schoenbat.errors import UserError
@@ -31,8 +31,9 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
         UserError: nothing is recorded yet, the port is taken, or the server does not start or ends by itself.
     """
     profile = profile or current_profile()
-    uri = os.environ.get(tracking.TRACKING_URI) or database.default_uri(Path.cwd())
-    experiment = tracking.find_experiment(uri)
+    uri, experiment = tracking.store_uri(), tracking.find_experiment()
+    if experiment is None:
+        raise UserError(f"nothing is recorded in {uri} yet; run a grid first")
     if uri.startswith("http"):
         _show(page(uri.rstrip("/"), experiment, profile), open_browser)
         return

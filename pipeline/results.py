@@ -110,7 +110,7 @@ class Resources:
     Attributes:
         device: as in `Metrics`.
         resumed: how often it went on from a checkpoint.
-        run_id: of MLflow.
+        run_id: of MLflow, in files of earlier versions.
     """
 
     device: str
@@ -119,7 +119,7 @@ class Resources:
     tokens_per_second: float
     peak_memory_mb: float
     resumed: int
-    run_id: str
+    run_id: str = ""
 
 
 @dataclass(frozen=True)

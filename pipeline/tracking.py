@@ -1,493 +1,313 @@
-"""What a grid and its cells record in MLflow; the only importer of mlflow.
+"""Finished cells in MLflow, from the files that they have written; the only importer of mlflow.
 
-The database is `mlflow.db` in the project's folder, or whatever MLFLOW_TRACKING_URI names. There is one experiment, in
-it one parent run per profile of this checkout, and below that one run per cell. Who starts a grid calls `start_grid`
-once, hands its result to the environment of the children, and calls `end_grid`; a cell that is started alone does the
-same for itself. All first use happens under a file lock, because MLflow's migrations fail when several processes meet a
-new database.
-
-A cell has one run for each fingerprint (code, data and params), however often it is interrupted, fails or is trained
-again, and what the run already holds is not logged a second time. MLflow is for browsing: reports never read it.
-
-A server may be away for a while. During training an evaluation that cannot be logged is kept and sent with a later one;
-at the start and at the end of a cell, where there is nothing better to do, it is waited for. A grid does not begin with
-an MLflow that cannot be used; later on, what cannot be logged is said, and the cell goes on without.
+The database is `mlflow.db` in the project's folder, or whatever MLFLOW_TRACKING_URI names. It has one experiment, in it
+one parent run per profile of this checkout, and below that one run per cell and fingerprint (code, data and params).
+Training knows nothing of it: the process of a grid, the command that has trained a cell by hand, or `schoenbat-exp log`
+finds out what MLflow lacks and logs it. A run is FINISHED when all of it is logged; what was cut off is done again, for
+metrics of equal time, step and value are one to MLflow. MLflow is for browsing: nothing reads it, no cell waits for it.
 """
 
-import copy
-import dataclasses
-import errno
-import importlib.metadata
+import contextlib
 import os
-import platform
 import posixpath
 import re
+import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from pipeline import database
-from pipeline.files import git_revision
-from pipeline.grid.cells import Cell
+from pipeline.grid.settings import flat
+from pipeline.lease import LEASE_VARIABLE
 from pipeline.quiet_mlflow import import_mlflow
-from pipeline.stopping import Stopped
+from pipeline.results import CellResults, Metrics
 from pipeline.text import counted
+from pipeline.trained import TrainedCell, load_trained
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
-
-    from schoenbat.lra.encoder import Classifier
-    from schoenbat.lra.training import Evaluation
+    from mlflow.entities import Experiment, Run
 
 EXPERIMENT = "schoenbat"
-EXPERIMENT_ID = "SCHOENBAT_MLFLOW_EXPERIMENT_ID"
-PARENT_RUN_ID = "SCHOENBAT_MLFLOW_PARENT_RUN_ID"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
-
-PATIENCE_SECONDS = 300.0
-"""How long a server is waited for at the start and at the end of a cell."""
-_PAUSE_SECONDS = 3.0
-_SHOWN_RUNS = 1000
-
-Scalar = str | int | float | bool | None
-T = TypeVar("T")
+PATIENCE_SECONDS = 60.0
+"""The end of a grid waits so long for MLflow to take another cell, and a cell so long for another process to log."""
+_STOPPING_SECONDS = 2.0
+_BATCH = 10
+_MOST_METRICS = 1000
+_CURVES = ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss", "epoch", "learning_rate")
 
 
-def start_grid(profile: str, root: Path | None = None) -> dict[str, str]:
-    """Create, or find again, the experiment and the parent run of a profile.
+class Tracker:
+    """Logs the finished cells of a profile in a thread of its own, for which nothing has to wait.
 
     Args:
-        profile: the name of the profile.
-        root: the project's folder; the current one by default.
-
-    Returns:
-        The environment that lets child processes log below that run.
-
-    Raises:
-        UserError: the tracking server or database cannot be used.
-    """
-    root = (root or Path.cwd()).resolve()
-    uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
-    mlflow = import_mlflow()
-    folder = root / "logs"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / "mlflow.lock"):
-        tags = {"kind": "grid", "profile": profile, "checkout": _checkout_id(folder)}
-        artifacts = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-        with _usable(uri):
-            if uri == database.default_uri(root):
-                database.ensure(root, lambda new: _experiment_id(mlflow.MlflowClient(new), artifacts))
-            mlflow.set_tracking_uri(uri)
-            client = mlflow.MlflowClient()
-            experiment = _experiment_id(client, artifacts)
-            run = _only_run(client, experiment, tags, f"grid {profile}")
-            if run.info.status != "RUNNING":
-                client.update_run(run.info.run_id, status="RUNNING")
-    return {TRACKING_URI: uri, EXPERIMENT_ID: experiment, PARENT_RUN_ID: run.info.run_id}
-
-
-def describe_store(root: Path) -> str | None:
-    """Where the runs of the project in `root` are recorded, and how many there are; None for a database yet to be made.
-
-    Raises:
-        UserError: the tracking server or database cannot be used.
-    """
-    uri = os.environ.get(TRACKING_URI) or database.default_uri(root)
-    with _usable(uri):
-        if _is_gone(uri):
-            return None
-        client = import_mlflow().MlflowClient(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        runs = client.search_runs([experiment.experiment_id], max_results=_SHOWN_RUNS) if experiment else []
-    number = f"{len(runs)} or more runs" if len(runs) == _SHOWN_RUNS else counted(len(runs), "run")
-    return f"{number} in {_without_password(uri)}"
-
-
-def find_experiment(uri: str) -> str:
-    """The id of the experiment in which cells are recorded.
-
-    Raises:
-        UserError: nothing is recorded there yet, or MLflow cannot use it.
-    """
-    with _usable(uri):
-        experiment = None if _is_gone(uri) else import_mlflow().MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        raise UserError(f"nothing is recorded in {_without_password(uri)} yet; run a grid first")
-    return str(experiment.experiment_id)
-
-
-def end_grid(grid: Mapping[str, str], status: str) -> None:
-    """End the parent run of a grid.
-
-    Args:
-        grid: what `start_grid` returned.
-        status: "FINISHED", "FAILED" or "KILLED".
-    """
-    try:
-        _check_database(grid[TRACKING_URI])
-        import_mlflow().MlflowClient(grid[TRACKING_URI]).set_terminated(grid[PARENT_RUN_ID], status)
-    except _errors() as error:
-        print(f"warning: the end of the grid is not logged in MLflow: {_reason(error)}", flush=True)
-
-
-@contextmanager
-def cell_run(cell: Cell, fingerprint: str, profile: str, params: Mapping[str, Scalar]) -> Iterator["CellRun"]:
-    """The run of a cell, in which it is trained.
-
-    The run ends as FINISHED, as KILLED when it is stopped, and as FAILED on any other exception, which goes on.
-
-    Args:
-        cell: what is trained.
-        fingerprint: identifies code, data and params of the cell; with other ones it has another run.
-        profile: the name of the profile.
-        params: settings, flat; they become parameters `settings.*`.
-    """
-    # MLflow's comparison begins with the first parameters by name: so those are what the grid is made of.
-    axes: dict[str, Scalar] = {"profile": profile, **dataclasses.asdict(cell), "dotf": cell.dotf or "none"}
-    settings = {f"settings.{name}": value for name, value in params.items() if name not in axes}
-    revision = git_revision()
-    tags = {
-        "git_sha": revision,
-        "dvc_stage": os.environ.get("DVC_STAGE", ""),
-        "mlflow.source.name": "schoenbat-exp train",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": revision,
-        "mlflow.note.content": f"One cell. Train it again: `schoenbat-exp run --cell {cell.id} --force`",
-    }
-
-    def describe(client: "MlflowClient", run: "Run") -> None:
-        if not client.list_artifacts(run.info.run_id):
-            client.log_text(run.info.run_id, _installed_packages(), "environment.txt")
-        _describe(client, run, {**axes, **settings}, tags)
-
-    with _opened(cell, fingerprint, profile, describe) as opened:
-        yield opened
-
-
-@contextmanager
-def attach(cell: Cell, fingerprint: str, profile: str) -> Iterator["CellRun"]:
-    """The run of a trained cell, to add what was found out after the training."""
-    with _opened(cell, fingerprint, profile, lambda client, run: None) as opened:
-        yield opened
-
-
-@contextmanager
-def _opened(
-    cell: Cell, fingerprint: str, profile: str, describe: Callable[["MlflowClient", "Run"], None]
-) -> Iterator["CellRun"]:
-    """The run of a cell, described, which gets the status that fits how the block ends."""
-    mlflow = import_mlflow()
-    alone = not all(name in os.environ for name in (TRACKING_URI, EXPERIMENT_ID, PARENT_RUN_ID))
-    grid: Mapping[str, str] = start_grid(profile) if alone else os.environ
-    opened = CellRun(grid[TRACKING_URI])
-
-    def open_run() -> None:
-        _check_database(grid[TRACKING_URI])
-        mlflow.set_tracking_uri(grid[TRACKING_URI])
-        client = mlflow.MlflowClient()
-        tags = {"mlflow.parentRunId": grid[PARENT_RUN_ID], "cell": cell.id, "fingerprint": fingerprint}
-        run = _only_run(client, grid[EXPERIMENT_ID], tags, _name(cell))
-        describe(client, run)
-        opened.open(client, run.info.run_id)
-
-    opened.do(open_run)
-    status = "FAILED"
-    try:
-        yield opened
-        status = "FINISHED"
-    except (KeyboardInterrupt, Stopped):
-        status = "KILLED"
-        raise
-    finally:
-        opened.close(status)
-        if alone:
-            end_grid(grid, status)
-
-
-class CellRun:
-    """The run of a cell; where MLflow cannot be used it takes everything and logs nothing.
-
-    Attributes:
-        run_id: None until the run is open.
+        cells: ids of cells that may be finished.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.run_id: str | None = None
-        self._uri = uri
-        self._given_up = False
-        self._kept: dict[int, Evaluation] = {}
-        self._unsure = False
+    def __init__(self, profile: str, cells: Iterable[str] = ()) -> None:
+        self._profile, self._cells = profile, list(cells)
+        self._logged: set[str] = set()
+        self._parent = self._problem = self._status = ""
+        self._beat, self._stopped, self._wake = 0.0, False, threading.Event()
+        _due_file(profile).parent.mkdir(parents=True, exist_ok=True)
+        _due_file(profile).touch()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
 
-    def open(self, client: "MlflowClient", run_id: str) -> None:
-        """Make a run of MLflow the one that is logged to, and mark it as running."""
-        self._client, self._run_id = client, run_id
-        client.update_run(run_id, status="RUNNING")
-        self._held = self._evaluations_held()
-        self.run_id = run_id
+    def add(self, cell: str) -> None:
+        """Let a cell be logged that has finished."""
+        self._cells.append(cell)
+        self._wake.set()
 
-    def close(self, status: str) -> None:
-        """Mark the run as ended."""
-        self.do(lambda: self._client.set_terminated(self._run_id, status))
-
-    def do(self, action: Callable[[], object]) -> None:
-        """Do something with MLflow, patiently. If it cannot be done, that is said, and nothing more is tried."""
-        if self._given_up:
-            return
-        try:
-            _patiently(action, self._uri)
-        except _errors() as error:
-            self._given_up = True
-            where = _without_password(self._uri)
-            print(
-                f"warning: MLflow at {where} cannot be used, so nothing is logged there: {_reason(error)}", flush=True
-            )
-
-    def log_evaluation(self, evaluation: "Evaluation") -> None:
-        """Log one row of the learning curve, and what could not be logged before; keep it if MLflow cannot be reached.
-
-        What the run already holds is left alone.
-        """
-        if self._given_up:
-            return
-        self._kept[evaluation.step] = evaluation
-        try:
-            self._send()
-        except _errors() as error:
-            kept = counted(len(self._kept), "evaluation")
-            print(f"MLflow cannot be reached, {kept} kept for later: {_reason(error)}", flush=True)
-
-    def log_evaluations(self, evaluations: "Sequence[Evaluation]") -> None:
-        """Make the run hold every row of a finished learning curve, whatever became of them on the way."""
-        self._kept = {evaluation.step: evaluation for evaluation in evaluations}
-        self.do(self._send)
-
-    def _send(self) -> None:
-        if self._unsure:
-            # A call that failed may have arrived all the same.
-            self._held = self._evaluations_held()
-        self._unsure = True
-        for step, evaluation in sorted(self._kept.items()):
-            # On a GPU a training that is repeated can end up with slightly other numbers, which are logged as well.
-            if (step, evaluation.dev_accuracy) not in self._held:
-                self._client.log_batch(self._run_id, metrics=_metrics(_curves(evaluation), step))
-                self._held.add((step, evaluation.dev_accuracy))
-        self._kept.clear()
-        self._unsure = False
-
-    def _evaluations_held(self) -> set[tuple[int, float]]:
-        history = self._client.get_metric_history(self._run_id, "dev_accuracy")
-        return {(metric.step, metric.value) for metric in history}
-
-    def log(self, values: Mapping[str, Scalar]) -> None:
-        """Log numbers as metrics and words as tags; what the run already holds is left alone.
-
-        All are at step 0: MLflow draws bars of what has no other step, and else a point.
-        """
-
-        def log_once() -> None:
-            held = self._client.get_run(self._run_id).data
-            known = {**held.metrics, **held.tags}
-            new = {name: value for name, value in values.items() if known.get(name) != value}
-            words = {name: value for name, value in new.items() if isinstance(value, str)}
-            numbers = {name: value for name, value in new.items() if isinstance(value, int | float)}
-            self._client.log_batch(self._run_id, metrics=_metrics(numbers, step=0), tags=_tags(words))
-
-        self.do(log_once)
-
-    def log_model(self, model: "Classifier", best_path: Path, *, name: str, num_texts: int, num_classes: int) -> None:
-        """Log the trained model so that MLflow's `load_model` reads it anywhere, and the file `best.pt` as it is.
-
-        The library's source travels with the model, and the model is stored on the CPU in evaluation mode. Its
-        signature is that of `model(tokens)`.
+    def finish(self, status: str = "FINISHED", stops: Callable[[], int] = lambda: 0) -> str:
+        """Log what MLflow lacks, unless that gets nowhere or is to stop, and end the parent run.
 
         Args:
-            name: of the model in MLflow.
-            num_texts, num_classes: of the task.
+            status: "FINISHED", "FAILED" or "KILLED".
+            stops: whether the user has asked to stop.
+
+        Returns:
+            One line about what is not logged; empty if all is.
         """
-        import mlflow.pytorch
-        import numpy as np
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
+        self._status, self._beat = status, time.monotonic()
+        self._wake.set()
+        while self._thread.is_alive():
+            self._stopped = bool(stops())
+            if time.monotonic() - self._beat > (_STOPPING_SECONDS if self._stopped else PATIENCE_SECONDS):
+                self._problem = self._problem or f"no answer from {shown(store_uri())}"
+                break
+            self._thread.join(0.1)
+        missing = len(set(self._cells) - self._logged)
+        if not missing and not self._problem:
+            _due_file(self._profile).unlink(missing_ok=True)
+            return ""
+        why = self._problem or "stopped"
+        return f"not in MLflow: {counted(missing, 'cell')}: {why}; the next run or `schoenbat-exp log` logs them"
 
-        import schoenbat
-
-        positions = (-1,) if model.encoder.per_position else ()
-        tokens = TensorSpec(np.dtype(np.int64), (-1, num_texts, -1))
-        logits = TensorSpec(np.dtype(np.float32), (-1, *positions, num_classes))
-        signature = ModelSignature(Schema([tokens]), Schema([logits]))
-        # A text of eight tokens, and padding.
-        example = np.zeros((1, num_texts, 64), dtype=np.int64)
-        example[..., :8] = 1
-
-        def log_once() -> None:
-            logged = self._client.get_run(self._run_id).outputs
-            if logged and logged.model_outputs:
+    def _work(self) -> None:
+        while True:
+            self._wake.clear()
+            status = self._status
+            try:
+                while self._log_some(status):
+                    self._beat = time.monotonic()
+                self._problem = ""
+            except UserError as error:
+                self._problem = str(error)
+            if status:
                 return
-            # It ends the run, which does no harm: what is logged later goes to the same.
-            with mlflow.start_run(run_id=self._run_id):
-                mlflow.pytorch.log_model(
-                    copy.deepcopy(model).cpu().eval(),
-                    name=name,
-                    signature=signature,
-                    input_example=example,
-                    serialization_format="pickle",
-                    pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy")],
-                    code_paths=[str(Path(schoenbat.__file__).parent)],
-                )
+            self._wake.wait(PATIENCE_SECONDS if self._problem else None)
 
-        self.do(log_once)
-        self.do(lambda: self._client.log_artifact(self._run_id, str(best_path)))
-
-
-def _name(cell: Cell) -> str:
-    """Of a run, with what tells cells apart first: MLflow cuts names in its legends."""
-    return " ".join(str(part) for part in (cell.attn, cell.dotf, cell.former, cell.task, cell.seed) if part is not None)
+    def _log_some(self, status: str) -> bool:
+        """Log a batch of cells; return whether there may be more."""
+        with _opened(self._profile) as runs:
+            if runs.parent != self._parent:
+                # Of another database, where the one before was deleted.
+                self._parent, self._logged = runs.parent, set()
+            due = [cell for cell in dict.fromkeys(self._cells) if cell not in self._logged][:_BATCH]
+            for cell in due if not self._stopped else ():
+                runs.log(cell)
+                self._logged.add(cell)
+            if (not due or self._stopped) and status:
+                runs.client.set_terminated(runs.parent, status)
+            return bool(due) and not self._stopped
 
 
-def _curves(evaluation: "Evaluation") -> dict[str, float]:
-    """The metrics of one evaluation. MLflow's comparison begins with the first that was logged."""
-    values = dataclasses.asdict(evaluation)
-    ordered = ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss", "epoch", "learning_rate")
-    return {name: values[name] for name in ordered}
+def log_by_hand(profile: str, cell: str) -> None:
+    """Log a cell that was trained or tested outside of a grid, which logs its cells itself."""
+    if LEASE_VARIABLE not in os.environ and (problem := Tracker(profile, [cell]).finish()):
+        print(f"warning: {problem}", flush=True)
 
 
-def _is_gone(uri: str) -> bool:
-    """Whether there is no such database on this machine: MLflow would begin to make another."""
-    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file()
+def is_due(profile: str) -> bool:
+    """Return whether a process has ended before it had logged all of its cells."""
+    return _due_file(profile).exists()
 
 
-def _check_database(uri: str) -> None:
-    """Raise FileNotFoundError for a database that has gone."""
-    if _is_gone(uri):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri.removeprefix("sqlite:///"))
+def _due_file(profile: str) -> Path:
+    return Path("logs", profile, "mlflow-due")
 
 
-@contextmanager
-def _usable(uri: str) -> Iterator[None]:
-    """What MLflow raises in the block where it cannot be used becomes a UserError."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"MLflow cannot use {_without_password(uri)}: {error}") from error
-    except _errors() as error:
-        raise UserError(f"MLflow cannot use {_without_password(uri)}: {_reason(error)}") from error
+def store_uri() -> str:
+    """Return where the project in the current folder logs its runs."""
+    return os.environ.get(TRACKING_URI) or database.address(Path.cwd() / "mlflow.db")
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What MLflow raises where it cannot be used."""
-    import requests
-    import sqlalchemy.exc
+def find_experiment() -> str | None:
+    """Return the id of the experiment in which cells are logged; None if there is none yet.
 
-    mlflow = import_mlflow()
-    return mlflow.exceptions.MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError
-
-
-def _reason(error: Exception) -> str:
-    """In one line; MLflow's own texts can be pages long."""
-    text = str(getattr(error, "orig", None) or error)
-    if "database or disk is full" in text:
-        return os.strerror(errno.ENOSPC)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return next(iter(text.splitlines()), "") or type(error).__name__
+    Raises:
+        UserError: it was deleted, or the tracking server or database cannot be used.
+    """
+    uri = store_uri()
+    experiment: Experiment | None
+    with _usable(uri):
+        experiment = (
+            None if database.is_absent(uri) else import_mlflow().MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
+        )
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise UserError(f"experiment {EXPERIMENT} in {shown(uri)} is deleted; `schoenbat-exp log` restores it")
+    return None if experiment is None else str(experiment.experiment_id)
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+@contextlib.contextmanager
+def _opened(profile: str) -> Iterator["_Runs"]:
+    """Yield the runs of a profile while no other process looks for runs or makes any."""
+    uri = store_uri()
+    path = database.file_of(uri)
+    with _usable(uri), FileLock(f"{path}.lock" if path else "logs/mlflow.lock", timeout=PATIENCE_SECONDS):
+        mlflow = import_mlflow()
+        if path and database.is_absent(uri):
+            database.create(path, lambda new: mlflow.MlflowClient(new).search_experiments(max_results=1))
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            artifacts = Path("mlruns").absolute().as_uri() if path else None
+            experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+        elif experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+        runs = _Runs(client, experiment.experiment_id, profile)
+        tags = {"kind": "grid", "profile": profile, "checkout": _checkout_id(Path("logs/mlflow-checkout"))}
+        run = next(iter(runs.find(tags)), None) or client.create_run(runs.experiment, None, tags, f"grid {profile}")
+        if run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+        runs.parent = run.info.run_id
+        yield runs
 
 
-def _patiently(action: Callable[[], T], uri: str) -> T:
-    """Do something with MLflow, and while it cannot be reached, again; the last error after PATIENCE_SECONDS."""
-    give_up = time.monotonic() + PATIENCE_SECONDS
-    told = False
-    while True:
+@dataclass
+class _Runs:
+    """The runs of the cells of a profile, below `parent`."""
+
+    client: "MlflowClient"
+    experiment: str
+    profile: str
+    parent: str = ""
+
+    def find(self, tags: Mapping[str, str]) -> "list[Run]":
+        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+        return list(self.client.search_runs([self.experiment], query))
+
+    def log(self, cell: str) -> None:
+        """Log a cell if it is finished and MLflow lacks anything of it.
+
+        A run with other numbers, since the cell was trained again, is deleted.
+        """
+        from mlflow.entities import LoggedModelOutput, Metric, Param
+
+        results = CellResults(self.profile, cell)
+        metrics = results.metrics()
+        if metrics is None:
+            return
+        figures = _figures(results, metrics)
+        identity = {"mlflow.parentRunId": self.parent, "cell": cell, "fingerprint": str(metrics.fingerprint)}
+        run: Run | None = None
+        for found in self.find(identity):
+            held = found.data.metrics
+            if run is not None or any(held.get(name, value) != value for name, value in figures.items()):
+                self.client.delete_run(found.info.run_id)
+            elif found.info.status == "FINISHED" and figures.keys() <= held.keys():
+                return
+            else:
+                run = found
+        trained, no_model = None, ""
         try:
-            return action()
-        except _errors() as error:
-            if not _is_passing(error, uri) or time.monotonic() > give_up:
-                raise
-            if not told:
-                print(f"waiting for MLflow at {_without_password(uri)}: {_reason(error)}", flush=True)
-                told = True
-            time.sleep(_PAUSE_SECONDS)
+            trained = load_trained(cell, self.profile)
+        except UserError as error:
+            no_model = str(error)
+        took = asdict(resources) if (resources := results.resources()) else {}
+        milliseconds = int(1000 * took.get("seconds", 0))
+        if run is None:
+            began, tags = int(1000 * time.time()) - milliseconds, {**identity, **_tags(metrics), "no_model": no_model}
+            run = self.client.create_run(self.experiment, began, tags, _name(metrics))
+        number, began = run.info.run_id, run.info.start_time
+        # MLflow's comparison begins with what was logged first, shows what is under system/ last, and draws bars of
+        # what has no step but 0.
+        logged = [Metric(name, row[name], began, int(row["step"])) for row in results.curve() for name in _CURVES]
+        used = {f"system/{name}": value for name, value in took.items() if not isinstance(value, str)}
+        logged += [Metric(name, value, began, 0) for name, value in (figures | used).items()]
+        self.client.log_batch(number, params=[Param(*item) for item in _params(metrics, trained).items()])
+        for first in range(0, len(logged), _MOST_METRICS):
+            self.client.log_batch(number, logged[first : first + _MOST_METRICS])
+        if trained is not None:
+            self.client.log_artifact(number, str(results.best))
+            if not (run.outputs and run.outputs.model_outputs):
+                made = self.client.create_logged_model(self.experiment, cell, number)
+                with tempfile.TemporaryDirectory() as folder:
+                    trained.classifier.save_pretrained(Path(folder, "model"))
+                    self.client.log_model_artifacts(made.model_id, f"{folder}/model")
+                self.client.finalize_logged_model(made.model_id, "READY")
+                self.client.log_outputs(number, [LoggedModelOutput(made.model_id, 0)])
+        self.client.set_terminated(number, "FINISHED", began + milliseconds)
 
 
-def _is_passing(error: Exception, uri: str) -> bool:
-    """Whether it may help to try again: MLflow gives errors of the network and of the database the same class."""
-    if uri.startswith("sqlite:"):
-        return "database is locked" in str(error)
-    if isinstance(error, OSError) and not hasattr(error, "response"):
-        return False
-    code = getattr(error, "error_code", None)
-    return code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", None)
+def _figures(results: CellResults, metrics: Metrics) -> dict[str, float]:
+    """Return the numbers of the best weights, in which two trainings differ."""
+    names = ("best_step", "best_dev_accuracy", "best_dev_loss", "num_parameters")
+    figures = {name: float(getattr(metrics, name)) for name in names}
+    if (test := results.test()) is not None and test.fingerprint == metrics.fingerprint:
+        figures |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
+    return figures
 
 
-def _experiment_id(client: "MlflowClient", artifacts: str | None) -> str:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    return experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+def _name(metrics: Metrics) -> str:
+    """Return the name of a run, with what tells cells apart first: MLflow cuts names in its legends."""
+    parts = metrics.attn, metrics.dotf, metrics.former, metrics.task, metrics.seed
+    return " ".join(str(part) for part in parts if part is not None)
 
 
-def _only_run(client: "MlflowClient", experiment: str, tags: dict[str, str], name: str) -> "Run":
-    """The one run with these tags, which is made if there is none."""
-    query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
-    runs = client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])
-    for empty in runs[1:]:
-        # Its making was said to have failed, so another one was made.
-        client.delete_run(empty.info.run_id)
-    return runs[0] if runs else client.create_run(experiment, tags=tags, run_name=name)
+def _tags(metrics: Metrics) -> dict[str, str]:
+    return {
+        "git_sha": metrics.git_revision,
+        "torch": metrics.torch,
+        "device": metrics.device,
+        "mlflow.source.name": "schoenbat-exp train",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": metrics.git_revision,
+        "mlflow.note.content": f"One cell. Train it again: `schoenbat-exp run --cell {metrics.cell} --force`",
+    }
 
 
-def _describe(client: "MlflowClient", run: "Run", params: Mapping[str, Scalar], tags: Mapping[str, str]) -> None:
-    """Log the params that the run does not hold yet (MLflow never changes one) and set its tags."""
-    import torch
-    from mlflow.entities import Param
-
-    held = run.data.params
-    named = {_fit_name(key): value for key, value in params.items() if value is not None}
-    new = [Param(key, str(value)) for key, value in named.items() if key not in held]
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    client.log_batch(
-        run.info.run_id,
-        params=new,
-        tags=_tags({**environment, **tags}),
-    )
+def _params(metrics: Metrics, trained: TrainedCell | None) -> dict[str, str]:
+    """Return the cell and its settings by names that MLflow takes."""
+    # MLflow's comparison begins with the first parameters by name: so those are what the grid is made of.
+    axes = {name: getattr(metrics, name) for name in ("profile", "task", "attn", "dotf", "former", "seed")}
+    params = axes | {"dotf": metrics.dotf or "none"}
+    for name, value in (flat(trained.description) if trained else {}).items():
+        if name not in (*axes, "best_step") and value is not None:
+            fit = re.sub(r"[^\w\-.:/ ]", "_", f"settings.{name}")[:250]
+            # A name has to be a path without detours.
+            params[fit if posixpath.normpath(fit) == fit else fit.replace("/", "_")] = value
+    return {name: str(value) for name, value in params.items()}
 
 
-def _fit_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and _ - . : / and spaces, in the form of a path without detours."""
-    fit = re.sub(r"[^\w\-.:/ ]", "_", name)[:250]
-    return fit if posixpath.normpath(fit) == fit and not fit.startswith(("/", "..")) else fit.replace("/", "_")
-
-
-def _metrics(values: Mapping[str, float], step: int) -> list["Metric"]:
-    from mlflow.entities import Metric
-
-    now = time.time_ns() // 1_000_000
-    return [Metric(name, float(value), now, step) for name, value in values.items()]
-
-
-def _tags(values: Mapping[str, str]) -> list:
-    from mlflow.entities import RunTag
-
-    return [RunTag(name, value) for name, value in values.items()]
-
-
-def _checkout_id(folder: Path) -> str:
-    """A random name of this checkout, kept in a file, so that two checkouts on one server do not share runs."""
-    path = folder / "mlflow-checkout"
+def _checkout_id(path: Path) -> str:
+    """Return a random name of this checkout, kept in a file, so that two checkouts on one server share no runs."""
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text()
 
 
-def _installed_packages() -> str:
-    described = (package.metadata for package in importlib.metadata.distributions())
-    found = {f"{metadata['Name']}=={metadata['Version']}" for metadata in described}
-    return "\n".join(sorted(found, key=str.lower)) + "\n"
+@contextlib.contextmanager
+def _usable(uri: str) -> Iterator[None]:
+    """Raise UserError for whatever MLflow, its drivers and the network raise in the block."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # MLflow's own texts can be pages long.
+        text = str(getattr(error, "orig", None) or error) or type(error).__name__
+        raise UserError(f"MLflow cannot use {shown(uri)}: {text.splitlines()[0]}") from error
+
+
+def shown(uri: str) -> str:
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)

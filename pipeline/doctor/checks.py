@@ -192,14 +192,14 @@ def _mlflow() -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding("mlflow", "wrong", "MLflow is not installed", "make setup")
     try:
-        store = tracking.describe_store(Path.cwd())
+        experiment = tracking.find_experiment()
     except UserError as error:
         named = tracking.TRACKING_URI in os.environ
         mend = f"correct {tracking.TRACKING_URI}" if named else "move it away: reports do not need it"
-        return Finding("mlflow", "wrong", str(error), mend)
-    if store is None:
+        return Finding("mlflow", "wrong", str(error), "schoenbat-exp log" if "deleted" in str(error) else mend)
+    if experiment is None:
         return Finding("mlflow", "note", f"MLflow {version}; the first run makes its database")
-    return Finding("mlflow", "good", f"MLflow {version}; {store}")
+    return Finding("mlflow", "good", f"MLflow {version}; runs are in {tracking.shown(tracking.store_uri())}")
 
 
 def _disk() -> Finding:

@@ -84,6 +84,8 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
             recorder.finish(patient=True)
             print(f"nothing to do: {asked} up to date, and so is the report")
             _show_results(params)
+            if tracking.is_due(params.profile):
+                _log_rest(tracking.Tracker(params.profile, [cell.id for cell in chosen]), "FINISHED")
             return _show_unrecorded(recorder)
         print(title)
         for cell in chosen if typed.restart else ():
@@ -182,6 +184,13 @@ def _backend(params: Params, typed: RunOptions, slurm: bool) -> tuple[Backend, i
     return SlurmBackend(params.run, found, _LOGS), at_once, params.run.device.partition(":")[0]
 
 
+def _log_rest(tracker: tracking.Tracker, status: str, stops: session.StopSignals | None = None) -> None:
+    with stops or session.StopSignals() as stops:
+        problem = tracker.finish(status, stops)
+    if problem:
+        print(f"warning: {problem}")
+
+
 class _Run:
     """One grid that runs: its jobs, and the record of what they have made."""
 
@@ -209,8 +218,9 @@ class _Run:
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
-        tracked = tracking.start_grid(params.profile)
-        environment = {**tracked, PARAMS_VARIABLE: str(fixed.absolute())}
+        due = {job.name for job in self._jobs}
+        self._tracker = tracking.Tracker(params.profile, [cell.id for cell in self._chosen if cell.id not in due])
+        environment = {PARAMS_VARIABLE: str(fixed.absolute())}
         lease = Lease(_LOGS)
         state = GridState(folder / status.STATE_FILE, lease.path)
         for job in self._jobs:
@@ -236,7 +246,7 @@ class _Run:
             lease.end()
             self._close(backend)
         code = self._summarise()
-        tracking.end_grid(tracked, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED")
+        _log_rest(self._tracker, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED", stops)
         if stops():
             again = "without --restart and --force" if self._typed.restart or self._typed.force else "the same"
             print(f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints")
@@ -247,6 +257,8 @@ class _Run:
         if event is not None and event.state in ("done", "failed", "unavailable", "stopped", "retried"):
             # Also a job that failed may have done some of its stages.
             self._recorder.add(self._complete_stages_of(event.job))
+            if event.state == "done":
+                self._tracker.add(event.job)
         if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
             self._ended[event.job] = event
         self._only_exclusive |= event is not None and event.state == "started" and event.job in self._exclusive

@@ -18,7 +18,7 @@ from schoenbat.lra.training import load_model, predict
 
 
 def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
-    """Score the best weights of `cell` on the test split, unless that is up to date; log it in the cell's MLflow run.
+    """Score the best weights of `cell` on the test split, unless that is up to date.
 
     Args:
         force: test again what is up to date.
@@ -63,12 +63,11 @@ def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
             on_batch=on_batch,
         )
     score = predictions.score()
-    with tracking.attach(cell, str(identity), params.profile) as tracked:
-        tracked.log({"test_accuracy": score.accuracy, "test_loss": score.loss})
     tested = TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], identity)
     results.write_test(tested, predictions)
     shown.unlink(missing_ok=True)
-    print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples")
+    print(f"{cell.id}: test accuracy {score.accuracy:.4f} on {score.examples} examples", flush=True)
+    tracking.log_by_hand(params.profile, cell.id)
 
 
 def _check_code_of(cell: Cell, results: CellResults, identity: Fingerprint) -> None:

@@ -21,7 +21,7 @@ from pipeline.grid.code import check_code
 from pipeline.grid.freshness import CODE_VARIABLE, Freshness, data_folder
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import Params, cell_training, task_section
-from pipeline.grid.settings import PARAMS_FILE, flat, params_file, read_yaml
+from pipeline.grid.settings import PARAMS_FILE, params_file, read_yaml
 from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
 from pipeline.monitor.progress import Meter, ProgressFile
 from pipeline.results import CellResults, Fingerprint, Metrics, Resources
@@ -134,7 +134,7 @@ class _Training:
         return self.results.fingerprints()[0] == str(self.identity) and self.results.best.is_file()
 
     def keep(self, *, restart: bool) -> FitResult:
-        """Train with a checkpoint, and write and log what comes of it, while no other process trains the cell."""
+        """Train with a checkpoint, and write what comes of it, while no other process trains the cell."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"{self.cell.id}: another process trains it; waiting for its end"
         with locked(self.checkpoint.with_name("train.lock"), lambda: print(waiting, flush=True)):
@@ -147,33 +147,23 @@ class _Training:
             self.checkpoint.unlink(missing_ok=True)
         if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
             self._check_unchanged()
+        tracking.log_by_hand(self.params.profile, self.cell.id)
         return result
 
     def _fit_and_write(self) -> FitResult:
         described = description(self.cell, self.params, self.meta)
         stop = Event()
-        with (
-            stop_request(stop.set),
-            tracking.cell_run(self.cell, str(self.identity), self.params.profile, flat(described)) as tracked,
-        ):
-            result = self.fit(self.checkpoint, tracked, stop.is_set)
-            tracked.log_evaluations(result.evaluations)
+        with stop_request(stop.set):
+            result = self.fit(self.checkpoint, stop.is_set)
             save_model(self.results.best, self.model, described | {"best_step": result.best_step})
-            resources = self._resources(result, tracked.run_id or "")
-            self.results.write_training(result.evaluations, resources, self._metrics(result))
-            self._log(tracked, result, resources)
+            self.results.write_training(result.evaluations, self._resources(result), self._metrics(result))
         return result
 
-    def fit(
-        self,
-        checkpoint: Path | None = None,
-        tracked: tracking.CellRun | None = None,
-        stop: Callable[[], bool] | None = None,
-    ) -> FitResult:
+    def fit(self, checkpoint: Path | None = None, stop: Callable[[], bool] | None = None) -> FitResult:
         """Train, and show how it goes; without a checkpoint nothing of it is written."""
         progress = None if checkpoint is None else ProgressFile(checkpoint.with_name("progress.json"), stage="train")
         with Meter(self.cell.id) as meter, _memory_watched(self.device):
-            shown = _Shown(self.cell.id, self.device, meter, progress, tracked)
+            shown = _Shown(self.cell.id, self.device, meter, progress)
             try:
                 return fit(
                     self.model,
@@ -199,15 +189,6 @@ class _Training:
                 if checkpoint is None or not checkpoint.exists():
                     raise
                 raise UserError(f"{error}, or pass --restart, which does so") from None
-
-    def _log(self, tracked: tracking.CellRun, result: FitResult, resources: Resources) -> None:
-        best = {name: getattr(result, name) for name in ("best_step", "best_dev_accuracy", "best_dev_loss")}
-        tracked.log({**best, "num_parameters": self.num_parameters})
-        counts = {name: self.meta[name] for name in ("num_texts", "num_classes")}
-        tracked.log_model(self.model, self.results.best, name=self.cell.id, **counts)
-        # MLflow shows metrics under system/ last.
-        took = dataclasses.asdict(resources).items()
-        tracked.log({("resources." if isinstance(value, str) else "system/") + name: value for name, value in took})
 
     def _check_unchanged(self) -> None:
         """DVC would put on record what is there now as what the results were made from."""
@@ -237,7 +218,7 @@ class _Training:
             state_bytes=self.model.state_bytes(self.meta["max_length"]) if self.meta["causal"] else None,
         )
 
-    def _resources(self, result: FitResult, run_id: str) -> Resources:
+    def _resources(self, result: FitResult) -> Resources:
         return Resources(
             device=describe_device(self.device),
             seconds=result.seconds,
@@ -245,19 +226,17 @@ class _Training:
             tokens_per_second=result.tokens / result.seconds,
             peak_memory_mb=result.peak_memory_mb,
             resumed=result.resumed,
-            run_id=run_id,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """How a training goes, on the terminal and, if it is kept, in progress.json and MLflow."""
+    """How a training goes, on the terminal and, if it is kept, in progress.json."""
 
     cell: str
     device: torch.device
     meter: Meter
     progress: ProgressFile | None
-    tracked: tracking.CellRun | None
 
     def step(self, report: StepReport) -> None:
         if self.progress is not None and self.progress.is_due():
@@ -273,8 +252,6 @@ class _Shown:
         )
         if self.progress is not None:
             self.progress.update(dev_accuracy=evaluation.dev_accuracy)
-        if self.tracked is not None:
-            self.tracked.log_evaluation(evaluation)
 
 
 @contextlib.contextmanager

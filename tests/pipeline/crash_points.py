@@ -244,7 +244,7 @@ class Walk:
         # MLflow needs seconds to make its database, so it is there.
         from pipeline import tracking
 
-        assert forked(lambda: bool(tracking.start_grid("tiny")), self._work, self.log) == 0
+        assert forked(lambda: not tracking.Tracker("tiny").finish(), self._work, self.log) == 0
         os.chdir(self._folder)
         self._work.rename(self._base)
 

@@ -300,24 +300,6 @@ def test_an_interrupt_leaves_no_child_behind(folder: Path, heeded_interrupt: Non
 
 
 @pytest.mark.slow
-def test_what_workers_are_forked_from_has_the_list_of_installed_packages(tmp_path: Path) -> None:
-    code = f"""
-import pipeline.launch.preload
-import importlib_metadata, mlflow.pytorch, torch
-
-def refuse():
-    raise SystemExit("listed again")
-
-importlib_metadata.packages_distributions = refuse
-mlflow.pytorch.save_model(
-    torch.nn.Linear(1, 1), {str(tmp_path / "model")!r}, serialization_format="pickle", pip_requirements=["torch==0"]
-)
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-
-
-@pytest.mark.slow
 def test_the_grid_goes_on_without_a_task_whose_data_cannot_be_had(
     project: Project, invoke: Callable[..., tuple[int, str, str]]
 ) -> None:

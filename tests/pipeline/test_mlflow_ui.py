@@ -1,5 +1,6 @@
 """MLflow's pages as a browser shows them: six cells of different mechanisms, side by side."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,10 +20,11 @@ import matplotlib.image
 import psutil
 import pytest
 from browser import missing, open_page
-from project_folder import ROOT, Project
+from project_folder import ROOT, Project, write_results
 
 from pipeline import tracking
 from pipeline.grid.cells import Cell
+from pipeline.results import CellResults, Fingerprint
 from schoenbat.lra.training import Evaluation
 
 pytestmark = pytest.mark.xdist_group("mlflow-ui")
@@ -52,20 +54,27 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.delenv(tracking.TRACKING_URI, raising=False)
         Project(folder)
         for profile, cells in (("tiny", CELLS), ("other", CELLS[:1])):
-            for number, cell in enumerate(cells, start=1):
-                record(cell, profile, number)
-        patch.delenv(tracking.TRACKING_URI, raising=False)
+            ids = [write(cell, profile, number) for number, cell in enumerate(cells, start=1)]
+            assert tracking.Tracker(profile, ids).finish() == ""
         with served(folder) as found:
             yield found
 
 
-def record(cell: Cell, profile: str, number: int) -> None:
-    with tracking.cell_run(cell, "f1", profile, {"model.width": 8}) as run:
-        for step in STEPS:
-            reached = 1 - 0.5 * math.exp(-step * number / 200)
-            run.log_evaluation(Evaluation(step, step // 40, 1e-3, 1.1 - reached, reached, 1.2 - reached, reached))
-        best = {"best_step": STEPS[-1], "best_dev_accuracy": reached, "best_dev_loss": 0.2}
-        run.log({**best, "num_parameters": 1000 + number, "test_accuracy": reached - 0.01, "test_loss": 0.3})
+def write(cell: Cell, profile: str, number: int) -> str:
+    """The files of a cell with a curve of its own; its id."""
+    results = CellResults(profile, cell.id)
+    write_results(results, cell, Fingerprint("code", "settings", "data"), 0.5)
+    metrics, resources = results.metrics(), results.resources()
+    assert metrics is not None
+    assert resources is not None
+    heights = [1 - 0.5 * math.exp(-step * number / 200) for step in STEPS]
+    curve = [
+        Evaluation(step, step // 40, 1e-3, 1.1 - reached, reached, 1.2 - reached, reached)
+        for step, reached in zip(STEPS, heights, strict=True)
+    ]
+    best = {"best_dev_accuracy": heights[-1], "num_parameters": 1000 + number}
+    results.write_training(curve, resources, dataclasses.replace(metrics, **best))
+    return cell.id
 
 
 def heed_signals() -> None:
@@ -180,8 +189,7 @@ def test_the_address_of_a_server_is_shown_without_starting_another(
 def test_it_ends_with_its_server_when_it_is_asked_to_or_loses_its_terminal(
     number: signal.Signals, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.start_grid("tiny")
-    monkeypatch.delenv(tracking.TRACKING_URI, raising=False)
+    assert tracking.Tracker("tiny").finish() == ""
     with served(Path.cwd(), ended_by=number):
         pass
 
@@ -190,8 +198,7 @@ def test_it_ends_with_its_server_when_it_is_asked_to_or_loses_its_terminal(
 def test_a_server_that_ends_by_itself_is_an_error(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.start_grid("tiny")
-    monkeypatch.delenv(tracking.TRACKING_URI, raising=False)
+    assert tracking.Tracker("tiny").finish() == ""
     log, port = Path("logs", "mlflow-ui.log"), str(free_port())
 
     def end_server(_: str) -> None:
@@ -218,8 +225,7 @@ def test_before_anything_is_recorded_it_is_said(project: Project, invoke: Invoke
 def test_a_port_that_is_taken_is_an_error_that_names_another(
     project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.start_grid("tiny")
-    monkeypatch.delenv(tracking.TRACKING_URI, raising=False)
+    assert tracking.Tracker("tiny").finish() == ""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -46,6 +46,7 @@ WHERE = {
     **{(command, "--task"): HERE for command in ("download", "preprocess")},
     ("errors", "--group"): "test_errors.py",
     **{("ui", option): "test_mlflow_ui.py" for option in ("--profile", "--port", "--open")},
+    ("log", "--profile"): "test_tracking.py",
     **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
     **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,

@@ -1,61 +1,67 @@
-"""What MLflow holds after grids and cells have come, gone and been killed. Every process here is a real one."""
+"""What MLflow holds after cells and grids have come, gone and been killed. Every MLflow here is a real one."""
 
 import contextlib
+import dataclasses
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow_server
 import pytest
 from mlflow_server import Server
+from project_folder import ROOT, Project, write_results
+from small_grid import CELLS, make_small, start_grid, tracked_runs
 
 from pipeline import tracking
 from pipeline.grid.cells import Cell
+from pipeline.results import CellResults, Fingerprint
+from pipeline.tracking import Tracker
 from schoenbat.lra.training import Evaluation
 
-CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
-PRELUDE = """
-import os, sys, time
-from pathlib import Path
-from pipeline import tracking
-from pipeline.grid.cells import Cell
-from schoenbat.lra.training import Evaluation
-
-CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
-
-def evaluation(step):
-    return Evaluation(step, 0, 1e-4, 0.7, 0.5, 0.6, step / 100)
-"""
-
+Invoke = Callable[..., tuple[int, str, str]]
 Start = Callable[..., "subprocess.Popen[str]"]
 
+CELL = Cell("lra-text", "rmfa", "exp", "maclauformer", 42)
+OTHER = Cell("lra-text", "softmax", None, "transformer", 42)
+STEPS = [25, 50, 75, 100]
+PRELUDE = """
+import os, signal, sys, time
+from pipeline import tracking
+from pipeline.tracking import Tracker
+"""
+
+
+def write(
+    cell: Cell, *, profile: str = "tiny", made_from: str = "f1", accuracy: float = 0.6, root: Path = Path()
+) -> str:
+    """The files of a cell that was trained and tested; its id."""
+    fingerprint = Fingerprint(made_from, "settings", "data")
+    write_results(CellResults(profile, cell.id, root), cell, fingerprint, accuracy, test_code=made_from)
+    return cell.id
+
+
+def untested(cell: str) -> Path:
+    return CellResults("tiny", cell).folder / "test.json"
+
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project folder as the current one, with nothing handed down by a grid."""
-    monkeypatch.chdir(tmp_path)
-    for name in (tracking.TRACKING_URI, tracking.EXPERIMENT_ID, tracking.PARENT_RUN_ID):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-@pytest.fixture
-def start(project: Path) -> Iterator[Start]:
+def start(project: Project) -> Iterator[Start]:
     """Start a python process in the project folder; whatever still runs at the end of the test is stopped."""
     started = []
 
-    def run(code: str, *arguments: str, **env: str) -> "subprocess.Popen[str]":
+    def run(code: str, *arguments: str, cwd: Path = project.folder, **env: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
             [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *arguments],
-            cwd=project,
+            cwd=cwd,
             env={**os.environ, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -76,297 +82,392 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return output
 
 
-def client_and_cells(grid: dict[str, str]) -> tuple:
-    """A client, and the runs below the grid's parent run."""
+LOG = "print(Tracker('tiny', sys.argv[1:]).finish())"
+
+
+def held(uri: str | None = None) -> tuple[Any, list[Any], list[Any]]:
+    """A client, the parent runs, and the runs of cells."""
     import mlflow
 
-    client = mlflow.MlflowClient(grid[tracking.TRACKING_URI])
-    query = f"tags.`mlflow.parentRunId` = '{grid[tracking.PARENT_RUN_ID]}'"
-    return client, client.search_runs([grid[tracking.EXPERIMENT_ID]], query)
+    client = mlflow.MlflowClient(uri or tracking.store_uri())
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if run.data.tags.get("kind") == "grid"]
+    cells = [run for run in runs if "cell" in run.data.tags]
+    ids = {parent.info.run_id for parent in parents}
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells} <= ids
+    assert len(parents) + len(cells) == len(runs)
+    return client, parents, cells
 
 
-def evaluation(step: int) -> Evaluation:
-    return Evaluation(step, 0, 1e-4, 0.7, 0.5, 0.6, step / 100)
+def steps_of(client: Any, run: Any, metric: str = "dev_accuracy") -> list[int]:
+    return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
 
 
 @pytest.mark.slow
-def test_processes_that_meet_a_new_database_together_share_experiment_and_parent(project: Path, start: Start) -> None:
-    code = "print(sorted(tracking.start_grid('quick').items()))"
-    outputs = {finish(process) for process in [start(code) for _ in range(4)]}
-    assert outputs == {f"{sorted(tracking.start_grid('quick').items())}\n"}, "a process failed, chatted or went astray"
+def test_processes_that_meet_a_new_database_together_share_its_parent(project: Project, start: Start) -> None:
+    cells = [write(dataclasses.replace(CELL, seed=seed)) for seed in range(3)]
+    assert {finish(process) for process in [start(LOG, cell) for cell in cells]} == {"\n"}
+    _, parents, runs = held()
+    assert len(parents) == 1
+    assert sorted(run.data.tags["cell"] for run in runs) == cells
 
 
-def test_each_profile_has_its_parent_run(project: Path) -> None:
-    quick, cpu = tracking.start_grid("quick"), tracking.start_grid("cpu")
-    assert quick[tracking.EXPERIMENT_ID] == cpu[tracking.EXPERIMENT_ID]
-    assert quick[tracking.PARENT_RUN_ID] != cpu[tracking.PARENT_RUN_ID]
-    assert tracking.start_grid("quick") == quick
+@pytest.mark.slow
+def test_checkouts_that_meet_one_new_database_together_all_log(project: Project, start: Start) -> None:
+    folders = [project.folder / name for name in "abc"]
+    cells = [write(dataclasses.replace(CELL, seed=seed), root=folder) for seed, folder in enumerate(folders)]
+    uri = f"sqlite:///{project.folder / 'shared.db'}"
+    started = [
+        start(LOG, cell, cwd=folder, MLFLOW_TRACKING_URI=uri) for cell, folder in zip(cells, folders, strict=True)
+    ]
+    assert {finish(process) for process in started} == {"\n"}
+    _, parents, runs = held(uri)
+    assert len({parent.data.tags["checkout"] for parent in parents}) == len(parents) == 3
+    assert sorted(run.data.tags["cell"] for run in runs) == cells
 
 
-def test_a_run_holds_the_cell_its_environment_and_its_numbers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DVC_STAGE", "train_kernel@quick-x")
-    with tracking.cell_run(CELL, "f1", "quick", {"learning_rate": 1e-4}) as run:
-        run.log_evaluation(evaluation(10))
-        run.log({"resources.device": "cpu", "system/seconds": 1.5})
-    with tracking.attach(CELL, "f1", "quick") as attached:
-        attached.log({"test_accuracy": 0.5, "test_loss": 0.7})
-    client, (held,) = client_and_cells(tracking.start_grid("quick"))
-    assert attached.run_id == run.run_id == held.info.run_id
-    assert held.info.run_name == "rmfa exp maclauformer lra-text 42", "what tells cells apart comes first"
-    assert held.info.status == "FINISHED"
-    assert held.data.params == {
-        "task": "lra-text",
-        "attn": "rmfa",
-        "dotf": "exp",
-        "former": "maclauformer",
-        "seed": "42",
-        "profile": "quick",
-        "settings.learning_rate": "0.0001",
-    }
-    assert held.data.tags["dvc_stage"] == "train_kernel@quick-x"
-    assert {"git_sha", "torch", "python", "cell", "fingerprint"} <= set(held.data.tags)
-    assert held.data.metrics["dev_accuracy"] == 0.1
-    assert held.data.metrics["test_accuracy"] == 0.5
-    assert held.data.metrics["system/seconds"] == 1.5
-    assert [file.path for file in client.list_artifacts(run.run_id)] == ["environment.txt"]
+@pytest.mark.slow
+def test_processes_that_log_one_cell_together_make_one_run(project: Project, start: Start) -> None:
+    cell = write(CELL)
+    assert Tracker("tiny").finish() == ""
+    assert {finish(process) for process in [start(LOG, cell) for _ in range(3)]} == {"\n"}
+    client, _, (run,) = held()
+    assert steps_of(client, run) == STEPS
 
 
-def test_a_killed_run_is_continued_without_logging_a_step_twice(project: Path, start: Start) -> None:
-    grid = tracking.start_grid("quick")
-    code = """
-        with tracking.cell_run(CELL, "f1", "quick", {"steps": 30}) as run:
-            for step in (10, 20, 30)[: int(sys.argv[1])]:
-                run.log_evaluation(evaluation(step))
-            print("logged", flush=True)
-            time.sleep(float(sys.argv[2]))
-    """
-    killed = start(code, "2", "600", **grid)
-    assert killed.stdout is not None
-    assert killed.stdout.readline() == "logged\n"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    client, (run,) = client_and_cells(grid)
-    assert run.info.status == "RUNNING"
-    assert finish(start(code, "3", "0", **grid)) == "logged\n"
-    client, (run,) = client_and_cells(grid)
-    assert run.info.status == "FINISHED"
-    for metric in ("dev_accuracy", "train_loss"):
-        assert [held.step for held in client.get_metric_history(run.info.run_id, metric)] == [10, 20, 30]
+def test_each_profile_has_its_parent_run_which_ends_and_begins_again_with_its_grid(project: Project) -> None:
+    import mlflow
+
+    def statuses() -> dict[str, str]:
+        _, parents, _ = held()
+        return {parent.data.tags["profile"]: parent.info.status for parent in parents}
+
+    assert Tracker("tiny").finish("KILLED") == Tracker("cpu").finish() == ""
+    assert statuses() == {"tiny": "KILLED", "cpu": "FINISHED"}
+    tracker = Tracker("tiny", [write(CELL)])
+    end = time.monotonic() + 60
+    while not held()[2] and time.monotonic() < end:
+        time.sleep(0.1)
+    assert statuses()["tiny"] == "RUNNING"
+    assert tracker.finish("FAILED") == ""
+    assert statuses() == {"tiny": "FAILED", "cpu": "FINISHED"}
+    assert isinstance(held()[0], mlflow.MlflowClient)
 
 
-def test_a_cell_has_one_run_for_each_fingerprint_also_when_it_is_trained_again(project: Path) -> None:
-    ids = []
-    for fingerprint in ("f1", "f1", "f2"):
-        with tracking.cell_run(CELL, fingerprint, "quick", {}) as run:
-            ids.append(run.run_id)
-            run.log_evaluation(evaluation(10))
-        with tracking.attach(CELL, fingerprint, "quick") as run:
-            assert run.run_id == ids[-1]
-            run.log({"test_accuracy": 0.5})
-    assert ids[0] == ids[1] != ids[2]
-    client, runs = client_and_cells(tracking.start_grid("quick"))
-    assert [held_steps(client, run) for run in runs] == [[10], [10]]
+def test_a_run_holds_the_cell_its_curve_and_its_numbers(project: Project) -> None:
+    assert Tracker("tiny", [write(CELL)]).finish() == ""
+    client, (parent,), (run,) = held()
+    assert parent.info.run_name == "grid tiny"
+    assert run.info.run_name == "rmfa exp maclauformer lra-text 42", "what tells cells apart comes first"
+    assert (run.info.status, run.info.end_time - run.info.start_time) == ("FINISHED", 10_000)
+    axes = {"task": "lra-text", "attn": "rmfa", "dotf": "exp", "former": "maclauformer", "seed": "42"}
+    assert run.data.params == {"profile": "tiny", **axes}
+    wanted = {"cell": CELL.id, "fingerprint": "f1-settings-data", "git_sha": "abc123", "torch": "2.13.0"}
+    assert wanted.items() <= run.data.tags.items()
+    assert "best.pt" in run.data.tags["no_model"], "why there is no model is said"
+    for name in ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss", "epoch", "learning_rate"):
+        assert steps_of(client, run, name) == STEPS
+    best = {"best_step": 100, "best_dev_accuracy": 0.61, "best_dev_loss": 0.6, "num_parameters": 12345}
+    for name, value in {**best, "test_accuracy": 0.6, "test_loss": 0.6, "system/seconds": 10}.items():
+        (point,) = client.get_metric_history(run.info.run_id, name)
+        assert (point.step, point.value) == (0, value), "MLflow draws bars of what is at step 0 alone"
 
 
-def test_a_run_that_was_only_tested_is_the_one_that_is_trained_in(project: Path) -> None:
-    with tracking.attach(CELL, "f1", "quick") as tested:
-        tested.log({"test_accuracy": 0.5})
-    with tracking.cell_run(CELL, "f1", "quick", {"steps": 10}) as trained:
-        trained.log_evaluation(evaluation(10))
-    client, (run,) = client_and_cells(tracking.start_grid("quick"))
-    assert tested.run_id == trained.run_id == run.info.run_id
-    assert (held_steps(client, run), run.data.params["settings.steps"]) == ([10], "10")
+def test_a_long_curve_is_logged_whole(project: Project) -> None:
+    results = CellResults("tiny", write(CELL))
+    resources, metrics = results.resources(), results.metrics()
+    assert resources is not None
+    assert metrics is not None
+    curve = [Evaluation(step, 0, 1e-3, 0.7, 0.5, 0.6, 0.5) for step in range(1, 401)]
+    results.write_training(curve, resources, metrics)
+    assert Tracker("tiny", [CELL.id]).finish() == ""
+    client, _, (run,) = held()
+    assert steps_of(client, run) == list(range(1, 401))
 
 
-def test_a_run_whose_making_was_not_heard_of_is_no_second_one(project: Path) -> None:
-    grid = tracking.start_grid("quick")
-    client, _ = client_and_cells(grid)
-    tags = {"mlflow.parentRunId": grid[tracking.PARENT_RUN_ID], "cell": CELL.id, "fingerprint": "f1"}
+def test_a_cell_is_logged_once_for_each_fingerprint_and_what_is_logged_stays(project: Project) -> None:
+    for made_from in ("f1", "f1", "f2"):
+        assert Tracker("tiny", [write(CELL, made_from=made_from)]).finish() == ""
+    client, _, runs = held()
+    assert sorted(run.data.tags["fingerprint"] for run in runs) == ["f1-settings-data", "f2-settings-data"]
+    for run in runs:
+        assert steps_of(client, run) == STEPS
+        assert len(client.get_metric_history(run.info.run_id, "system/seconds")) == 1
+
+
+def test_a_cell_trained_again_with_other_numbers_has_a_run_with_these_alone(project: Project) -> None:
+    for accuracy in (0.6, 0.5):
+        assert Tracker("tiny", [write(CELL, accuracy=accuracy)]).finish() == ""
+    _, _, (run,) = held()
+    assert run.data.metrics["test_accuracy"] == 0.5
+
+
+def test_a_cell_tested_later_goes_on_with_its_run(project: Project) -> None:
+    cell = write(CELL)
+    test = untested(cell).read_bytes()
+    untested(cell).unlink()
+    assert Tracker("tiny", [cell]).finish() == ""
+    _, _, (first,) = held()
+    assert "test_accuracy" not in first.data.metrics
+    untested(cell).write_bytes(test)
     for _ in range(2):
-        client.create_run(grid[tracking.EXPERIMENT_ID], tags=tags)
-    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
-        run.log_evaluation(evaluation(10))
-    client, (held,) = client_and_cells(grid)
-    assert (held.info.run_id, held_steps(client, held)) == (run.run_id, [10])
+        assert Tracker("tiny", [cell]).finish() == ""
+    client, _, (run,) = held()
+    assert run.info.run_id == first.info.run_id
+    assert (steps_of(client, run), steps_of(client, run, "test_accuracy")) == (STEPS, [0])
 
 
-def test_a_run_that_ended_but_was_never_tested_is_continued(project: Path) -> None:
-    with tracking.cell_run(CELL, "f1", "quick", {}) as first:
-        first.log_evaluation(evaluation(10))
-    with tracking.cell_run(CELL, "f1", "quick", {}) as again:
-        assert again.run_id == first.run_id
-        again.log_evaluation(evaluation(10))
-        again.log_evaluations([evaluation(10), evaluation(20)])
-        for _ in range(2):
-            again.log({"test_accuracy": 0.5})
-    client, (run,) = client_and_cells(tracking.start_grid("quick"))
-    assert held_steps(client, run) == [10, 20]
-    assert len(client.get_metric_history(run.info.run_id, "test_accuracy")) == 1
+def test_the_score_of_weights_that_were_trained_over_is_not_logged(project: Project) -> None:
+    test = untested(write(CELL, made_from="f1")).read_bytes()
+    untested(write(CELL, made_from="f2")).write_bytes(test)
+    assert Tracker("tiny", [CELL.id]).finish() == ""
+    _, _, (run,) = held()
+    assert "test_accuracy" not in run.data.metrics
 
 
-def held_steps(client: Any, run: Any) -> list[int]:
-    return [held.step for held in client.get_metric_history(run.info.run_id, "dev_accuracy")]
+def test_a_cell_that_is_not_finished_is_not_logged(project: Project) -> None:
+    assert Tracker("tiny", [CELL.id]).finish() == ""
+    assert held()[2] == []
 
 
-def test_evaluations_that_meet_a_locked_database_are_logged_later(
-    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracking, "_PAUSE_SECONDS", 0.1)
-    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
-        run.log_evaluation(evaluation(10))
-        with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
-            database.execute("BEGIN EXCLUSIVE")
-            run.log_evaluation(evaluation(20))
-            assert "MLflow cannot be reached, 1 evaluation kept for later" in capsys.readouterr().out
-        run.log_evaluation(evaluation(30))
-    client, (held,) = client_and_cells(tracking.start_grid("quick"))
-    assert held_steps(client, held) == [10, 20, 30]
+def test_runs_whose_making_was_not_heard_of_become_one(project: Project) -> None:
+    cell = write(CELL)
+    assert Tracker("tiny").finish() == ""
+    client, (parent,), _ = held()
+    tags = {"mlflow.parentRunId": parent.info.run_id, "cell": cell, "fingerprint": "f1-settings-data"}
+    for _ in range(2):
+        client.create_run(parent.info.experiment_id, tags=tags)
+    assert Tracker("tiny", [cell]).finish() == ""
+    client, _, (run,) = held()
+    assert (run.info.status, steps_of(client, run)) == ("FINISHED", STEPS)
 
 
-def test_a_parent_ends_with_its_grid_and_begins_again_with_the_next(project: Path) -> None:
-    def status(grid: dict[str, str]) -> str:
-        client, _ = client_and_cells(grid)
-        return str(client.get_run(grid[tracking.PARENT_RUN_ID]).info.status)
-
-    grid = tracking.start_grid("quick")
-    assert status(grid) == "RUNNING"
-    tracking.end_grid(grid, "KILLED")
-    assert status(grid) == "KILLED"
-    assert tracking.start_grid("quick") == grid
-    assert status(grid) == "RUNNING"
-    with tracking.cell_run(CELL, "f1", "quick", {}):
-        pass
-    assert status(grid) == "FINISHED", "a cell that was started alone left the grid running"
-
-
-def test_what_the_best_weights_reach_is_at_step_0_where_mlflow_draws_bars(project: Path) -> None:
-    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
-        for step in (10, 20, 30):
-            run.log_evaluation(evaluation(step))
-        run.log({"best_step": 20, "best_dev_accuracy": 0.2, "num_parameters": 1234})
-        run.log({"test_accuracy": 0.19})
-    client, (held,) = client_and_cells(tracking.start_grid("quick"))
-    best = {name: held.data.metrics[name] for name in ("best_step", "best_dev_accuracy", "num_parameters")}
-    assert best == {"best_step": 20, "best_dev_accuracy": 0.2, "num_parameters": 1234}
-    for name, value in {**best, "test_accuracy": 0.19}.items():
-        (logged,) = client.get_metric_history(run.run_id, name)
-        assert (logged.step, logged.value) == (0, value)
+def test_settings_of_any_name_are_parameters(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = {"a=b": 1, "../x": 2, "\N{GREEK SMALL LETTER ALPHA}$": 3, "n" * 300: 4, "none": None}
+    trained = SimpleNamespace(
+        description={"attention": odd, "seed": 42, "best_step": 100},
+        classifier=SimpleNamespace(save_pretrained=lambda folder: folder.mkdir()),
+    )
+    monkeypatch.setattr(tracking, "load_trained", lambda *_: trained)
+    results = CellResults("tiny", write(CELL))
+    results.best.write_bytes(b"weights")
+    assert Tracker("tiny", [CELL.id]).finish() == ""
+    _, _, (run,) = held()
+    assert run.data.params["settings.attention.a_b"] == "1"
+    settings = {name: value for name, value in run.data.params.items() if name.startswith("settings.")}
+    assert sorted(settings.values()) == ["1", "2", "3", "4"]
 
 
-def test_parameters_of_any_name_are_logged(project: Path) -> None:
-    odd = {
-        "attention.a=b": 1,
-        "attention.../x": 2,
-        "attention.\N{GREEK SMALL LETTER ALPHA}$": 3,
-        "/abs": 4,
-        "n" * 300: 5,
-    }
-    with tracking.cell_run(CELL, "f1", "quick", odd) as run:
-        assert run.run_id is not None
-    _, (held,) = client_and_cells(tracking.start_grid("quick"))
-    assert "settings.attention.a_b" in held.data.params
-    assert {int(value) for value in held.data.params.values() if value.isdigit()} >= {1, 2, 3, 4, 5}
+@pytest.fixture
+def trained(project: Project, invoke: Invoke) -> Project:
+    """A project with a trained cell whose training is not logged, as under a grid."""
+    project.add_code()
+    for command in ("download", "preprocess"):
+        assert invoke(command, "--task", "lra-listops")[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "log_by_hand", lambda *_: None)
+        assert invoke("train", *CELLS[RMFA])[0] == 0
+        assert invoke("eval", *CELLS[RMFA])[0] == 0
+    return project
 
 
-def test_the_database_lies_in_the_checkout_whatever_that_is_called(tmp_path: Path, start: Start) -> None:
-    folder = tmp_path / "what? 100%20 #1; a&b"
-    folder.mkdir()
-    before = set(tmp_path.iterdir())
-    code = "os.chdir(sys.argv[1]); g = tracking.start_grid('quick'); print(g['MLFLOW_TRACKING_URI'])"
-    finish(start(code, str(folder)))
-    assert {path.name for path in folder.iterdir()} >= {"mlflow.db", "logs"}
-    assert set(tmp_path.iterdir()) == before
+RMFA = "lra-listops-rmfa-exp-maclauformer-0"
+KILLED_AT = """
+import mlflow
+from pipeline.quiet_mlflow import import_mlflow
+import_mlflow()
+number, method = int(sys.argv[2]), getattr(mlflow.MlflowClient, sys.argv[3])
+
+def call(*given, **named):
+    global number
+    number -= 1
+    if number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(*given, **named)
+
+setattr(mlflow.MlflowClient, sys.argv[3], call)
+Tracker("tiny", sys.argv[1:2]).finish()
+"""
 
 
 @pytest.mark.slow
-def test_a_kill_while_the_database_is_made_leaves_one_that_works(project: Path, start: Start) -> None:
+def test_killed_anywhere_a_cell_is_logged_whole_the_next_time(trained: Project, start: Start) -> None:
+    for method in ("create_run", "log_batch", "log_artifact", "log_model_artifacts", "log_outputs", "set_terminated"):
+        number = 2 if method in ("create_run", "log_batch") and not Path("mlflow.db").exists() else 1
+        process = start(KILLED_AT, RMFA, str(number), method)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, method
+    assert tracking.is_due("tiny")
+    assert Tracker("tiny", [RMFA]).finish() == ""
+    assert not tracking.is_due("tiny")
+    assert tracked_runs(Path()) == {RMFA: [3, 6]}
+    client, _, (run,) = held()
+    assert len(run.outputs.model_outputs) == 1
+    assert steps_of(client, run, "test_accuracy") == [0]
+
+
+@pytest.mark.slow
+def test_weights_and_model_of_a_trained_cell_can_be_used_from_mlflow(trained: Project) -> None:
+    import mlflow
+
+    from pipeline.trained import load_trained
+    from schoenbat import PretrainedClassifier
+
+    assert Tracker("tiny", [RMFA]).finish() == ""
+    client, _, (run,) = held()
+    weights = client.download_artifacts(run.info.run_id, "best.pt")
+    assert Path(weights).read_bytes() == CellResults("tiny", RMFA).best.read_bytes()
+    assert run.data.params["settings.training.steps"] == "6"
+    assert "no_model" not in run.data.tags
+    (logged,) = run.outputs.model_outputs
+    model = client.get_logged_model(logged.model_id)
+    assert (model.name, str(model.status)) == (RMFA, "READY")
+    folder = mlflow.artifacts.download_artifacts(model.artifact_location)
+    text = ["[MAX 2 9 ]", "[MIN 4 7 1 ]"]
+    expected = load_trained(RMFA, "tiny").classifier.predict(text)
+    assert PretrainedClassifier.from_pretrained(folder).predict(text) == expected
+
+
+def test_the_database_lies_in_the_checkout_whatever_that_is_called(project: Project, start: Start) -> None:
+    folder = project.folder / "what? 100%20 #1; a&b"
+    cell = write(CELL, root=folder)
+    before = set(project.folder.iterdir())
+    assert finish(start(LOG, cell, cwd=folder)) == "\n"
+    assert {path.name for path in folder.iterdir()} >= {"mlflow.db", "logs"}
+    assert set(project.folder.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_database_is_made_leaves_one_that_works(project: Project, start: Start) -> None:
     # What is made aside shows when to kill: at different sizes of it.
     for size in (1, 100_000, 400_000):
-        process = start("tracking.start_grid('quick')")
+        process = start(LOG)
         while process.poll() is None:
-            made = [file.stat().st_size for file in project.glob(".mlflow.db.*.tmp")]
+            made = [file.stat().st_size for file in project.folder.glob(".mlflow.db.*.tmp")]
             if made and max(made) >= size:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.005)
         assert process.returncode == -signal.SIGKILL
-        assert not (project / "mlflow.db").exists()
-    grid = tracking.start_grid("quick")
-    client, _ = client_and_cells(grid)
-    assert [file.name for file in project.iterdir() if "mlflow.db" in file.name] == ["mlflow.db"]
-    assert client.get_run(grid[tracking.PARENT_RUN_ID]).info.status == "RUNNING"
+        assert not (project.folder / "mlflow.db").exists()
+    assert Tracker("tiny", [write(CELL)]).finish() == ""
+    assert [run.data.tags["cell"] for run in held()[2]] == [CELL.id]
+    assert [path.name for path in project.folder.glob(".mlflow*")] == []
 
 
-@pytest.mark.parametrize("statement", ["create table spans (x)", "create table alembic_version (version_num)", ""])
-def test_a_half_made_database_is_made_anew(project: Path, start: Start, statement: str) -> None:
-    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
-        database.execute(statement)
-    if not statement:
-        (project / "mlflow.db").touch()
-    finish(start("tracking.start_grid('quick')"))
-    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
-        assert database.execute("select count(*) from runs").fetchone() == (1,)
+@pytest.mark.parametrize("how", ["deleted", "emptied"])
+def test_cells_are_logged_again_where_the_database_is_deleted_between_them(project: Project, how: str) -> None:
+    tracker = Tracker("tiny", [write(CELL)])
+    wait_until(lambda: Path("mlflow.db").exists() and bool(held()[2]) and held()[2][0].info.status == "FINISHED")
+    Path("mlflow.db").unlink()
+    if how == "emptied":
+        Path("mlflow.db").touch()
+    tracker.add(write(OTHER))
+    assert tracker.finish() == ""
+    assert sorted(run.data.tags["cell"] for run in held()[2]) == sorted([CELL.id, OTHER.id])
 
 
-UNUSABLE = """
-from schoenbat.errors import UserError
-try:
-    tracking.start_grid("quick")
-except UserError as error:
-    print(error)
-"""
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
-def test_what_mlflow_cannot_use_is_one_line(project: Path, start: Start) -> None:
-    (project / "mlflow.db").write_bytes(b"no database at all" * 100)
-    assert finish(start(UNUSABLE)) == (
-        f"{project / 'mlflow.db'} cannot be used (file is not a database); move it away and run again: reports do not "
-        f"need it\n"
-    )
-    for uri, message in (
+def test_an_experiment_that_was_deleted_is_named_and_restored(project: Project, invoke: Invoke) -> None:
+    project.add_dvc()
+    assert Tracker("tiny", [write(CELL)]).finish() == ""
+    client, (parent,), _ = held()
+    client.delete_experiment(parent.info.experiment_id)
+    code, out, _ = invoke("doctor")
+    (line,) = [line for line in out.splitlines() if " mlflow " in line]
+    assert code == 1
+    assert "experiment schoenbat" in line
+    assert "is deleted; `schoenbat-exp log` restores it" in line
+    assert "is deleted; `schoenbat-exp log` restores it" in invoke("ui")[2]
+    write(OTHER)
+    assert invoke("log")[0] == 0
+    assert sorted(run.data.tags["cell"] for run in held()[2]) == sorted([CELL.id, OTHER.id])
+
+
+def test_the_command_logs_what_mlflow_lacks_and_nothing_twice(project: Project, invoke: Invoke) -> None:
+    write(CELL)
+    write(OTHER)
+    write(CELL, profile="other")
+    for _ in range(2):
+        code, out, err = invoke("log")
+        assert (code, err) == (0, "")
+        assert out.startswith("MLflow has all 2 finished cells of profile tiny: sqlite:///")
+        client, _, runs = held()
+        assert {run.data.tags["cell"]: steps_of(client, run) for run in runs} == {CELL.id: STEPS, OTHER.id: STEPS}
+    assert invoke("log", "--profile", "other")[0] == 0
+    assert sorted(run.data.params["profile"] for run in held()[2]) == ["other", "tiny", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "MLflow cannot use sqlite:///{folder}/mlflow.db: "),
         ("postgresql://me:secret@localhost/db", "MLflow cannot use postgresql://me:***@localhost/db: No module named"),
         ("gopher://somewhere", "MLflow cannot use gopher://somewhere: "),
-    ):
-        output = finish(start(UNUSABLE, **{tracking.TRACKING_URI: uri}))
-        assert message in output
-        assert len(output.splitlines()) == 1, output
-
-
-def test_a_database_that_another_process_holds_is_named(project: Path, start: Start) -> None:
-    tracking.start_grid("quick")
-    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
-        database.execute("BEGIN EXCLUSIVE")
-        assert "mlflow.db is locked by another process; wait for its end" in finish(start(UNUSABLE))
-
-
-def test_a_full_disk_is_said_in_one_line(project: Path, start: Start) -> None:
-    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-    output = finish(start(code + UNUSABLE))
-    assert output.startswith("MLflow cannot use sqlite:////")
-    assert len(output.splitlines()) == 1, output
-    assert not (project / "mlflow.db").exists()
-
-
-def test_a_cell_goes_on_without_a_database_that_has_gone(
-    project: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+    ],
+)
+def test_what_mlflow_cannot_use_is_one_line(
+    project: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, uri: str, message: str
 ) -> None:
-    grid = tracking.start_grid("quick")
-    (project / "mlflow.db").unlink()
-    code = """
-    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
-        run.log_evaluation(evaluation(10))
-        run.log_evaluations([evaluation(10)])
-        run.log({"best_dev_accuracy": 0.1, "num_parameters": 3})
-        run.log({"system/seconds": 1.0})
-    with tracking.attach(CELL, "f1", "quick") as run:
-        run.log({"test_accuracy": 0.5})
-    tracking.end_grid(os.environ, "FINISHED")
-    print("trained")
-    """
-    lines = finish(start(code, **grid)).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["warning", "warning", "warning", "trained"]
-    assert "mlflow.db cannot be used, so nothing is logged there: No such file or directory" in lines[0]
-    assert not (project / "mlflow.db").exists()
+    if uri:
+        monkeypatch.setenv(tracking.TRACKING_URI, uri)
+    else:
+        (project.folder / "mlflow.db").write_bytes(b"no database at all" * 100)
+    write(CELL)
+    code, out, err = invoke("log")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"error: not in MLflow: 1 cell: {message.format(folder=project.folder)}")
+    assert err.endswith("; the next run or `schoenbat-exp log` logs them\n")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_database(project: Project, start: Start) -> None:
+    limit = "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+    output = finish(start(limit + LOG, write(CELL)))
+    assert output.startswith("not in MLflow: 1 cell: MLflow cannot use sqlite:////")
+    assert len(output.splitlines()) == 1, output
+    assert not (project.folder / "mlflow.db").exists()
+    assert finish(start(LOG, CELL.id)) == "\n"
+
+
+def test_a_locked_database_is_waited_for_beside_the_cells(project: Project) -> None:
+    assert Tracker("tiny").finish() == ""
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        tracker = Tracker("tiny", [write(CELL)])
+        began = time.monotonic()
+        tracker.add(write(OTHER))
+        assert time.monotonic() - began < 0.1
+        time.sleep(1)
+    assert tracker.finish() == ""
+    assert len(held()[2]) == 2
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_delays_neither_cells_nor_a_stop_nor_for_long_the_end(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv(tracking.TRACKING_URI, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 3.0)
+        for stops, seconds in ((1, 2.5), (0, 4.0)):
+            tracker = Tracker("tiny", [write(CELL)])
+            wait_until(lambda: "mlflow" in sys.modules)
+            began = time.monotonic()
+            problem = tracker.finish("KILLED", lambda number=stops: number)  # type: ignore[misc]
+            assert time.monotonic() - began < seconds
+            assert problem.startswith("not in MLflow: 1 cell: no answer from http://127.0.0.1:")
+    assert tracking.is_due("tiny")
 
 
 def test_telemetry_is_off(start: Start) -> None:
@@ -375,107 +476,64 @@ def test_telemetry_is_off(start: Start) -> None:
     assert finish(start(code)) == "None\n"
 
 
-@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-def test_an_exception_marks_the_run_and_goes_on(project: Path, error: type[BaseException], status: str) -> None:
-    with pytest.raises(error), tracking.cell_run(CELL, "f1", "quick", {}) as interrupted:
-        raise error
-    _, (run,) = client_and_cells(tracking.start_grid("quick"))
-    assert run.info.status == status
-    with tracking.cell_run(CELL, "f1", "quick", {}) as continued:
-        assert continued.run_id == interrupted.run_id
-
-
-MODEL = """
-import torch
-from schoenbat.lra.encoder import ModelConfig, build_model
-from schoenbat.lra.multihead import FormerConfig
-
-def model():
-    return build_model(
-        vocab_size=9, num_classes=3, num_texts=1, max_length=64, model=ModelConfig(), attn="rmfa", attention={},
-        dotf="exp", former="maclauformer", former_config=FormerConfig(), seed=0,
-    )
-
-tokens = torch.arange(1, 9).reshape(1, 1, 8)
-mask = torch.ones(1, 1, 8, dtype=torch.bool)
-"""
-LOG_MODEL = f"""{MODEL}
-with tracking.cell_run(CELL, "f1", "quick", {{}}) as run:
-    trained = model()
-    Path("best.pt").write_bytes(b"weights")
-    for _ in range(2):
-        run.log_model(trained, Path("best.pt"), name=CELL.id, num_texts=1, num_classes=3)
-    assert trained.training
-    print(run.run_id, *trained.eval()(tokens, mask).flatten().tolist())
-"""
-LOAD_MODEL = f"""{MODEL}
-import mlflow
-mlflow.set_tracking_uri(sys.argv[1])
-(logged,) = mlflow.MlflowClient().get_run(sys.argv[2]).outputs.model_outputs
-logged_model = mlflow.MlflowClient().get_logged_model(logged.model_id)
-loaded = mlflow.pytorch.load_model(f"models:/{{logged.model_id}}")
-artifact = mlflow.artifacts.download_artifacts(run_id=sys.argv[2], artifact_path="best.pt")
-assert Path(artifact).read_bytes() == b"weights"
-assert logged_model.name == CELL.id
-served = mlflow.pyfunc.load_model(f"models:/{{logged.model_id}}")
-assert served.metadata.signature.inputs.inputs[0].shape == (-1, 1, -1)
-assert served.predict(tokens.numpy()).tolist() == loaded(tokens, mask).tolist()
-assert served.predict(served.input_example).shape == (1, 3)
-print(sys.argv[2], *loaded(tokens, mask).flatten().tolist())
-"""
-
-
-@pytest.mark.slow
-def test_a_logged_model_predicts_the_same_in_a_new_process(project: Path, start: Start) -> None:
-    grid = tracking.start_grid("quick")
-    trained = finish(start(LOG_MODEL, **grid))
-    loaded = finish(start(LOAD_MODEL, grid[tracking.TRACKING_URI], trained.split()[0]))
-    assert loaded.splitlines()[-1] == trained.splitlines()[-1]
-
-
-@pytest.fixture
-def running_server(project: Path) -> Iterator[Server]:
-    with mlflow_server.running_server(project, project / "server.db", project / "stored") as server:
-        yield server
-
-
-@pytest.fixture
-def server(running_server: Server) -> str:
-    """The address of an MLflow server of its own."""
-    return running_server.address
-
-
-@pytest.mark.slow
-def test_a_training_goes_on_without_the_server_and_its_evaluations_arrive_when_it_is_back(
-    running_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(tracking.TRACKING_URI, running_server.address)
-    grid = tracking.start_grid("quick")
-    with tracking.cell_run(CELL, "f1", "quick", {}) as run:
-        run.log_evaluation(evaluation(10))
-        running_server.kill()
-        run.log_evaluation(evaluation(20))
-        run.log_evaluation(evaluation(30))
-        assert "2 evaluations kept for later" in capsys.readouterr().out
-        threading.Timer(1.0, running_server.start).start()
-        run.log_evaluations([evaluation(step) for step in (10, 20, 30, 40)])
-    client, (held,) = client_and_cells(grid)
-    assert held_steps(client, held) == [10, 20, 30, 40]
-    assert held.info.status == "FINISHED"
-
-
-@pytest.mark.slow
-def test_a_server_serves_grids_cells_and_models(server: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tracking.TRACKING_URI, server)
-    grid = tracking.start_grid("quick")
-    assert grid[tracking.TRACKING_URI] == server
-    trained = finish(start(LOG_MODEL, **grid))
-    assert len(trained.splitlines()) == 1, f"MLflow chatted: {trained}"
-    loaded = finish(start(LOAD_MODEL, server, trained.split()[0]))
-    assert loaded.splitlines()[-1] == trained.splitlines()[-1]
-    _, (run,) = client_and_cells(grid)
-    assert run.info.status == "FINISHED"
-
-
 def test_importing_the_command_line_leaves_mlflow_alone(start: Start) -> None:
     assert finish(start("import pipeline.cli; print('mlflow' in sys.modules)")) == "False\n"
+
+
+@pytest.fixture
+def server(project: Project) -> Iterator[Server]:
+    """An MLflow server of its own."""
+    with mlflow_server.running_server(project.folder, project.folder / "server.db", project.folder / "stored") as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_cells_that_finish_while_a_server_is_away_are_logged_when_it_is_back(
+    trained: Project, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tracking.TRACKING_URI, server.address)
+    assert Tracker("tiny", [write(CELL)]).finish() == ""
+    server.kill()
+    tracker = Tracker("tiny", [CELL.id, RMFA])
+    assert "not in MLflow: 2 cells: MLflow cannot use http://" in tracker.finish()
+    server.start()
+    assert Tracker("tiny", [CELL.id, RMFA]).finish() == ""
+    client, (parent,), runs = held()
+    assert parent.info.status == "FINISHED"
+    assert {run.data.tags["cell"]: steps_of(client, run) for run in runs} == {CELL.id: STEPS, RMFA: [3, 6]}
+    (run,) = [run for run in runs if run.data.tags["cell"] == RMFA]
+    assert Path(client.download_artifacts(run.info.run_id, "best.pt")).is_file()
+    assert len(run.outputs.model_outputs) == 1
+
+
+@pytest.mark.slow
+def test_a_grid_without_mlflow_trains_says_so_once_and_the_next_one_logs_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: Project
+) -> None:
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    make_small(folder)
+    grid = start_grid(folder, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    out, _ = grid.communicate(timeout=300)
+    assert grid.returncode == 0, out
+    assert out.count("MLflow") == 1, out
+    assert "warning: not in MLflow: 2 cells: MLflow cannot use http://127.0.0.1:9: " in out
+    grid = start_grid(folder)
+    out, _ = grid.communicate(timeout=300)
+    assert (grid.returncode, "nothing to do" in out, "MLflow" in out) == (0, True, False), out
+    assert tracked_runs(folder) == {cell: [3, 6] for cell in CELLS}
+
+
+@pytest.mark.slow
+def test_what_is_done_by_hand_is_logged_by_hand(project: Project, invoke: Invoke) -> None:
+    project.add_code()
+    for command in ("download", "preprocess"):
+        assert invoke(command, "--task", "lra-listops")[0] == 0
+    assert invoke("train", *CELLS[RMFA])[0] == 0
+    (first,) = held()[2]
+    assert invoke("eval", *CELLS[RMFA])[0] == 0
+    (run,) = held()[2]
+    assert run.info.run_id == first.info.run_id
+    assert "test_accuracy" in run.data.metrics.keys() - first.data.metrics.keys()
+    assert ROOT not in Path(run.info.artifact_uri).parents
