@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
@@ -33,11 +34,11 @@ from schoenbat.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Run
 
 EXPERIMENT = "schoenbat"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 """The end of a grid waits so long for MLflow to take another cell, and a cell so long for another process to log."""
 _STOPPING_SECONDS = 2.0
 _BATCH = 10
@@ -77,8 +78,9 @@ class Tracker:
         Returns:
             One line about what is not logged; empty if all is.
         """
-        self._status, self._beat = status, time.monotonic()
+        self._status = status
         self._wake.set()
+        self._tick()
         while self._thread.is_alive():
             self._stopped = bool(stops())
             if time.monotonic() - self._beat > (_STOPPING_SECONDS if self._stopped else PATIENCE_SECONDS):
@@ -98,7 +100,7 @@ class Tracker:
             status = self._status
             try:
                 while self._log_some(status):
-                    self._beat = time.monotonic()
+                    pass
                 self._problem = ""
             except UserError as error:
                 self._problem = str(error)
@@ -108,7 +110,7 @@ class Tracker:
 
     def _log_some(self, status: str) -> bool:
         """Log a batch of cells; return whether there may be more."""
-        with _opened(self._profile) as runs:
+        with self._open() as runs:
             if runs.parent != self._parent:
                 # Of another database, where the one before was deleted.
                 self._parent, self._logged = runs.parent, set()
@@ -116,9 +118,41 @@ class Tracker:
             for cell in due if not self._stopped else ():
                 runs.log(cell)
                 self._logged.add(cell)
+                self._tick()
             if (not due or self._stopped) and status:
                 runs.client.set_terminated(runs.parent, status)
             return bool(due) and not self._stopped
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator["_Runs"]:
+        """Yield the runs of the profile while no other process looks for runs or makes any."""
+        uri = store_uri()
+        path = database.file_of(uri)
+        lock = FileLock(f"{path}.lock" if path else "logs/mlflow.lock", timeout=PATIENCE_SECONDS)
+        with _usable(uri) as mlflow, lock:
+            self._tick()
+            if path and database.is_absent(uri):
+                database.create(path, lambda new: mlflow.MlflowClient(new).search_experiments(max_results=1))
+                self._tick()
+            client = mlflow.MlflowClient(uri)
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
+                artifacts = Path("mlruns").absolute().as_uri() if path else None
+                experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+            elif experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(experiment.experiment_id)
+            runs = _Runs(client, experiment.experiment_id, self._profile)
+            tags = {"kind": "grid", "profile": self._profile, "checkout": _checkout_id(Path("logs/mlflow-checkout"))}
+            run = next(iter(runs.find(tags)), None) or client.create_run(
+                runs.experiment, None, tags, f"grid {self._profile}"
+            )
+            if run.info.status != "RUNNING":
+                client.update_run(run.info.run_id, status="RUNNING")
+            runs.parent = run.info.run_id
+            yield runs
+
+    def _tick(self) -> None:
+        self._beat = time.monotonic()
 
 
 def log_by_hand(profile: str, cell: str) -> None:
@@ -148,39 +182,13 @@ def find_experiment() -> str | None:
         UserError: it was deleted, or the tracking server or database cannot be used.
     """
     uri = store_uri()
-    experiment: Experiment | None
-    with _usable(uri):
-        experiment = (
-            None if database.is_absent(uri) else import_mlflow().MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
-        )
+    if database.is_absent(uri):
+        return None
+    with _usable(uri) as mlflow:
+        experiment = mlflow.MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
     if experiment is not None and experiment.lifecycle_stage == "deleted":
         raise UserError(f"experiment {EXPERIMENT} in {shown(uri)} is deleted; `schoenbat-exp log` restores it")
     return None if experiment is None else str(experiment.experiment_id)
-
-
-@contextlib.contextmanager
-def _opened(profile: str) -> Iterator["_Runs"]:
-    """Yield the runs of a profile while no other process looks for runs or makes any."""
-    uri = store_uri()
-    path = database.file_of(uri)
-    with _usable(uri), FileLock(f"{path}.lock" if path else "logs/mlflow.lock", timeout=PATIENCE_SECONDS):
-        mlflow = import_mlflow()
-        if path and database.is_absent(uri):
-            database.create(path, lambda new: mlflow.MlflowClient(new).search_experiments(max_results=1))
-        client = mlflow.MlflowClient(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            artifacts = Path("mlruns").absolute().as_uri() if path else None
-            experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
-        elif experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)
-        runs = _Runs(client, experiment.experiment_id, profile)
-        tags = {"kind": "grid", "profile": profile, "checkout": _checkout_id(Path("logs/mlflow-checkout"))}
-        run = next(iter(runs.find(tags)), None) or client.create_run(runs.experiment, None, tags, f"grid {profile}")
-        if run.info.status != "RUNNING":
-            client.update_run(run.info.run_id, status="RUNNING")
-        runs.parent = run.info.run_id
-        yield runs
 
 
 @dataclass
@@ -297,10 +305,10 @@ def _checkout_id(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _usable(uri: str) -> Iterator[None]:
-    """Raise UserError for whatever MLflow, its drivers and the network raise in the block."""
+def _usable(uri: str) -> Iterator[ModuleType]:
+    """Yield MLflow, and raise UserError for whatever it, its drivers and the network raise in the block."""
     try:
-        yield
+        yield import_mlflow()
     except UserError:
         raise
     except Exception as error:

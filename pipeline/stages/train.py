@@ -184,7 +184,7 @@ class _Training:
                 aside = checkpoint.with_name("last.other.pt")
                 checkpoint.replace(aside)
                 print(f"{self.cell.id}: {checkpoint} is of other settings, code or data; now {aside.name}", flush=True)
-                return self.fit(checkpoint, tracked, stop)
+                return self.fit(checkpoint, stop)
             except UserError as error:
                 if checkpoint is None or not checkpoint.exists():
                     raise
