@@ -92,7 +92,7 @@ class Tracker:
             _due_file(self._profile).unlink(missing_ok=True)
             return ""
         why = self._problem or "stopped"
-        return f"not in MLflow: {counted(missing, 'cell')}: {why}; the next run or `schoenbat-exp log` logs them"
+        return f"not logged: {counted(missing, 'cell')}: {why}; the next run or `schoenbat-exp log` logs them"
 
     def _work(self) -> None:
         while True:
@@ -234,7 +234,7 @@ class _Runs:
         took = asdict(resources) if (resources := results.resources()) else {}
         milliseconds = int(1000 * took.get("seconds", 0))
         if run is None:
-            began, tags = int(1000 * time.time()) - milliseconds, {**identity, **_tags(metrics), "no_model": no_model}
+            began, tags = int(1000 * time.time()) - milliseconds, identity | _tags(metrics, no_model)
             run = self.client.create_run(self.experiment, began, tags, _name(metrics))
         number, began = run.info.run_id, run.info.start_time
         # MLflow's comparison begins with what was logged first, shows what is under system/ last, and draws bars of
@@ -272,8 +272,8 @@ def _name(metrics: Metrics) -> str:
     return " ".join(str(part) for part in parts if part is not None)
 
 
-def _tags(metrics: Metrics) -> dict[str, str]:
-    return {
+def _tags(metrics: Metrics, no_model: str) -> dict[str, str]:
+    tags = {
         "git_sha": metrics.git_revision,
         "torch": metrics.torch,
         "device": metrics.device,
@@ -281,7 +281,9 @@ def _tags(metrics: Metrics) -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": metrics.git_revision,
         "mlflow.note.content": f"One cell. Train it again: `schoenbat-exp run --cell {metrics.cell} --force`",
+        "no_model": no_model,
     }
+    return {name: value for name, value in tags.items() if value}
 
 
 def _params(metrics: Metrics, trained: TrainedCell | None) -> dict[str, str]:
@@ -313,8 +315,11 @@ def _usable(uri: str) -> Iterator[ModuleType]:
         raise
     except Exception as error:
         # MLflow's own texts can be pages long.
-        text = str(getattr(error, "orig", None) or error) or type(error).__name__
-        raise UserError(f"MLflow cannot use {shown(uri)}: {text.splitlines()[0]}") from error
+        cause: BaseException = error
+        while (deeper := cause.__cause__ or cause.__context__) is not None:
+            cause = deeper
+        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        raise UserError(f"MLflow cannot use {shown(uri)}: {reason}") from error
 
 
 def shown(uri: str) -> str:

@@ -257,7 +257,8 @@ class _Run:
         if event is not None and event.state in ("done", "failed", "unavailable", "stopped", "retried"):
             # Also a job that failed may have done some of its stages.
             self._recorder.add(self._complete_stages_of(event.job))
-            if event.state == "done":
+            if event.state == "done" and event.job in self._cells:
+                self._tracker.add(event.job)
                 self._tracker.add(event.job)
         if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
             self._ended[event.job] = event
