@@ -84,7 +84,7 @@ class Tracker:
         while self._thread.is_alive():
             self._stopped = bool(stops())
             if time.monotonic() - self._beat > (_STOPPING_SECONDS if self._stopped else PATIENCE_SECONDS):
-                self._problem = self._problem or f"no answer from {shown(store_uri())}"
+                self._problem = self._problem or f"no answer from MLflow at {shown(store_uri())}"
                 break
             self._thread.join(0.1)
         missing = len(set(self._cells) - self._logged)

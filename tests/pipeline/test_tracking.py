@@ -483,7 +483,7 @@ def test_a_server_that_never_answers_delays_neither_a_stop_nor_for_long_the_end(
         began = time.monotonic()
         problem = tracker.finish("KILLED", lambda: stops)
         assert time.monotonic() - began < seconds
-        assert problem.startswith("not logged: 1 cell: no answer from http://127.0.0.1:")
+        assert problem.startswith("not logged: 1 cell: no answer from MLflow at http://127.0.0.1:")
     assert tracking.is_due("tiny")
 
 
