@@ -57,7 +57,7 @@ class Tracker:
         self._profile, self._cells = profile, list(cells)
         self._logged: set[str] = set()
         self._parent = self._problem = self._status = ""
-        self._beat, self._stopped, self._wake = 0.0, False, threading.Event()
+        self._beat, self._stopped, self._idle, self._wake = 0.0, False, False, threading.Event()
         _due_file(profile).parent.mkdir(parents=True, exist_ok=True)
         _due_file(profile).touch()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -66,7 +66,12 @@ class Tracker:
     def add(self, cell: str) -> None:
         """Let a cell be logged that has finished."""
         self._cells.append(cell)
+        self._idle = False
         self._wake.set()
+
+    def is_idle(self) -> bool:
+        """Return whether nothing is being logged."""
+        return self._idle or not self._thread.is_alive()
 
     def finish(self, status: str = "FINISHED", stops: Callable[[], int] = lambda: 0) -> str:
         """Log what MLflow lacks, unless that gets nowhere or is to stop, and end the parent run.
@@ -106,6 +111,7 @@ class Tracker:
                 self._problem = str(error)
             if status:
                 return
+            self._idle = not self._wake.is_set()
             self._wake.wait(PATIENCE_SECONDS if self._problem else None)
 
     def _log_some(self, status: str) -> bool:

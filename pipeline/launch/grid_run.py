@@ -287,7 +287,7 @@ class _Run:
 
     def _holds(self) -> bool:
         """DVC takes a core from what measures time, and touches files that are gathered: not beside it."""
-        return not self._only_exclusive and not self._recorder.is_idle()
+        return not (self._only_exclusive or (self._recorder.is_idle() and self._tracker.is_idle()))
 
     def _show_report(self) -> None:
         report = f"report@{self._params.profile}"
