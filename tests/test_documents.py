@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import typer.main
 
-from pipeline import cli
-from pipeline.commands import PROGRAM
+from pipeline.cli import cli
 from pipeline.grid.params import load_params
 from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison
+from pipeline.stages.commands import PROGRAM
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

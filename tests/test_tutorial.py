@@ -16,7 +16,7 @@ TEXT = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 # One process for all commands, as most of a command is the import of torch.
 PROGRAM = """
 import json, sys, warnings
-from pipeline.cli import main
+from pipeline.cli.app import main
 
 for arguments in json.loads(sys.argv[1]):
     print("$", *arguments, flush=True)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import psutil
 from packaging.requirements import Requirement
 
-from pipeline import tracking
 from pipeline.doctor import Finding
 from pipeline.grid.code import check_code
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, PROJECT_FILE
-from pipeline.text import counted
+from pipeline.host.text import counted
+from pipeline.mlflow import tracking
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _git() -> Finding:
 def _torch(params: "Params | None") -> Finding:
     import torch
 
-    from pipeline.devices import get_device
+    from pipeline.host.devices import get_device
 
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
     text = f"torch {torch.__version__}, built {built}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.grid.settings import PARAMS_FILE
-from pipeline.text import counted
+from pipeline.host.text import counted
 from schoenbat.errors import UserError
 from schoenbat.lra.config import build_config
 

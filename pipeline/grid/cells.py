@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.files import read_json
 from pipeline.grid.axes import Cell, check_id, expand_grid
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import MAX_SEED, Params, attention_section, cell_training, former_section, task_section
 from pipeline.grid.settings import PARAMS_FILE
+from pipeline.host.files import read_json
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.encoder import build_model

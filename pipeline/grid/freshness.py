@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
 from pipeline.grid import numerics
 from pipeline.grid.axes import Cell
 from pipeline.grid.numerics import digest
-from pipeline.results import CellResults, Fingerprint
+from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.host.files import read_json
 from schoenbat.errors import UserError
 
 PROVENANCE = "provenance.json"

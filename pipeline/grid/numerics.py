@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json
+from pipeline.host.files import write_json
 from schoenbat.registry import VARIANT_MARK, Registry, base_name
 
 FOLDER = Path("numerics")
@@ -51,9 +51,8 @@ _NO_NUMERICS = (
     "schoenbat.files",
     "schoenbat.registry",
     "schoenbat.lra.config",
-    "pipeline.files",
+    "pipeline.host",
     "pipeline.grid",
-    "pipeline.results",
 )
 """Prefixes of modules: errors, files, the look-up of names and the grid compute nothing that a result is made of."""
 

@@ -5,10 +5,10 @@ so a stage does not know how it was started. Processes find out by a lease that 
 files, and dvc.yaml says what depends on what.
 """
 
+from pipeline.host.lease import OUTCOME_VARIABLE, Lease
 from pipeline.launch._engine import DEVICE_VARIABLE, Options, run_jobs
 from pipeline.launch._job import Attempt, Backend, Device, Ended, Event, Job, Work
 from pipeline.launch._state import GridState
-from pipeline.lease import OUTCOME_VARIABLE, Lease
 
 __all__ = [
     "DEVICE_VARIABLE",

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.host.lease import GRACE_SECONDS, LEASE_VARIABLE, OUTCOME_VARIABLE, STOPPED, Lease
 from pipeline.launch._job import Attempt, Backend, Ended, Event, Job, Kind, State
 from pipeline.launch._placement import Load, place
 from pipeline.launch._state import GridState
-from pipeline.lease import GRACE_SECONDS, LEASE_VARIABLE, OUTCOME_VARIABLE, STOPPED, Lease
 from schoenbat.files import write_bytes
 
 DEVICE_VARIABLE = "SCHOENBAT_DEVICE"

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import tracking
-from pipeline.files import remove_unfinished
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
 from pipeline.grid.cells import check_models, expand, select
 from pipeline.grid.code import check_code
 from pipeline.grid.freshness import Freshness, check_folders
 from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import Params
+from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE, read_yaml
+from pipeline.host.files import remove_unfinished
+from pipeline.host.lease import Lease
+from pipeline.host.text import counted, share
 from pipeline.launch import Backend, Event, GridState, Job, Options, plan, run_jobs, session
 from pipeline.launch.local import LocalBackend
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
-from pipeline.lease import Lease
+from pipeline.mlflow import tracking
 from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
 from pipeline.record.writer import Recorder, changed_stages, mend_lock
-from pipeline.results import CellResults
-from pipeline.text import counted, share
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.host.lease import LEASE_VARIABLE
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch._memory import kills_for_memory
 from pipeline.launch.worker import work
-from pipeline.lease import LEASE_VARIABLE
 
 _START_SECONDS, _STUCK_SECONDS = 300.0, 3.0
 """So long a start may take: in general, and when it is not wanted any more."""

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import psutil
 
-from pipeline.devices import get_device
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import CODE_VARIABLE, Freshness
 from pipeline.grid.params import Params, cell_training
+from pipeline.grid.results import CellResults, Resources
 from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE
+from pipeline.host.devices import get_device
 from pipeline.launch._job import Device, Job, Work
 from pipeline.launch._placement import number_of_jobs
-from pipeline.results import CellResults, Resources
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 
-from pipeline.files import locked
+from pipeline.host.files import locked
 from schoenbat.errors import UserError
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.grid.params import RunParams
+from pipeline.host.lease import GRACE_SECONDS, LEASE_VARIABLE, STOPPED
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch.local import LocalBackend
-from pipeline.lease import GRACE_SECONDS, LEASE_VARIABLE, STOPPED
 from schoenbat.errors import UserError
 
 _COMMENT = "schoenbat "

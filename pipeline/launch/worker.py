@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.files import read_json
+from pipeline.host.files import read_json
+from pipeline.host.lease import STAGE_VARIABLE, STOPPED, watch
 from pipeline.launch import OUTCOME_VARIABLE, Work
-from pipeline.lease import STAGE_VARIABLE, STOPPED, watch
 
 _PROGRAM = "schoenbat-exp"
 
@@ -89,7 +89,7 @@ def _run(stage: Work) -> int:
     print(f"> {stage.command}", flush=True)
     words = shlex.split(stage.command)
     if words[0] == _PROGRAM:
-        from pipeline.commands import run_command
+        from pipeline.stages.commands import run_command
 
         return run_command(words[1:])
     return subprocess.run(stage.command, shell=True, stdin=subprocess.DEVNULL, check=False).returncode

@@ -15,7 +15,7 @@ from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.checked import ensure_checked
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.lease import EXPIRY_SECONDS, TOUCH_SECONDS
+from pipeline.host.lease import EXPIRY_SECONDS, TOUCH_SECONDS
 
 STATE_FILE = "grid.json"
 """In logs/PROFILE, written by the engine."""

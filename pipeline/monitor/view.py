@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from rich.text import Text
 
+from pipeline.host.text import counted
 from pipeline.monitor.status import Row, Snapshot
-from pipeline.text import counted
 
 _STYLE = {"running": "cyan", "failed": "red", "unavailable": "yellow", "skipped": "yellow", "interrupted": "yellow"}
 _ORDER = ("running", "waiting", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")

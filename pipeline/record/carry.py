@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.devices import describe_device
-from pipeline.files import git, git_revision, write_csv
 from pipeline.grid.axes import Cell
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params
+from pipeline.grid.results import CellResults, Fingerprint
 from pipeline.grid.settings import PARAMS_FILE
-from pipeline.results import CellResults, Fingerprint
+from pipeline.host.devices import describe_device
+from pipeline.host.files import git, git_revision, write_csv
+from pipeline.host.text import share
 from pipeline.stages.golden import STEPS
-from pipeline.text import share
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 

@@ -16,13 +16,13 @@ from typing import ClassVar
 import matplotlib.style
 
 from pipeline.grid.params import Params
+from pipeline.host.text import counted
 from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._output import STYLE, Figure, write_figure, write_table, write_text
 from pipeline.reporting._page import Section, render_page
 from pipeline.reporting._statistics import MARGIN
 from pipeline.reporting._table import Table, Text
-from pipeline.text import counted
 from schoenbat.errors import UserError
 from schoenbat.registry import Registry
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.files import read_json
 from pipeline.grid.cells import Cell, expand
 from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params
+from pipeline.grid.results import CellResults, Metrics, read_rows
+from pipeline.host.files import read_json
 from pipeline.reporting._mechanisms import Mechanism
 from pipeline.reporting._setting import Cells, Measured, Setting, TaskData
 from pipeline.reporting._statistics import MARGIN, Scores
-from pipeline.results import CellResults, Metrics, read_rows
 from schoenbat.lra.training import Predictions
 
 TEXT_KEYS = ("task", "attn", "dotf", "former", "direction", "quantity")

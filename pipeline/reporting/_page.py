@@ -11,10 +11,10 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from pipeline.host.text import counted
 from pipeline.reporting._output import Figure
 from pipeline.reporting._setting import Setting
 from pipeline.reporting._table import Table, Text
-from pipeline.text import counted
 
 MOST_ROWS = 600
 """Of a table in the page; its files have all."""

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.grid.params import Params
+from pipeline.host.text import counted
 from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, label
 from pipeline.reporting._setting import Setting
-from pipeline.text import counted
 
 WIDTH = 80
 _LEAST_NAME, _COLUMN = 30, 16

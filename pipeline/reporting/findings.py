@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from pipeline.host.text import counted
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison, OnTask
 from pipeline.reporting._mechanisms import Mechanism, has_ppsbn, label, rows_of
 from pipeline.reporting._statistics import LEAST_SEEDS
 from pipeline.reporting._table import Text, show_interval, show_number
-from pipeline.text import counted
 
 _NAMED = 4
 """So many mechanisms are listed by name; of more, the number is given."""

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.devices import describe_device, get_device, prepare_host
-from pipeline.files import git_revision, write_csv
 from pipeline.grid.params import Params
+from pipeline.host.devices import describe_device, get_device, prepare_host
+from pipeline.host.files import git_revision, write_csv
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, KernelAttention
 from schoenbat.errors import TrainingFailed

@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json
 from pipeline.grid.freshness import PROVENANCE, hash_file, named_files, raw_folder, read_provenance
 from pipeline.grid.params import Params, task_section
-from pipeline.monitor.progress import Meter
+from pipeline.host.files import write_json
+from pipeline.host.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
 from schoenbat.lra.tasks import TASKS
 

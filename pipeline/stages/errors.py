@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.devices import prepare_host
-from pipeline.files import git_revision, write_csv
 from pipeline.grid.cells import Cell, data_meta
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import Params
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
+from pipeline.host.devices import prepare_host
+from pipeline.host.files import git_revision, write_csv
 from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
 from schoenbat.errors import UserError

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from pipeline import tracking
-from pipeline.devices import get_device, prepare_host
 from pipeline.grid.cells import Cell, data_meta
 from pipeline.grid.code import check_code
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import Params, cell_training
+from pipeline.grid.results import CellResults, Fingerprint, TestScore
 from pipeline.grid.settings import flat
-from pipeline.monitor.progress import Meter, ProgressFile
-from pipeline.results import CellResults, Fingerprint, TestScore
+from pipeline.host.devices import get_device, prepare_host
+from pipeline.host.progress import Meter, ProgressFile
+from pipeline.mlflow import tracking
 from pipeline.stages.train import description, identify, model_of
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset

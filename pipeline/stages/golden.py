@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.devices import get_device, prepare_host
-from pipeline.files import read_json
 from pipeline.grid.axes import Cell
 from pipeline.grid.code import check_code
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import Params, cell_training
+from pipeline.host.devices import get_device, prepare_host
+from pipeline.host.files import read_json
 from pipeline.stages.train import model_of
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes

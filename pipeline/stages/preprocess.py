@@ -1,9 +1,9 @@
 """Stage `preprocess`: the arrays of one task that training reads."""
 
-from pipeline.files import write_json
 from pipeline.grid.freshness import Freshness, data_folder, raw_folder, summary_file
 from pipeline.grid.params import Params, task_section
 from pipeline.grid.settings import params_file, read_yaml
+from pipeline.host.files import write_json
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.tasks import TASKS

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from pipeline import tracking
-from pipeline.devices import describe_device, get_device, prepare_host
-from pipeline.files import git_revision, locked, remove_unfinished
 from pipeline.grid.cells import Cell, data_meta, settings
 from pipeline.grid.code import check_code
 from pipeline.grid.freshness import CODE_VARIABLE, Freshness, data_folder
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import Params, cell_training, task_section
+from pipeline.grid.results import CellResults, Fingerprint, Metrics, Resources
 from pipeline.grid.settings import PARAMS_FILE, params_file, read_yaml
-from pipeline.lease import LEASE_VARIABLE, STAGE_VARIABLE
-from pipeline.monitor.progress import Meter, ProgressFile
-from pipeline.results import CellResults, Fingerprint, Metrics, Resources
-from pipeline.stopping import Stopped, stop_request
+from pipeline.host.devices import describe_device, get_device, prepare_host
+from pipeline.host.files import git_revision, locked, remove_unfinished
+from pipeline.host.lease import LEASE_VARIABLE, STAGE_VARIABLE
+from pipeline.host.progress import Meter, ProgressFile
+from pipeline.host.stopping import Stopped, stop_request
+from pipeline.mlflow import tracking
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.encoder import Classifier, build_model

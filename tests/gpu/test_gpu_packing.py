@@ -25,7 +25,7 @@ def test_cells_share_a_gpu_once_their_memory_is_known(tmp_path: Path, monkeypatc
     from small_grid import make_small
 
     from pipeline.grid.axes import read_cells
-    from pipeline.results import CellResults
+    from pipeline.grid.results import CellResults
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -163,7 +163,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_where_runs_repeat_themselves(
 def test_a_cell_is_trained_and_tested_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from project_folder import Project
 
-    from pipeline import commands
+    from pipeline.stages import commands
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

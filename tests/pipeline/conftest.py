@@ -46,7 +46,7 @@ def trained(trained_once: Path, project: Project, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process: (exit code, stdout, stderr)."""
-    from pipeline.cli import main
+    from pipeline.cli.app import main
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

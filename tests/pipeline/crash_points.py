@@ -123,7 +123,7 @@ def content(*folders: str) -> dict[str, bytes]:
 
 
 def numbers_and_runs() -> object:
-    from pipeline.results import CellResults
+    from pipeline.grid.results import CellResults
 
     return [path.read_bytes() for path in CellResults("tiny", MEAN).files()], tracked_runs(Path())[MEAN]
 
@@ -162,7 +162,7 @@ def do(job: str) -> Callable[[], bool]:
 
 
 def build_report() -> bool:
-    from pipeline.commands import run_command
+    from pipeline.stages.commands import run_command
 
     return run_command(["report"]) == 0
 
@@ -242,7 +242,7 @@ class Walk:
         (cell,) = [job for job in jobs if job.name == MEAN]
         Path("cell.json").write_text(json.dumps([asdict(stage) for stage in cell.stages]))
         # MLflow needs seconds to make its database, so it is there.
-        from pipeline import tracking
+        from pipeline.mlflow import tracking
 
         assert forked(lambda: not tracking.Tracker("tiny").finish(), self._work, self.log) == 0
         os.chdir(self._folder)

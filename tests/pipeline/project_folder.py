@@ -14,9 +14,9 @@ from pipeline.grid.axes import Cell, expand_grid
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import load_params
+from pipeline.grid.results import CellResults, Fingerprint, Metrics, Resources, TestScore
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.launch import Job, Work
-from pipeline.results import CellResults, Fingerprint, Metrics, Resources, TestScore
 from pipeline.stages import download, preprocess
 from schoenbat.files import write_bytes
 from schoenbat.lra.training import Evaluation, Predictions

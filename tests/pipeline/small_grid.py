@@ -13,8 +13,8 @@ from typing import IO
 import psutil
 from project_folder import Project
 
-from pipeline.lease import LEASE_VARIABLE
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
+from pipeline.host.lease import LEASE_VARIABLE
 
 TASK = ("--task", "lra-listops")
 CELLS = {

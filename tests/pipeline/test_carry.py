@@ -12,7 +12,7 @@ from project_folder import Project
 
 from pipeline.grid.axes import Cell
 from pipeline.grid.freshness import Freshness
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
 
 Invoke = Callable[..., tuple[int, str, str]]
 

@@ -9,8 +9,8 @@ from project_folder import Project
 from pipeline.grid.cells import Cell, check_models, expand, make_cells, select
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
-from pipeline.results import CellResults, Fingerprint
-from pipeline.text import share
+from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.host.text import share
 from schoenbat.errors import UserError
 
 

@@ -28,7 +28,7 @@ from mlflow_server import Server, running_server
 from slurm_node import Node
 from small_grid import CELLS, make_small, numbers, processes_of, start_grid, tracked_runs
 
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
-    from pipeline.cli import main
+    from pipeline.cli.app import main
 
     folder = tmp_path_factory.mktemp("chaos") / "grid"
     folder.mkdir()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline import commands
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
+from pipeline.stages import commands
 from schoenbat.errors import OutOfMemory, TrainingFailed
 
 Invoke = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,7 @@ import pytest
 from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, make_small, numbers
 
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from project_folder import Project
 
-from pipeline.files import git_revision
+from pipeline.host.files import git_revision
 
 Invoke = Callable[..., tuple[int, str, str]]
 

@@ -13,7 +13,7 @@ from pipeline.grid.axes import data_stage_names, stage_names
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, data_folder, raw_folder, summary_file
 from pipeline.grid.params import load_params
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
 
 
 def dvc(*arguments: str) -> str:

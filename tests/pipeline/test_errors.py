@@ -9,10 +9,10 @@ import torch
 from project_folder import Project
 
 from pipeline import reporting
-from pipeline.files import write_csv
 from pipeline.grid.cells import data_meta, expand, select
 from pipeline.grid.params import load_params
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
+from pipeline.host.files import write_csv
 from pipeline.stages import errors
 from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS, KernelAttention

@@ -15,8 +15,8 @@ from project_folder import ROOT, Project
 from small_grid import CELLS, MEAN, RMFA, make_small, numbers, processes_of, start_grid, tracked_runs
 from trained_project import OUTPUT
 
+from pipeline.grid.results import CellResults
 from pipeline.record import writer
-from pipeline.results import CellResults
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ import pytest
 from project_folder import ROOT, Project
 from small_grid import tracked_runs
 
-from pipeline.lease import STOPPED
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
+from pipeline.host.lease import STOPPED
 
 pytestmark = pytest.mark.slow
 

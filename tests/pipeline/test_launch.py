@@ -197,7 +197,7 @@ def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
 
 UNDER_A_LEASE = """
 import subprocess, sys
-from pipeline import lease
+from pipeline.host import lease
 lease.EXPIRY_SECONDS = lease.GRACE_SECONDS = 1.0
 lease.watch()
 print("started", flush=True)

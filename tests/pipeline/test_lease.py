@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lease
+from pipeline.host import lease
 
 
 @pytest.mark.parametrize(("there", "kept", "waits"), [(True, False, True), (False, False, False), (False, True, True)])

@@ -12,7 +12,8 @@ import pytest
 import typer.main
 from project_folder import ROOT, Project
 
-from pipeline import cli, commands
+from pipeline.cli import cli
+from pipeline.stages import commands
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -85,7 +86,8 @@ def run_apart(script: str, **environment: str) -> "subprocess.CompletedProcess[s
 
 
 BROKEN = """
-from pipeline import cli, commands
+from pipeline.cli import cli
+from pipeline.stages import commands
 
 @cli.app.command()
 def broken() -> None:

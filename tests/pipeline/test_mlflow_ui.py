@@ -22,9 +22,9 @@ import pytest
 from browser import missing, open_page
 from project_folder import ROOT, Project, write_results
 
-from pipeline import tracking
 from pipeline.grid.cells import Cell
-from pipeline.results import CellResults, Fingerprint
+from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.mlflow import tracking
 from schoenbat.lra.training import Evaluation
 
 pytestmark = pytest.mark.xdist_group("mlflow-ui")

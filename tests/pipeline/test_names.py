@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
+from pipeline.cli.names import PROMISES, Kind, Name, described, names
 from pipeline.grid.cells import expand, make_cells
 from pipeline.grid.params import MAX_SEED, load_params
-from pipeline.names import PROMISES, Kind, Name, described, names
 from schoenbat import registry
 from schoenbat.attention import ATTENTIONS, Attention
 from schoenbat.errors import UserError

@@ -19,14 +19,14 @@ import torch
 from project_folder import ROOT, Project
 from small_grid import MEAN, RMFA, make_small, start_grid
 
-from pipeline.files import read_json
 from pipeline.grid import numerics
 from pipeline.grid.axes import stage_names
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.numerics import component_digests, digest, write_numerics
 from pipeline.grid.params import cell_training, load_params
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
+from pipeline.host.files import read_json
 from pipeline.stages import download, preprocess
 from pipeline.stages.golden import golden_record
 from pipeline.stages.train import model_of

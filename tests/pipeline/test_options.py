@@ -14,7 +14,7 @@ import typer.main
 from project_folder import ROOT, Project
 from small_grid import MEAN, RMFA, TASK, make_small, numbers, start_grid
 
-from pipeline import cli
+from pipeline.cli import cli
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -125,8 +125,8 @@ def test_a_plan_of_thousands_of_cells_is_made_without_mlflow(project: Project) -
     project.set("grid.seeds", list(range(667)))
     code = """
 import sys
-from pipeline.commands import exit_code
-from pipeline.cli import app
+from pipeline.stages.commands import exit_code
+from pipeline.cli.app import app
 assert exit_code(app, sys.argv[1:]) == 0
 print(sorted({"mlflow"} & set(sys.modules)))
 """

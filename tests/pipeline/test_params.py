@@ -113,7 +113,7 @@ def test_every_profile_is_valid_and_called_after_its_file(path: Path) -> None:
 def test_a_check_is_repeated_when_a_distribution_comes_and_not_when_files_do(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.cli import main
+    from pipeline.cli.app import main
 
     checks: list[object] = []
     monkeypatch.setattr("pipeline.grid.cells.check_models", lambda *_: checks.append(None))

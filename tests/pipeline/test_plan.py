@@ -11,10 +11,10 @@ from pipeline.grid.axes import Cell
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
+from pipeline.grid.results import CellResults, Fingerprint
 from pipeline.launch import Job
 from pipeline.launch.grid_run import _other_stages
 from pipeline.launch.plan import plan_jobs
-from pipeline.results import CellResults, Fingerprint
 
 OTHERS = ["bench@tiny", "errors@tiny-lra-text-rmfa-exp-maclauformer", "report@tiny"]
 

@@ -30,7 +30,7 @@ class Shell:
         known = [path for path in sys.path if path.endswith("-packages")]
         (site_packages / "known.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in known))
         for command, call in (
-            ("schoenbat-exp", "from pipeline.cli import main\nif __name__ == '__main__':\n    main()"),
+            ("schoenbat-exp", "from pipeline.cli.app import main\nif __name__ == '__main__':\n    main()"),
             ("pip", "import sys; from pip._internal.cli.main import main; sys.exit(main())"),
             ("pytest", "import sys, pytest; sys.exit(pytest.main())"),
         ):

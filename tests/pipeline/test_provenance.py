@@ -16,7 +16,7 @@ from small_grid import CELLS, MEAN, make_small, start_grid
 from pipeline.grid.axes import stage_names
 from pipeline.grid.cells import expand
 from pipeline.grid.params import load_params
-from pipeline.results import CellResults
+from pipeline.grid.results import CellResults
 
 pytestmark = pytest.mark.slow
 

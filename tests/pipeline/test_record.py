@@ -15,9 +15,9 @@ import pytest
 import yaml
 from project_folder import ROOT, Project, make_up_results
 
-from pipeline.files import git_revision
+from pipeline.grid.results import CellResults
+from pipeline.host.files import git_revision
 from pipeline.record import writer
-from pipeline.results import CellResults
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:

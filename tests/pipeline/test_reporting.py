@@ -19,6 +19,7 @@ from pipeline import reporting
 from pipeline.grid.cells import Cell, expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import Params, load_params
+from pipeline.grid.results import CellResults, Fingerprint
 from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison, OnTask
 from pipeline.reporting._latex import escape_latex
@@ -29,7 +30,6 @@ from pipeline.reporting.cost import leads_from
 from pipeline.reporting.differences import Differences
 from pipeline.reporting.findings import Findings
 from pipeline.reporting.state import State
-from pipeline.results import CellResults, Fingerprint
 from schoenbat.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("reporting")

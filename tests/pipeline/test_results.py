@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.results import CellResults, pack_predictions, read_predictions
+from pipeline.grid.results import CellResults, pack_predictions, read_predictions
 from schoenbat.errors import UserError
 from schoenbat.lra.training import Predictions
 

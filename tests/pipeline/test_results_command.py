@@ -12,7 +12,7 @@ from project_folder import ROOT, Project, write_results
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
-from pipeline.results import CellResults, Fingerprint
+from pipeline.grid.results import CellResults, Fingerprint
 
 Invoke = Callable[..., tuple[int, str, str]]
 

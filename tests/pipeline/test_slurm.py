@@ -19,9 +19,9 @@ from small_grid import numbers, processes_of, start_grid
 
 from pipeline.grid.cells import expand
 from pipeline.grid.params import RunParams, SlurmParams, load_params
+from pipeline.host.lease import GRACE_SECONDS
 from pipeline.launch import Device, Event, GridState, Job, Lease, Options, run_jobs, slurm
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
-from pipeline.lease import GRACE_SECONDS
 from schoenbat.errors import UserError
 from schoenbat.lra.config import build_config
 

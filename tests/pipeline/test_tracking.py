@@ -22,11 +22,11 @@ from mlflow_server import Server
 from project_folder import ROOT, Project, write_results
 from small_grid import CELLS, make_small, start_grid, tracked_runs
 
-from pipeline import database, tracking
 from pipeline.grid.cells import Cell
-from pipeline.quiet_mlflow import import_mlflow
-from pipeline.results import CellResults, Fingerprint
-from pipeline.tracking import Tracker
+from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.mlflow import database, tracking
+from pipeline.mlflow.quiet import import_mlflow
+from pipeline.mlflow.tracking import Tracker
 from schoenbat.lra.training import Evaluation
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -37,8 +37,8 @@ OTHER = Cell("lra-text", "softmax", None, "transformer", 42)
 STEPS = [25, 50, 75, 100]
 PRELUDE = """
 import os, signal, sys, time
-from pipeline import tracking
-from pipeline.tracking import Tracker
+from pipeline.mlflow import tracking
+from pipeline.mlflow.tracking import Tracker
 """
 
 
@@ -292,7 +292,7 @@ def trained(made: Project, invoke: Invoke) -> Project:
 RMFA = "lra-listops-rmfa-exp-maclauformer-0"
 KILLED_AT = """
 import mlflow
-from pipeline.quiet_mlflow import import_mlflow
+from pipeline.mlflow.quiet import import_mlflow
 import_mlflow()
 number, method = int(sys.argv[2]), getattr(mlflow.MlflowClient, sys.argv[3])
 
@@ -327,7 +327,7 @@ def test_killed_anywhere_a_cell_is_logged_whole_the_next_time(trained: Project, 
 def test_weights_and_model_of_a_trained_cell_can_be_used_from_mlflow(trained: Project) -> None:
     import mlflow
 
-    from pipeline.trained import load_trained
+    from pipeline.models.trained import load_trained
     from schoenbat import PretrainedClassifier
 
     assert Tracker("tiny", [RMFA]).finish() == ""
@@ -488,7 +488,7 @@ def test_a_server_that_never_answers_delays_neither_a_stop_nor_for_long_the_end(
 
 
 def test_telemetry_is_off(start: Start) -> None:
-    code = "from pipeline.quiet_mlflow import import_mlflow; import_mlflow()\n"
+    code = "from pipeline.mlflow.quiet import import_mlflow; import_mlflow()\n"
     code += "from mlflow.telemetry import get_telemetry_client; print(get_telemetry_client())"
     assert finish(start(code)) == "None\n"
 

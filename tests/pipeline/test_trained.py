@@ -17,9 +17,9 @@ import torch
 import yaml
 from project_folder import ROOT, Project
 
-from pipeline import cli
-from pipeline.results import CellResults, pack_predictions, read_predictions
-from pipeline.trained import load_trained
+from pipeline.cli import cli
+from pipeline.grid.results import CellResults, pack_predictions, read_predictions
+from pipeline.models.trained import load_trained
 from schoenbat.errors import UserError
 from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.pretrained import PretrainedClassifier

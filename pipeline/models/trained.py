@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.files import read_json
 from pipeline.grid.axes import Cell
 from pipeline.grid.freshness import Freshness, summary_file
+from pipeline.grid.results import CellResults, Metrics, trained_cells
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.results import CellResults, Metrics, trained_cells
+from pipeline.host.files import read_json
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig

@@ -21,13 +21,13 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from pipeline.files import git, read_json
 from pipeline.grid.axes import Cell
+from pipeline.grid.results import CellResults, Metrics, Resources, TestScore, trained_cells
 from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
+from pipeline.host.files import git, read_json
+from pipeline.host.text import counted
+from pipeline.models.trained import current_profile
 from pipeline.reporting._statistics import LEVEL, Difference, Scores, holm, paired_differences
-from pipeline.results import CellResults, Metrics, Resources, TestScore, trained_cells
-from pipeline.text import counted
-from pipeline.trained import current_profile
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.training import Predictions, load_model
 

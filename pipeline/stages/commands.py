@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import completion
-from pipeline.lease import OUTCOME_VARIABLE, STOPPED
-from pipeline.stopping import Stopped
+from pipeline.grid import completion
+from pipeline.host.lease import OUTCOME_VARIABLE, STOPPED
+from pipeline.host.stopping import Stopped
 from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError
 
 if TYPE_CHECKING:

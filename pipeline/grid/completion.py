@@ -58,6 +58,6 @@ comparable = _quietly(lambda: sorted({name for profile, cells in _trained().item
 
 def _trained() -> dict[str, list[str]]:
     # It imports numpy, which other names do not need.
-    from pipeline.results import trained_cells
+    from pipeline.grid.results import trained_cells
 
     return {path.name: trained_cells(path.name) for path in Path("runs").glob("*")}

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.devices import get_device
-from pipeline.trained import TrainedCell, load_trained
+from pipeline.host.devices import get_device
+from pipeline.models.trained import TrainedCell, load_trained
 from schoenbat.errors import UserError
 
 Example = str | tuple[str, str]

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from pipeline import database
+from pipeline.grid.results import CellResults, Metrics
 from pipeline.grid.settings import flat
-from pipeline.lease import LEASE_VARIABLE
-from pipeline.quiet_mlflow import import_mlflow
-from pipeline.results import CellResults, Metrics
-from pipeline.text import counted
-from pipeline.trained import TrainedCell, load_trained
+from pipeline.host.lease import LEASE_VARIABLE
+from pipeline.host.text import counted
+from pipeline.mlflow import database
+from pipeline.mlflow.quiet import import_mlflow
+from pipeline.models.trained import TrainedCell, load_trained
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from pipeline.files import damaged, read_json, write_csv, write_json
+from pipeline.host.files import damaged, read_json, write_csv, write_json
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.lra.config import build_config

@@ -1,4 +1,4 @@
-"""schoenbat-exp: the experiments from the command line. `pipeline.commands` has the commands of the stages."""
+"""schoenbat-exp: the experiments from the command line. `pipeline.stages.commands` has the commands of the stages."""
 
 import contextlib
 import dataclasses
@@ -16,11 +16,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import schoenbat
-from pipeline import commands, completion
-from pipeline.commands import Json, option
+from pipeline.cli.names import Kind, described, names
+from pipeline.grid import completion
 from pipeline.grid.settings import enter_project
-from pipeline.lease import watch
-from pipeline.names import Kind, described, names
+from pipeline.host.lease import watch
+from pipeline.stages import commands
+from pipeline.stages.commands import Json, option
 from schoenbat.errors import UserError, list_choices, unknown_name
 
 app = commands.make_app(
@@ -231,8 +232,8 @@ def use(
     """Put profiles/PROFILE.yaml into params.yaml, and its record, if it has one, into dvc.lock."""
     from pipeline.grid.checked import load_checked
     from pipeline.grid.settings import PARAMS_FILE
+    from pipeline.models.trained import current_profile
     from pipeline.record.writer import exchange_record
-    from pipeline.trained import current_profile
     from schoenbat.files import write_bytes
 
     known = [each.name for each in names(Kind.PROFILES)]
@@ -288,7 +289,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Classify texts with a trained cell."""
-    from pipeline import predict as tool
+    from pipeline.models import predict as tool
 
     tool.run(cell, texts or [], file, top=top, device_name=device, profile=profile, as_json=as_json)
 
@@ -299,7 +300,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Is made; must be empty if it is there.")],
 ) -> None:
     """Write a trained cell into a folder that stands for itself: weights, config, model card, settings."""
-    from pipeline import export as tool
+    from pipeline.models import export as tool
 
     print(*tool.run(cell, folder), sep="\n")
 
@@ -320,7 +321,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare two profiles, cells or git revisions: settings, data, code, and every number with its significance."""
-    from pipeline import compare as tool
+    from pipeline.models import compare as tool
 
     tool.run(a, b, as_json=as_json)
 
@@ -332,7 +333,7 @@ def ui(
     open_browser: Annotated[bool, option("Open the page in a browser.", "--open")] = False,
 ) -> None:
     """Serve MLflow's pages until Ctrl-C; the address is that of the page that compares the cells of a profile."""
-    from pipeline import mlflow_ui as tool
+    from pipeline.cli import mlflow_ui as tool
 
     tool.run(profile=profile, port=port, open_browser=open_browser)
 
@@ -340,7 +341,8 @@ def ui(
 @_trained("log", "log --profile cpu")
 def log(profile: OfProfile = None) -> None:
     """Log the finished cells that MLflow lacks, from their files."""
-    from pipeline import tracking, trained
+    from pipeline.mlflow import tracking
+    from pipeline.models import trained
 
     profile = profile or trained.current_profile()
     cells = trained.trained_cells(profile)

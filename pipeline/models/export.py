@@ -12,8 +12,8 @@ import schoenbat
 from pipeline.grid.cells import settings
 from pipeline.grid.params import load_params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.text import counted
-from pipeline.trained import TrainedCell, load_trained
+from pipeline.host.text import counted
+from pipeline.models.trained import TrainedCell, load_trained
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.lra.data.arrays import SPLITS

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.lease import LEASE_VARIABLE
+from pipeline.host.lease import LEASE_VARIABLE
 
 
 class Stopped(Exception):

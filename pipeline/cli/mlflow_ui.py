@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from pipeline import tracking
 from pipeline.launch.session import StopSignals
-from pipeline.trained import current_profile
+from pipeline.mlflow import tracking
+from pipeline.models.trained import current_profile
 from schoenbat.errors import UserError
 
 _STARTING_SECONDS = 120.0
