@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import typer.main
 
-from pipeline.cli import cli
+from pipeline.cli import app as cli
 from pipeline.grid.params import load_params
 from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison

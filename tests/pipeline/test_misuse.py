@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from project_folder import ROOT, Project
 
-from pipeline.cli import cli
+from pipeline.cli import app as cli
 from pipeline.stages import commands
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -86,7 +86,7 @@ def run_apart(script: str, **environment: str) -> "subprocess.CompletedProcess[s
 
 
 BROKEN = """
-from pipeline.cli import cli
+from pipeline.cli import app as cli
 from pipeline.stages import commands
 
 @cli.app.command()
@@ -168,7 +168,7 @@ def test_completion_is_silent_where_params_cannot_be_read(
 
 def test_completion_needs_neither_torch_nor_what_takes_long(furnished: Project) -> None:
     script = (
-        "import sys; from pipeline import completion as c; c.cell(''), c.kernel(''), c.attn(''); "
+        "import sys; from pipeline.grid import completion as c; c.cell(''), c.kernel(''), c.attn(''); "
         "print(sorted({'torch', 'mlflow', 'dvc', 'pandas', 'numpy'} & set(sys.modules)))"
     )
     assert run_apart(script).stdout == "[]\n"

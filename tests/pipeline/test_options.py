@@ -14,7 +14,7 @@ import typer.main
 from project_folder import ROOT, Project
 from small_grid import MEAN, RMFA, TASK, make_small, numbers, start_grid
 
-from pipeline.cli import cli
+from pipeline.cli import app as cli
 
 Invoke = Callable[..., tuple[int, str, str]]
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from project_folder import ROOT, Project
 
-from pipeline.cli import cli
+from pipeline.cli import app as cli
 from pipeline.grid.results import CellResults, pack_predictions, read_predictions
 from pipeline.models.trained import load_trained
 from schoenbat.errors import UserError
