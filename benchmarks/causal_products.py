@@ -29,12 +29,12 @@ CHUNKS = (64, 128, 256)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What all is set against."""
+    """Time torch's exact attention, the reference."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def products(length: int, features: int, columns: int, chunk: int, generator: torch.Generator) -> Callable[[], None]:
-    """The products alone, forward and backward, on random numbers of the right shapes."""
+    """Time the products alone, forward and backward, on random numbers of the right shapes."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).requires_grad_()
@@ -60,7 +60,7 @@ def products(length: int, features: int, columns: int, chunk: int, generator: to
 def trained(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], length: int, generator: torch.Generator
 ) -> Callable[[], None]:
-    """An attention, forward and backward, on queries and keys of unit length."""
+    """Time an attention, forward and backward, on queries and keys of unit length."""
     shape = (1, HEADS, length, HEAD_DIM)
     query, key = (F.normalize(torch.randn(shape, generator=generator), dim=-1).requires_grad_() for _ in range(2))
     value = torch.randn(shape, generator=generator).requires_grad_()

@@ -51,7 +51,7 @@ def softmax_of_directions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def softmax_without_oneself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries are their own keys, scaled to length 1."""
+    """Draw vectors of length 1, which are queries and keys."""
     others = ~torch.eye(q.shape[-2], dtype=torch.bool)
     return F.scaled_dot_product_attention(q, F.normalize(q, dim=-1), v, attn_mask=others, scale=1.0)
 

@@ -112,7 +112,7 @@ METHODS = (
 def unexplained(
     method: Method, *, scale: float, num_features: int, tokens: int, head_dim: int, seed: int
 ) -> float | None:
-    """The figure above; None where the package is not installed. The vectors depend on the seed and the sizes alone."""
+    """Return the figure above; None where the package is not installed. Seed and sizes alone decide the vectors."""
     if _version(method.package) is None:
         return None
     source = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ def _for_root_of_dim(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, 
 
 
 def _seed() -> int:
-    """A seed from the global source, which `unexplained` has set."""
+    """Draw a seed from the global source, which `unexplained` has set."""
     return int(torch.randint(2**31, ()).item())
 
 

@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
         return self.head(self.norms[-1](h))
 
     def switch(self, **settings: object) -> "LanguageModel":
-        """The same weights with other attention: arguments of MultiheadKernelAttention, or `uniform`."""
+        """Return the same weights with other attention: arguments of MultiheadKernelAttention, or `uniform`."""
         other = LanguageModel(len(self.positions))
         for i in range(LAYERS):
             if settings != {"uniform": True}:

@@ -37,7 +37,7 @@ def take(address: str, picture: Path) -> None:
 
 
 def narrowed(address: str, task: str, seed: str) -> str:
-    """The same page with the cells of one task and seed alone."""
+    """Return the address of the same page with the cells of one task and seed alone."""
     start, mark, query = address.partition("?")
     values = dict(parse_qsl(query))
     values["searchFilter"] += f" and params.task = '{task}' and params.seed = '{seed}'"

@@ -19,7 +19,7 @@ import schoenbat
 from pipeline.cli.names import Kind, described, names
 from pipeline.grid import completion
 from pipeline.grid.settings import enter_project
-from pipeline.host.lease import watch
+from pipeline.host.heartbeat import watch
 from pipeline.stages import commands
 from pipeline.stages.commands import Json, option
 from schoenbat.errors import UserError, list_choices, unknown_name

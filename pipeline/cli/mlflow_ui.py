@@ -54,7 +54,7 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
 
 
 def page(address: str, experiment: str, profile: str) -> str:
-    """The page of a server that shows the cells of a profile as curves, the best first.
+    """Return the address of a page that shows the cells of a profile as curves, the best first.
 
     Sorted by anything but time, MLflow does not hide cells below the run of their grid.
     """
@@ -76,7 +76,7 @@ def _show(address: str, open_browser: bool) -> None:
 
 @contextlib.contextmanager
 def _served(uri: str, port: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """A server of MLflow on this machine alone, which neither reports home nor runs jobs."""
+    """Start a server of MLflow on this machine alone, which neither reports home nor runs jobs."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -46,7 +46,7 @@ def expand(params: Params) -> list[Cell]:
 
 
 def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
-    """The cells whose task, attn, dotf, former, seed and id are among the values wanted for them; None takes all.
+    """Return the cells whose task, attn, dotf, former, seed and id are among the values wanted; None takes all.
 
     Args:
         cells: the grid.
@@ -105,7 +105,7 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
 
 
 def settings(cell: Cell, params: Params) -> dict[str, Any]:
-    """The parts of params.yaml that decide the cell's numbers, as plain values."""
+    """Return the parts of params.yaml that decide the cell's numbers, as plain values."""
     return {
         "model": dataclasses.asdict(task_section(params, cell.task).model),
         "training": dataclasses.asdict(cell_training(params, cell)),

@@ -156,7 +156,7 @@ class CellResults:
         return self.root / "checkpoints" / self.profile / self.cell / "resources.json"
 
     def curve(self) -> list[dict[str, float]]:
-        """The evaluations, in order; none if there is no file."""
+        """Return the evaluations, in order; none if there is no file."""
         path = self._file("curves", "csv")
         return read_rows(path, None) if path.is_file() else []
 
@@ -165,7 +165,7 @@ class CellResults:
         return [_fingerprint_of(self._file(kind, "json")) for kind in ("metrics", "test")]
 
     def files(self) -> list[Path]:
-        """The files that a finished cell has, the weights first."""
+        """Return the files that a finished cell has, the weights first."""
         kinds = {"curves": "csv", "metrics": "json", "predictions": "npz", "test": "json"}
         return [self.best, *(self._file(kind, suffix) for kind, suffix in kinds.items())]
 
@@ -227,7 +227,7 @@ def _fingerprint_of(path: Path) -> str | None:
 
 
 def pack_predictions(predictions: "Predictions") -> bytes:
-    """An .npz file of the smallest types, the same bytes for the same predictions."""
+    """Return the bytes of an .npz file of the smallest types, the same bytes for the same predictions."""
     arrays = {name: array for name, array in vars(predictions).items() if array is not None}
     packed = {
         name: array.astype(np.min_scalar_type(int(array.max())))
@@ -241,7 +241,7 @@ def pack_predictions(predictions: "Predictions") -> bytes:
 
 
 def read_predictions(path: Path) -> "Predictions":
-    """What `pack_predictions` has made; raises UserError if the file is damaged."""
+    """Read what `pack_predictions` has made; raises UserError if the file is damaged."""
     from schoenbat.lra.training import Predictions
 
     try:
@@ -257,7 +257,7 @@ def read_predictions(path: Path) -> "Predictions":
 
 
 def read_rows(path: Path, numbers: Iterable[str] | None) -> list[dict[str, Any]]:
-    """The rows of a CSV file by column, with `numbers`, or all columns, as floats; an empty number is NaN.
+    """Return the rows of a CSV file by column, with `numbers`, or all columns, as floats; an empty number is NaN.
 
     Raises:
         UserError: the file is damaged.

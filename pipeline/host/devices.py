@@ -10,7 +10,7 @@ from schoenbat.errors import UserError
 
 
 def get_device(name: str) -> torch.device:
-    """The device called `name`: "cpu", "cuda" or "cuda:N".
+    """Return the device called `name`: "cpu", "cuda" or "cuda:N".
 
     Raises:
         UserError: the name is none of these, or this machine has no such device.
@@ -38,7 +38,7 @@ def prepare_host(threads: int) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device with the name of its hardware, such as "cpu (AMD EPYC 9R14)"."""
+    """Return the device with the name of its hardware, such as "cpu (AMD EPYC 9R14)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({_processor()})"

@@ -21,7 +21,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file; raises UserError if it is damaged, and FileNotFoundError."""
+    """Return the content of a file; raises UserError if it is damaged, and FileNotFoundError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -68,7 +68,7 @@ def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
 
 
 def git_revision() -> str:
-    """The short commit of the working folder, with "+" when code differs from it; "none" outside a repository."""
+    """Return the short commit of the working folder, with "+" when code differs; "none" outside a repository."""
     commit = git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "none"
@@ -77,7 +77,7 @@ def git_revision() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says; None where it fails or is not there."""
+    """Return what git says; None where it fails or is not there."""
     try:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,11 +1,11 @@
 """How a grid is run: the engine, which decides what starts when, and backends, which start it here or elsewhere.
 
 A job is always the same child process, `pipeline.launch.worker`, that runs the commands of stages one after the other;
-so a stage does not know how it was started. Processes find out by a lease that their grid has ended, state is in plain
-files, and dvc.yaml says what depends on what.
+so a stage does not know how it was started. Processes find out by a heartbeat that their grid has ended, and state is
+in plain files.
 """
 
-from pipeline.host.lease import OUTCOME_VARIABLE, Lease
+from pipeline.host.heartbeat import OUTCOME_VARIABLE, Heartbeat
 from pipeline.launch._engine import DEVICE_VARIABLE, Options, run_jobs
 from pipeline.launch._job import Attempt, Backend, Device, Ended, Event, Job, Work
 from pipeline.launch._state import GridState
@@ -19,8 +19,8 @@ __all__ = [
     "Ended",
     "Event",
     "GridState",
+    "Heartbeat",
     "Job",
-    "Lease",
     "Options",
     "Work",
     "run_jobs",

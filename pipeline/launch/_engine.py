@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.host.lease import GRACE_SECONDS, LEASE_VARIABLE, OUTCOME_VARIABLE, STOPPED, Lease
+from pipeline.host.heartbeat import GRACE_SECONDS, HEARTBEAT_VARIABLE, OUTCOME_VARIABLE, STOPPED, Heartbeat
 from pipeline.launch._job import Attempt, Backend, Ended, Event, Job, Kind, State
 from pipeline.launch._placement import Load, place
 from pipeline.launch._state import GridState
@@ -64,7 +64,7 @@ class Options:
 def run_jobs(
     jobs: Sequence[Job],
     backend: Backend,
-    lease: Lease,
+    heartbeat: Heartbeat,
     options: Options,
     state: GridState,
     stops: Callable[[], int] = lambda: 0,
@@ -77,7 +77,7 @@ def run_jobs(
     Args:
         jobs: in any order; a need that is not among them counts as done.
         backend: starts the workers; it is not closed here.
-        lease: what the workers watch; ended when the grid shall stop.
+        heartbeat: what the workers watch; ended when the grid shall stop.
         state: is told everything.
         stops: how often the user has asked to stop: once lets workers save their work, twice ends them.
 
@@ -86,7 +86,7 @@ def run_jobs(
         caller stops iterating, everything that runs is ended.
     """
     options.logs.mkdir(parents=True, exist_ok=True)
-    engine = _Engine(jobs, backend, lease, options, state)
+    engine = _Engine(jobs, backend, heartbeat, options, state)
     try:
         yield from engine.run(stops)
     finally:
@@ -94,9 +94,11 @@ def run_jobs(
 
 
 class _Engine:
-    def __init__(self, jobs: Sequence[Job], backend: Backend, lease: Lease, options: Options, state: GridState) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], backend: Backend, heartbeat: Heartbeat, options: Options, state: GridState
+    ) -> None:
         names = {job.name for job in jobs}
-        self._backend, self._lease, self._options, self._state = backend, lease, options, state
+        self._backend, self._heartbeat, self._options, self._state = backend, heartbeat, options, state
         self._loads = [Load(device) for device in backend.devices]
         self._tasks = {job.name: _Task(job, {need for need in job.needs if need in names}) for job in jobs}
         self._dependents: dict[str, list[str]] = {}
@@ -114,7 +116,7 @@ class _Engine:
             self._state.set(name, "queued")
             yield Event(name, "queued")
         while self._running or (self._unfinished and not self._stopping):
-            self._lease.renew()
+            self._heartbeat.renew()
             requests = stops()
             if requests:
                 self._stop()
@@ -154,7 +156,7 @@ class _Engine:
         self._stopping = True
         # A worker ends itself before; only one that is stopped or stuck needs this.
         self._kill_at = time.monotonic() + GRACE_SECONDS + 2
-        self._lease.end()
+        self._heartbeat.end()
 
     def _start_what_fits(self) -> Generator[Event, None, None]:
         waiting: list[_Task] = []
@@ -192,7 +194,7 @@ class _Engine:
             environment={
                 **self._options.environment,
                 "PYTHONUNBUFFERED": "1",
-                LEASE_VARIABLE: str(self._lease.path),
+                HEARTBEAT_VARIABLE: str(self._heartbeat.path),
                 OUTCOME_VARIABLE: str(self._outcome(job.name).absolute()),
             },
             folder=Path.cwd(),

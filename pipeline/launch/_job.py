@@ -88,7 +88,7 @@ class Attempt:
     log: Path
 
     def command(self) -> list[str]:
-        """The argument vector of the worker as a process of its own."""
+        """Return the argument vector of the worker as a process of its own."""
         return [sys.executable, "-m", "pipeline.launch.worker", str(self.file.absolute())]
 
 
@@ -113,8 +113,8 @@ class Ended:
 class Backend(Protocol):
     """Starts workers and says when they have ended. Only the engine's thread calls it, and no call may block long.
 
-    A backend has nothing to do with asking workers to stop: they watch the engine's lease, a file that it touches and
-    deletes, and stop by themselves within seconds when it is gone or has run out, having saved their work.
+    A backend has nothing to do with asking workers to stop: they watch the engine's heartbeat, a file that it touches
+    and deletes, and stop by themselves within seconds when it is gone or stale, having saved their work.
     """
 
     @property

@@ -56,7 +56,7 @@ class Load:
 
 
 def place(job: Job, loads: Sequence[Load], *, alone: bool) -> Load | None:
-    """The device for a job, of those that take it the one with the fewest jobs; None if it has to wait.
+    """Return the device for a job, of those that take it the one with the fewest jobs; None if it has to wait.
 
     Args:
         alone: after it ran out of memory beside others.

@@ -21,12 +21,12 @@ class GridState:
 
     Args:
         path: the file.
-        lease: the path of the grid's lease: as long as it is touched, the grid is alive.
+        heartbeat: the path of the grid's heartbeat: as long as it is touched, the grid is alive.
     """
 
-    def __init__(self, path: Path, lease: Path) -> None:
+    def __init__(self, path: Path, heartbeat: Path) -> None:
         self._path = path
-        self._head = {"pid": os.getpid(), "lease": str(lease), "started": time.time()}
+        self._head = {"pid": os.getpid(), "heartbeat": str(heartbeat), "started": time.time()}
         self._jobs: dict[str, dict[str, Any]] = {}
         self._changed = False
         self._due = 0.0

@@ -19,7 +19,7 @@ from pipeline.grid.params import Params
 from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE, read_yaml
 from pipeline.host.files import remove_unfinished
-from pipeline.host.lease import Lease
+from pipeline.host.heartbeat import Heartbeat
 from pipeline.host.text import counted, share
 from pipeline.launch import Backend, Event, GridState, Job, Options, plan, run_jobs, session
 from pipeline.launch.local import LocalBackend
@@ -174,7 +174,7 @@ def _show_unrecorded(recorder: Recorder) -> int:
 
 
 def _backend(params: Params, typed: RunOptions, slurm: bool) -> tuple[Backend, int, str]:
-    """What starts cells, how many at once, and on which kind of device."""
+    """Return what starts cells, how many at once, and on which kind of device."""
     if not slurm:
         found, at_once = plan.plan_devices(params, typed.devices, typed.jobs)
         return LocalBackend(found, _LOGS), at_once, found[0].name.partition(":")[0]
@@ -221,8 +221,8 @@ class _Run:
         due = {job.name for job in self._jobs}
         self._tracker = tracking.Tracker(params.profile, [cell.id for cell in self._chosen if cell.id not in due])
         environment = {PARAMS_VARIABLE: str(fixed.absolute())}
-        lease = Lease(_LOGS)
-        state = GridState(folder / status.STATE_FILE, lease.path)
+        heartbeat = Heartbeat(_LOGS)
+        state = GridState(folder / status.STATE_FILE, heartbeat.path)
         for job in self._jobs:
             state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
         cells = [cell.id for cell in self._chosen]
@@ -232,7 +232,7 @@ class _Run:
                 try:
                     with (
                         show_grid(params.profile, cells, state) as show,
-                        contextlib.closing(run_jobs(self._jobs, backend, lease, options, state, stops)) as events,
+                        contextlib.closing(run_jobs(self._jobs, backend, heartbeat, options, state, stops)) as events,
                     ):
                         for event in events:
                             show(event)
@@ -240,10 +240,10 @@ class _Run:
                     # Before the record of it, for which DVC may take a minute.
                     self._show_report()
                 finally:
-                    lease.end()
+                    heartbeat.end()
                     self._recorder.finish(patient=stops() < 2)
         finally:
-            lease.end()
+            heartbeat.end()
             self._close(backend)
         code = self._summarise()
         _log_rest(self._tracker, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED", stops)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.host.lease import LEASE_VARIABLE
+from pipeline.host.heartbeat import HEARTBEAT_VARIABLE
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch._memory import kills_for_memory
@@ -51,7 +51,7 @@ class LocalBackend:
 
     Args:
         devices: where they may run.
-        logs: the folder in which this checkout's grids keep their leases.
+        logs: the folder in which this checkout's grids keep their heartbeats.
     """
 
     def __init__(self, devices: Sequence[Device], logs: Path) -> None:
@@ -64,14 +64,14 @@ class LocalBackend:
         self._looking = threading.Lock()
 
     def clear(self) -> None:
-        """Kill the processes of earlier grids, which carry the path of their lease in the environment."""
+        """Kill the processes of earlier grids, which carry the path of their heartbeat in the environment."""
         leftover = [process for process in psutil.process_iter() if self._is_leftover(process)]
         for process in leftover:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(leftover)
-        for lease in self._logs.glob("lease-*"):
-            lease.unlink(missing_ok=True)
+        for heartbeat in self._logs.glob("heartbeat-*"):
+            heartbeat.unlink(missing_ok=True)
 
     def start(self, job: Job, device: str, attempt: Attempt) -> _Worker:
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
@@ -79,17 +79,17 @@ class LocalBackend:
         process = self._context.Process(target=work, args=(attempt.file, environment, attempt.log), daemon=True)
         # A fork server that is stopped or gone must not stop the engine.
         self._starter = self._starter or ThreadPoolExecutor(1, thread_name_prefix="start")
-        started = self._starter.submit(self._start, process, attempt.environment.get(LEASE_VARIABLE, ""))
+        started = self._starter.submit(self._start, process, attempt.environment.get(HEARTBEAT_VARIABLE, ""))
         return _Worker(process, started, time.monotonic(), kills_for_memory())
 
-    def _start(self, process: BaseProcess, lease: str) -> None:
-        # The fork server and whatever comes from it can be told by the lease.
-        os.environ[LEASE_VARIABLE] = lease
+    def _start(self, process: BaseProcess, heartbeat: str) -> None:
+        # The fork server and whatever comes from it can be told by the heartbeat.
+        os.environ[HEARTBEAT_VARIABLE] = heartbeat
         try:
             with self._looking:
                 process.start()
         finally:
-            del os.environ[LEASE_VARIABLE]
+            del os.environ[HEARTBEAT_VARIABLE]
 
     def waits(self, handle: _Worker) -> bool:
         return not handle.started.done()
@@ -151,10 +151,10 @@ class LocalBackend:
 
     def _is_leftover(self, process: psutil.Process) -> bool:
         try:
-            lease = process.environ().get(LEASE_VARIABLE)
+            heartbeat = process.environ().get(HEARTBEAT_VARIABLE)
         except (psutil.Error, OSError):
             return False
-        return lease is not None and process.pid != os.getpid() and Path(lease).parent == self._logs
+        return heartbeat is not None and process.pid != os.getpid() and Path(heartbeat).parent == self._logs
 
 
 def _kill_servers() -> None:
@@ -200,7 +200,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _device_environment(device: str) -> dict[str, str]:
-    """A GPU becomes the only one that the worker sees; what is visible here decides which one it is."""
+    """Make a GPU the only one that the worker sees; what is visible here decides which one it is."""
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return {DEVICE_VARIABLE: device}

@@ -99,7 +99,7 @@ def _cell_work(profile: str, cell: Cell, freshness: Freshness, force: bool) -> t
 
 
 def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[list[Device], int]:
-    """The devices of a grid, and how many jobs run at once on all of them.
+    """Return the devices of a grid, and how many jobs run at once on all of them.
 
     Args:
         names: as typed, such as "cuda:0,cuda:1"; None for `run.device`.
@@ -117,7 +117,7 @@ def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[l
 
 
 def number_of_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

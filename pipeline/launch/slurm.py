@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.grid.params import RunParams
-from pipeline.host.lease import GRACE_SECONDS, LEASE_VARIABLE, STOPPED
+from pipeline.host.heartbeat import GRACE_SECONDS, HEARTBEAT_VARIABLE, STOPPED
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
 from pipeline.launch.local import LocalBackend
@@ -121,7 +121,7 @@ class SlurmBackend:
     def __init__(self, run: RunParams, devices: Sequence[Device], logs: Path) -> None:
         self.devices = devices
         self._run, self._logs = run, logs.absolute()
-        self._lease = Path()
+        self._heartbeat = Path()
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="slurm")
         self._count = 0
         self._stopped: float | None = None
@@ -145,7 +145,7 @@ class SlurmBackend:
         LocalBackend((), self._logs).clear()
 
     def start(self, job: Job, device: str, attempt: Attempt) -> _Attempt:
-        self._lease = Path(attempt.environment[LEASE_VARIABLE])
+        self._heartbeat = Path(attempt.environment[HEARTBEAT_VARIABLE])
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
         link, submitted = self._submit(job, attempt)
         return _Attempt(job, attempt, link, submitted, time.monotonic(), time.monotonic())
@@ -175,12 +175,12 @@ class SlurmBackend:
     def _submit(self, job: Job, attempt: Attempt) -> tuple[Path, "Future[float]"]:
         """Hand an attempt to sbatch, with a new link: had it been taken before after all, that job would do nothing."""
         self._count += 1
-        link = self._lease.with_name(f"{self._lease.name}-{self._count}")
-        link.symlink_to(self._lease.name)
+        link = self._heartbeat.with_name(f"{self._heartbeat.name}-{self._count}")
+        link.symlink_to(self._heartbeat.name)
         output = str(attempt.log.absolute()).replace("%", "%%")
         options = [f"--job-name={job.name}", f"--comment={_COMMENT}{link}", f"--output={output}", "--open-mode=append"]
         device = {DEVICE_VARIABLE: "cuda:0"} if self._run.device.startswith("cuda") else {}
-        environment = {**os.environ, **attempt.environment, **device, LEASE_VARIABLE: str(link)}
+        environment = {**os.environ, **attempt.environment, **device, HEARTBEAT_VARIABLE: str(link)}
         script = [
             "#!/bin/bash",
             f"[ -e {shlex.quote(str(link))} ] || exit {STOPPED}",
@@ -239,7 +239,7 @@ class SlurmBackend:
             except UserError as error:
                 self._silence = str(error)
             self._looking, self._refreshed = None, time.monotonic()
-            if self._stopped is None and not self._lease.exists():
+            if self._stopped is None and not self._heartbeat.exists():
                 self._stopped = time.monotonic()
 
     def _look(self) -> tuple[float, dict[Path, _SlurmJob]]:

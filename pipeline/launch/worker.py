@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.host.files import read_json
-from pipeline.host.lease import STAGE_VARIABLE, STOPPED, watch
+from pipeline.host.heartbeat import STAGE_VARIABLE, STOPPED, watch
 from pipeline.launch import OUTCOME_VARIABLE, Work
 
 _PROGRAM = "schoenbat-exp"
@@ -55,14 +55,14 @@ def do_job(file: Path) -> int:
     stages = [Work(**stage) for stage in read_json(file)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
-    lease_ended = watch()
+    heartbeat_ended = watch()
     name = ""
     try:
         for stage in stages:
             name = stage.name
             status = _run(stage)
             if status != 0:
-                if status == STOPPED or lease_ended.is_set():
+                if status == STOPPED or heartbeat_ended.is_set():
                     _tell("stopped", "stopped", name)
                     return STOPPED
                 _tell("crash", _signal_name(status) if status < 0 or status > 128 else "", name)

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from pipeline.grid.results import CellResults, Metrics
 from pipeline.grid.settings import flat
-from pipeline.host.lease import LEASE_VARIABLE
+from pipeline.host.heartbeat import HEARTBEAT_VARIABLE
 from pipeline.host.text import counted
 from pipeline.mlflow import database
 from pipeline.mlflow.quiet import import_mlflow
@@ -163,7 +163,7 @@ class Tracker:
 
 def log_by_hand(profile: str, cell: str) -> None:
     """Log a cell that was trained or tested outside of a grid, which logs its cells itself."""
-    if LEASE_VARIABLE not in os.environ and (problem := Tracker(profile, [cell]).finish()):
+    if HEARTBEAT_VARIABLE not in os.environ and (problem := Tracker(profile, [cell]).finish()):
         print(f"warning: {problem}", flush=True)
 
 

@@ -15,7 +15,7 @@ from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.checked import ensure_checked
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.host.lease import EXPIRY_SECONDS, TOUCH_SECONDS
+from pipeline.host.heartbeat import EXPIRY_SECONDS, TOUCH_SECONDS
 
 STATE_FILE = "grid.json"
 """In logs/PROFILE, written by the engine."""
@@ -76,8 +76,8 @@ def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
 def take_snapshot() -> Snapshot:
     """Return the state of every cell of params.yaml."""
     profile, cells, settings = read_grid()
-    state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "lease": ""}
-    running = bool(state["lease"]) and _is_alive(Path(state["lease"]))
+    state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "heartbeat": ""}
+    running = bool(state["heartbeat"]) and _is_alive(Path(state["heartbeat"]))
     jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
     freshness = Freshness(settings)
     if not running:

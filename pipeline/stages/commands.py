@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.grid import completion
-from pipeline.host.lease import OUTCOME_VARIABLE, STOPPED
+from pipeline.host.heartbeat import OUTCOME_VARIABLE, STOPPED
 from pipeline.host.stopping import Stopped
 from schoenbat.errors import DataUnavailable, OutOfMemory, TrainingFailed, UserError
 

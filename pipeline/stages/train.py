@@ -22,7 +22,7 @@ from pipeline.grid.results import CellResults, Fingerprint, Metrics, Resources
 from pipeline.grid.settings import PARAMS_FILE, params_file, read_yaml
 from pipeline.host.devices import describe_device, get_device, prepare_host
 from pipeline.host.files import git_revision, locked, remove_unfinished
-from pipeline.host.lease import LEASE_VARIABLE, STAGE_VARIABLE
+from pipeline.host.heartbeat import HEARTBEAT_VARIABLE, STAGE_VARIABLE
 from pipeline.host.progress import Meter, ProgressFile
 from pipeline.host.stopping import Stopped, stop_request
 from pipeline.mlflow import tracking
@@ -68,7 +68,7 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
 
 
 def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
-    """The model of `cell` with its initial weights."""
+    """Return the model of `cell` with its initial weights."""
     section = settings(cell, params)
     return build_model(
         vocab_size=meta["vocab_size"],
@@ -88,7 +88,7 @@ def model_of(cell: Cell, params: Params, meta: dict[str, Any]) -> Classifier:
 
 
 def description(cell: Cell, params: Params, meta: dict[str, Any]) -> dict[str, Any]:
-    """What a file of weights says about itself: the cell, its settings and its data."""
+    """Return what a file of weights says about itself: the cell, its settings and its data."""
     data = {key: meta[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
     return {**dataclasses.asdict(cell), **settings(cell, params), "data": data}
 
@@ -145,7 +145,7 @@ class _Training:
             check_code()
             result = self._fit_and_write()
             self.checkpoint.unlink(missing_ok=True)
-        if STAGE_VARIABLE in os.environ and LEASE_VARIABLE not in os.environ:
+        if STAGE_VARIABLE in os.environ and HEARTBEAT_VARIABLE not in os.environ:
             self._check_unchanged()
         tracking.log_by_hand(self.params.profile, self.cell.id)
         return result
@@ -269,7 +269,7 @@ def _memory_watched(device: torch.device) -> Iterator[None]:
 
 
 def _memory_mb(device: torch.device) -> float:
-    """What this process takes now: on a GPU what torch holds of it, else its largest size so far."""
+    """Return what this process takes now: on a GPU what torch holds of it, else its largest size so far."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

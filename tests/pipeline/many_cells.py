@@ -25,7 +25,7 @@ from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import load_params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
-from pipeline.launch import Attempt, Device, Ended, GridState, Job, Lease, Options, plan, run_jobs
+from pipeline.launch import Attempt, Device, Ended, GridState, Heartbeat, Job, Options, plan, run_jobs
 from pipeline.monitor.status import take_snapshot
 from pipeline.record.writer import record
 
@@ -91,11 +91,11 @@ def measure(recorded: bool) -> None:
     others = [f"{stage}@tiny" for stage in ("bench", "report")]
     freshness = Freshness(settings)
     jobs = timed("plan", lambda: plan.plan_jobs(params, due, freshness, others, force=False, device="cpu"))
-    lease = Lease(Path("logs"))
-    state = GridState(Path("logs/tiny/grid.json"), lease.path)
+    heartbeat = Heartbeat(Path("logs"))
+    state = GridState(Path("logs/tiny/grid.json"), heartbeat.path)
     todo = Options(Path("logs/tiny"), {}, jobs=2)
-    events = timed("engine", lambda: [event for event in run_jobs(jobs, Instant(), lease, todo, state) if event])
-    lease.end()
+    events = timed("engine", lambda: [event for event in run_jobs(jobs, Instant(), heartbeat, todo, state) if event])
+    heartbeat.end()
     done = sum(event.state == "done" for event in events)
 
     timed("results made up", make_up_results)

@@ -14,7 +14,7 @@ import psutil
 from project_folder import Project
 
 from pipeline.grid.results import CellResults
-from pipeline.host.lease import LEASE_VARIABLE
+from pipeline.host.heartbeat import HEARTBEAT_VARIABLE
 
 TASK = ("--task", "lra-listops")
 CELLS = {
@@ -63,13 +63,13 @@ def numbers(folder: Path, cells: Iterable[str] = CELLS) -> dict[str, bytes]:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those that live under a lease of this folder's grids, and all others that run in it."""
+    """Those that live under a heartbeat of this folder's grids, and all others that run in it."""
     found, own = [], str(folder.resolve())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if process.cwd() == own or process.environ().get(LEASE_VARIABLE, "").startswith(own):
+            if process.cwd() == own or process.environ().get(HEARTBEAT_VARIABLE, "").startswith(own):
                 found.append(process)
     return found
 

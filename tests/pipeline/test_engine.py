@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch import Attempt, Device, Ended, Event, GridState, Job, Lease, Options, Work, _engine, run_jobs
+from pipeline.launch import Attempt, Device, Ended, Event, GridState, Heartbeat, Job, Options, Work, _engine, run_jobs
 
 FAILED, KILLED = Ended(1), Ended(-9)
 POLLS = 3
@@ -73,12 +73,12 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         stops: Callable[[], int] = lambda: 0,
         **options: Any,
     ) -> tuple[dict[str, Event], Scripted]:
-        lease = Lease(Path("logs"))
+        heartbeat = Heartbeat(Path("logs"))
         backend = Scripted(ends or {}, kinds or {}, devices)
         chosen = Options(Path("logs/tiny"), {}, **{"jobs": 3, "retries": 1, **options})
-        state = GridState(Path("logs/tiny/grid.json"), lease.path)
+        state = GridState(Path("logs/tiny/grid.json"), heartbeat.path)
         final = ("done", "failed", "unavailable", "skipped", "stopped")
-        events = [event for event in run_jobs(jobs, backend, lease, chosen, state, stops) if event is not None]
+        events = [event for event in run_jobs(jobs, backend, heartbeat, chosen, state, stops) if event is not None]
         return {event.job: event for event in events if event.state in final}, backend
 
     return run
@@ -160,11 +160,11 @@ def test_a_timeout_ends_a_job_for_good(grid: Callable[..., Any]) -> None:
     assert backend.starts("endless") == 1
 
 
-def test_asked_once_workers_lose_their_lease_and_asked_twice_they_are_killed(grid: Callable[..., Any]) -> None:
+def test_asked_once_workers_lose_their_heartbeat_and_asked_twice_they_are_killed(grid: Callable[..., Any]) -> None:
     asked: list[bool] = []
 
     def stops() -> int:
-        asked.append(bool(list(Path("logs").glob("lease-*"))))
+        asked.append(bool(list(Path("logs").glob("heartbeat-*"))))
         return (len(asked) > 3) + (len(asked) > 6)
 
     ended, _ = grid(job("endless"), job("later", needs=("endless",)), stops=stops)

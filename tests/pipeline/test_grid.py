@@ -133,7 +133,7 @@ def test_stopped_in_three_ways_nothing_is_left_and_it_ends_the_same(small: Proje
 
 def test_a_second_grid_waits_and_says_so(small: Project) -> None:
     first = start_grid(small.folder, "--jobs", "2")
-    while not list(small.folder.glob("logs/lease-*")):
+    while not list(small.folder.glob("logs/heartbeat-*")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     second = start_grid(small.folder)

@@ -18,7 +18,7 @@ from project_folder import ROOT, Project
 from small_grid import tracked_runs
 
 from pipeline.grid.results import CellResults
-from pipeline.host.lease import STOPPED
+from pipeline.host.heartbeat import STOPPED
 
 pytestmark = pytest.mark.slow
 

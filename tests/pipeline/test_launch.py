@@ -17,7 +17,7 @@ import psutil
 import pytest
 from project_folder import Project, job
 
-from pipeline.launch import Device, Event, GridState, Job, Lease, Options, run_jobs
+from pipeline.launch import Device, Event, GridState, Heartbeat, Job, Options, run_jobs
 from pipeline.launch.local import LocalBackend
 from pipeline.launch.session import only_grid
 from schoenbat.errors import UserError
@@ -57,12 +57,12 @@ def run(
     *jobs: Job, environment: dict[str, str] | None = None, stops: Callable[[], int] = lambda: 0, **options: Any
 ) -> Iterator[Event | None]:
     """The events of a grid of real workers on two slots."""
-    lease = Lease(Path("logs"))
+    heartbeat = Heartbeat(Path("logs"))
     backend = LocalBackend([Device("cpu", 2)], Path("logs"))
     chosen = Options(Path("logs/tiny"), environment or {}, **{"jobs": 2, "retries": 0, **options})
-    state = GridState(Path("logs/tiny/grid.json"), lease.path)
+    state = GridState(Path("logs/tiny/grid.json"), heartbeat.path)
     with contextlib.closing(backend):
-        yield from run_jobs(jobs, backend, lease, chosen, state, stops)
+        yield from run_jobs(jobs, backend, heartbeat, chosen, state, stops)
 
 
 def ends(events: Iterable[Event | None]) -> dict[str, Event]:
@@ -195,22 +195,22 @@ def test_workers_and_their_timeout_do_not_hang_on_the_process_that_makes_them(
     assert again["good"].state == "done", again
 
 
-UNDER_A_LEASE = """
+UNDER_A_HEARTBEAT = """
 import subprocess, sys
-from pipeline.host import lease
-lease.EXPIRY_SECONDS = lease.GRACE_SECONDS = 1.0
-lease.watch()
+from pipeline.host import heartbeat
+heartbeat.EXPIRY_SECONDS = heartbeat.GRACE_SECONDS = 1.0
+heartbeat.watch()
 print("started", flush=True)
 subprocess.run(["sleep", "100"])
 """
 
 
 @pytest.mark.parametrize("how", ["deleted", "not renewed"])
-def test_processes_end_with_their_lease(tmp_path: Path, how: str) -> None:
-    lease = Lease(tmp_path)
+def test_processes_end_with_their_heartbeat(tmp_path: Path, how: str) -> None:
+    heartbeat = Heartbeat(tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-c", UNDER_A_LEASE],
-        env={**os.environ, "SCHOENBAT_LEASE": str(lease.path)},
+        [sys.executable, "-c", UNDER_A_HEARTBEAT],
+        env={**os.environ, "SCHOENBAT_HEARTBEAT": str(heartbeat.path)},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -218,24 +218,24 @@ def test_processes_end_with_their_lease(tmp_path: Path, how: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"started\n"
     if how == "deleted":
-        lease.end()
+        heartbeat.end()
     assert process.wait() != 0
     assert _processes_in(tmp_path) == []
 
 
 def test_what_was_stopped_when_its_grid_was_killed_is_ended_by_the_next_of_this_checkout_alone(tmp_path: Path) -> None:
     def stopped(checkout: str) -> "subprocess.Popen[bytes]":
-        lease = tmp_path / checkout / "lease-1-a"
-        lease.parent.mkdir()
-        lease.touch()
-        process = subprocess.Popen(["sleep", "100"], env={**os.environ, "SCHOENBAT_LEASE": str(lease)})
+        heartbeat = tmp_path / checkout / "heartbeat-1-a"
+        heartbeat.parent.mkdir()
+        heartbeat.touch()
+        process = subprocess.Popen(["sleep", "100"], env={**os.environ, "SCHOENBAT_HEARTBEAT": str(heartbeat)})
         process.send_signal(signal.SIGSTOP)
         return process
 
     mine, other = stopped("mine"), stopped("other")
     LocalBackend([Device("cpu", 2)], tmp_path / "mine").clear()
     assert not psutil.pid_exists(mine.pid)
-    assert list(tmp_path.rglob("lease-*")) == [tmp_path / "other/lease-1-a"]
+    assert list(tmp_path.rglob("heartbeat-*")) == [tmp_path / "other/heartbeat-1-a"]
     assert other.poll() is None
     other.kill()
     other.wait()

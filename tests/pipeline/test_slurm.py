@@ -19,8 +19,8 @@ from small_grid import numbers, processes_of, start_grid
 
 from pipeline.grid.cells import expand
 from pipeline.grid.params import RunParams, SlurmParams, load_params
-from pipeline.host.lease import GRACE_SECONDS
-from pipeline.launch import Device, Event, GridState, Job, Lease, Options, run_jobs, slurm
+from pipeline.host.heartbeat import GRACE_SECONDS
+from pipeline.launch import Device, Event, GridState, Heartbeat, Job, Options, run_jobs, slurm
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from schoenbat.errors import UserError
 from schoenbat.lra.config import build_config
@@ -91,16 +91,16 @@ def run(run_params: RunParams, *jobs: Job, on_event: Callable[[Event], object] =
     devices, at_once = plan_slurm(run_params, None)
     backend = SlurmBackend(run_params, devices, Path("logs"))
     backend.clear()
-    lease = Lease(Path("logs"))
+    heartbeat = Heartbeat(Path("logs"))
     chosen = Options(Path("logs/tiny"), {"GREETING": "you"}, **{"jobs": at_once, "retries": 0, **options})
     events = []
     try:
-        for event in run_jobs(jobs, backend, lease, chosen, GridState(Path("logs/tiny/grid.json"), lease.path)):
+        for event in run_jobs(jobs, backend, heartbeat, chosen, GridState(Path("logs/tiny/grid.json"), heartbeat.path)):
             if event is not None:
                 on_event(event)
                 events.append(event)
     finally:
-        lease.end()
+        heartbeat.end()
         backend.close()
     return events
 

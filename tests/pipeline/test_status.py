@@ -16,7 +16,7 @@ import pytest
 from project_folder import ROOT, Project
 from rich.console import Console, Group
 
-from pipeline.launch import GridState, Lease
+from pipeline.launch import GridState, Heartbeat
 from pipeline.monitor import status, view
 from pipeline.monitor.status import Row, Snapshot, take_snapshot
 
@@ -25,12 +25,12 @@ SOFTMAX = [f"lra-listops-softmax-transformer-{seed}" for seed in (0, 1)]
 
 
 @pytest.fixture
-def lease(project: Project) -> Lease:
-    """The lease of a grid with one job in each state, half way through its first cell."""
+def heartbeat(project: Project) -> Heartbeat:
+    """The heartbeat of a grid with one job in each state, half way through its first cell."""
     shutil.copy(ROOT / "dvc.yaml", project.folder)
     project.set("grid.tasks", ["lra-listops"])
     project.set("grid.kernel.dotf", [])
-    made = Lease(Path("logs"))
+    made = Heartbeat(Path("logs"))
     state = GridState(Path("logs/tiny/grid.json"), made.path)
     for name in (*SOFTMAX, *MEAN, "report@tiny"):
         state.expect(name, expected=100.0)
@@ -49,7 +49,7 @@ def lease(project: Project) -> Lease:
     return made
 
 
-def test_a_running_grid_is_shown_as_its_engine_and_its_cells_see_it(lease: Lease) -> None:
+def test_a_running_grid_is_shown_as_its_engine_and_its_cells_see_it(heartbeat: Heartbeat) -> None:
     snapshot = take_snapshot()
     rows = {row.cell: row for row in snapshot.cells}
     assert snapshot.running
@@ -111,8 +111,8 @@ def test_the_summary_names_what_runs_when_no_cell_does() -> None:
     assert view.summary(Snapshot("tiny", True, [], others[:1])) == "profile tiny: running bench@tiny"
 
 
-def test_nobody_knows_how_long_benchmarks_take(lease: Lease) -> None:
-    state = GridState(Path("logs/tiny/grid.json"), lease.path)
+def test_nobody_knows_how_long_benchmarks_take(heartbeat: Heartbeat) -> None:
+    state = GridState(Path("logs/tiny/grid.json"), heartbeat.path)
     state.expect(SOFTMAX[0], expected=100.0)
     state.set(SOFTMAX[0], "done", seconds=50.0)
     state.expect("bench@tiny", expected=0.0)
@@ -122,19 +122,21 @@ def test_nobody_knows_how_long_benchmarks_take(lease: Lease) -> None:
     assert (snapshot.running, snapshot.seconds_left) == (True, None)
 
 
-def test_a_heartbeat_of_the_future_beats_or_the_grid_has_died(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_of_the_future_beats_or_the_grid_has_died(
+    heartbeat: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(status, "TOUCH_SECONDS", 0.5)
     future = time.time() + 3600
-    os.utime(lease.path, (future, future))
+    os.utime(heartbeat.path, (future, future))
     assert not take_snapshot().running
-    beat = threading.Timer(0.3, os.utime, (lease.path, (future + 2, future + 2)))
+    beat = threading.Timer(0.3, os.utime, (heartbeat.path, (future + 2, future + 2)))
     beat.start()
     assert take_snapshot().running
     beat.join()
 
 
-def test_of_a_grid_that_has_died_the_files_of_its_cells_tell(lease: Lease) -> None:
-    lease.end()
+def test_of_a_grid_that_has_died_the_files_of_its_cells_tell(heartbeat: Heartbeat) -> None:
+    heartbeat.end()
     snapshot = take_snapshot()
     assert not snapshot.running
     assert {row.cell: (row.state, row.reason) for row in snapshot.cells} == {
@@ -145,8 +147,8 @@ def test_of_a_grid_that_has_died_the_files_of_its_cells_tell(lease: Lease) -> No
     }
 
 
-def test_what_many_cells_wait_for_is_said_once(lease: Lease) -> None:
-    lease.end()
+def test_what_many_cells_wait_for_is_said_once(heartbeat: Heartbeat) -> None:
+    heartbeat.end()
     Path("logs/tiny/data-lra-listops.outcome.json").write_text('{"kind": "unavailable", "message": "no network"}')
     shown = view.lines(take_snapshot())
     assert [line.split() for line in shown if "unavailable" in line][:3] == [

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-LEASE_VARIABLE = "SCHOENBAT_LEASE"
+HEARTBEAT_VARIABLE = "SCHOENBAT_HEARTBEAT"
 STAGE_VARIABLE = "DVC_STAGE"
 """Tells a command which stage it is; DVC sets it too."""
 OUTCOME_VARIABLE = "SCHOENBAT_OUTCOME_FILE"
@@ -28,7 +28,7 @@ _WATCH_SECONDS = 0.5
 _REPEAT_SECONDS = 2.0
 
 
-class Lease:
+class Heartbeat:
     """The heartbeat as the engine keeps it.
 
     Args:
@@ -37,7 +37,7 @@ class Lease:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = (folder / f"lease-{os.getpid()}-{secrets.token_hex(4)}").absolute()
+        self.path = (folder / f"heartbeat-{os.getpid()}-{secrets.token_hex(4)}").absolute()
         self.path.touch()
         self._touched = time.monotonic()
 
@@ -59,9 +59,9 @@ def watch() -> threading.Event:
         An event that is set when the heartbeat has ended.
     """
     ended = threading.Event()
-    path = os.environ.get(LEASE_VARIABLE)
+    path = os.environ.get(HEARTBEAT_VARIABLE)
     if path:
-        threading.Thread(target=_watch, args=(Path(path), ended), name="lease", daemon=True).start()
+        threading.Thread(target=_watch, args=(Path(path), ended), name="heartbeat", daemon=True).start()
     return ended
 
 
