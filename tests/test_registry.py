@@ -136,25 +136,6 @@ def test_an_installation_made_of_links_has_all_components(tmp_path: Path) -> Non
     assert names == listed(package.parent)[1:]
 
 
-@pytest.mark.parametrize("made_of_links", [False, True])
-def test_a_link_that_leads_elsewhere_is_no_component_of_this_package(tmp_path: Path, made_of_links: bool) -> None:
-    package, folder = Path(registry.__file__).parent, tmp_path / "site"
-    if made_of_links:
-        link_tree(package, folder / "schoenbat")
-    else:
-        shutil.copytree(package, folder / "schoenbat", ignore=shutil.ignore_patterns("__pycache__"))
-    plugin = tmp_path / "plugin" / "two.py"
-    plugin.parent.mkdir()
-    plugin.write_text(KERNEL)
-    expected = listed(folder)
-    kernels = folder / "schoenbat/kernels"
-    (kernels / "two.py").symlink_to(plugin)
-    (kernels / "other-name.py").symlink_to("exp.py")
-    (kernels / "gone.py").symlink_to(tmp_path / "gone.py")
-    (kernels / ".#exp.py").symlink_to("user@host.1234:5678")
-    assert listed(folder) == expected
-
-
 def test_an_installation_from_a_checkout_with_variants_has_no_component_more(tmp_path: Path) -> None:
     shutil.copytree(
         Path(registry.__file__).parent, tmp_path / "schoenbat", ignore=shutil.ignore_patterns("__pycache__")

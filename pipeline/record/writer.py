@@ -42,14 +42,17 @@ def changed_stages() -> dict[str, bool]:
     """Return the stages that DVC finds changed, and of each whether more than the absence of files is why.
 
     Raises:
-        UserError: DVC cannot read the project, such as for a conflict of a merge in its lock file.
+        UserError: DVC cannot read the project, such as for a conflict of a merge in its lock file, or works in it.
     """
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
 
     drop_stale_rwlock()
     try:
         with _repo() as repo:
             changes = repo.status()
+    except LockError as error:
+        raise UserError(f"{_LOCKED}; run again when it has ended") from error
     except DvcException as error:
         raise UserError(
             f"DVC cannot read dvc.yaml and {LOCK_FILE} ({_reason(error)}); where a merge has left {LOCK_FILE} in two, "

@@ -41,7 +41,7 @@ Definition = Function | ast.ClassDef
 COMPONENTS = [("attention", name) for name in ATTENTIONS.names()] + [("kernel", name) for name in KERNELS.names()]
 FOLDERS = {"attention": "attention", "kernel": "kernels"}
 IDS = [f"{kind} {name}" for kind, name in COMPONENTS]
-COMPUTE_NOTHING = ("schoenbat.errors", "schoenbat.files", "schoenbat.registry")
+COMPUTE_NOTHING = ("schoenbat.errors", "schoenbat.files", "schoenbat.registry", "schoenbat.lra.config")
 
 
 class Tree:
