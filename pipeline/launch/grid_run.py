@@ -259,7 +259,6 @@ class _Run:
             self._recorder.add(self._complete_stages_of(event.job))
             if event.state == "done" and event.job in self._cells:
                 self._tracker.add(event.job)
-                self._tracker.add(event.job)
         if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
             self._ended[event.job] = event
         self._only_exclusive |= event is not None and event.state == "started" and event.job in self._exclusive
@@ -271,18 +270,12 @@ class _Run:
 
         They are judged by the code and the settings of the start: if these have changed, the recorder says so.
         """
-        cell = self._cells.get(job)
-        if cell is not None:
-            group = [other for other in self._cells.values() if other.group == cell.group]
-        elif job in self._exclusive:
-            return []
-        else:
-            group = [other for other in self._cells.values() if job == plan.data_job_name(other.task)][:1]
-        own = (
-            {*stage_names(self._params.profile, group[0])}
-            if cell
-            else {*data_stage_names(self._params.profile, group[0].task)}
-        )
+        cells, profile = self._cells.values(), self._params.profile
+        group = [cell for cell in cells if plan.data_job_name(cell.task) == job][:1]
+        own = [name for cell in group for name in data_stage_names(profile, cell.task)]
+        if job in self._cells:
+            group = [cell for cell in cells if cell.group == self._cells[job].group]
+            own = [*stage_names(profile, self._cells[job])]
         return [name for name in _complete_stages(group, self._freshness.look_again()) if name in own]
 
     def _holds(self) -> bool:
