@@ -210,7 +210,7 @@ def _disk() -> Finding:
     if free < LEAST_DISK_GB:
         return Finding("disk", "wrong", text, f"free {LEAST_DISK_GB:g} GB at least")
     if free < SCARCE_DISK_GB:
-        return Finding("disk", "note", text, "`dvc gc --workspace` deletes results of earlier settings")
+        return Finding("disk", "note", text, "`dvc gc --all-commits` deletes weights that no commit has on record")
     return Finding("disk", "good", text)
 
 
