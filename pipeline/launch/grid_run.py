@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,8 +81,7 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
         recorder.add(unrecorded)
         if not jobs:
             recorder.finish(patient=True)
-            print(f"nothing to do: {asked} up to date, and so is the report")
-            _show_results(params)
+            print(f"nothing to do: {asked} up to date, and so is the report; see: schoenbat-exp results")
             if tracking.is_due(params.profile):
                 _log_rest(tracking.Tracker(params.profile, [cell.id for cell in chosen]), "FINISHED")
             return _show_unrecorded(recorder)
@@ -143,14 +141,6 @@ def _complete_stages(cells: Iterable[Cell], freshness: Freshness) -> list[str]:
         stages[train] = stages.get(train, True) and freshness.is_trained(cell)
         stages[test] = stages.get(test, True) and freshness.is_finished(cell)
     return [name for name, complete in stages.items() if complete]
-
-
-def _show_results(params: Params) -> None:
-    # What the tables need takes seconds to import, which every command of a grid would wait for.
-    from pipeline.reporting._terminal import show_results
-
-    sys.stdout.flush()
-    show_results(params, Path())
 
 
 def _show_plan(jobs: Sequence[Job], unrecorded: Sequence[str], title: str, as_json: bool) -> None:
@@ -285,8 +275,11 @@ class _Run:
     def _show_report(self) -> None:
         report = f"report@{self._params.profile}"
         if any(job.name == report for job in self._jobs) and report not in self._ended:
-            print()
-            _show_results(self._params)
+            # What the tables need takes seconds to import, which every command of a grid would wait for.
+            from pipeline.reporting._terminal import show_results
+
+            print(flush=True)
+            show_results(self._params, Path())
 
     def _close(self, backend: Backend) -> None:
         try:
