@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
-from pipeline.grid.cells import check_models, expand, select
+from pipeline.grid.cells import expand, select
 from pipeline.grid.code import check_code
 from pipeline.grid.freshness import Freshness, check_folders
 from pipeline.grid.numerics import write_numerics
@@ -54,7 +54,6 @@ class RunOptions:
 def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm: bool) -> int:
     """Bring the chosen cells up to date, or everything, and put it on record; return the exit code."""
     chosen = select(cells, **typed.filters)
-    check_models(params, chosen)
     check_code()
     backend, at_once, kind = _backend(params, typed, slurm)
     alone = (
