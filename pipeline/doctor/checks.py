@@ -182,6 +182,8 @@ def _dvc() -> Finding:
     if not Path(".dvc").is_dir():
         return Finding("dvc", "wrong", f"DVC {version}; this folder is no repository of DVC", "dvc init")
     check_folders()
+    if not os.access(".dvc", os.W_OK):
+        return Finding("dvc", "good", f"DVC {version}; it cannot be asked where it may not write")
     changed = changed_stages()
     return Finding("dvc", "good", f"DVC {version}; {counted(len(changed), 'stage')} out of date, or not here")
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
             mend_lock()
             write_numerics(params.grid.components())
         freshness = Freshness(read_yaml(PARAMS_FILE))
-        changed = changed_stages()
+        # DVC writes even to tell, so a plan in a checkout that may only be read goes by cells alone.
+        changed = {} if typed.dry_run and not os.access(".dvc", os.W_OK) else changed_stages()
         due = [cell for cell in chosen if typed.force or not freshness.is_finished(cell)]
         others = _other_stages(params, due, changed, everything=not any(typed.filters.values()))
         jobs = plan.plan_jobs(params, due, freshness, others, force=typed.force, device=kind)
@@ -149,8 +151,8 @@ def _show_plan(jobs: Sequence[Job], unrecorded: Sequence[str], title: str, as_js
         print(json.dumps({"jobs": planned, "to_record": unrecorded}))
         return
     print(title)
-    for names in stages.values():
-        print(f"  {' '.join(names)}")
+    for name, names in stages.items():
+        print("  " + " ".join(names if names == [name] else [f"{name}:", *names]))
     if unrecorded:
         print(f"  and {counted(len(unrecorded), 'stage')} computed before to be put on record")
 

@@ -308,7 +308,7 @@ def test_the_grid_goes_on_without_a_task_whose_data_cannot_be_had(
     selection = ("run", "--attn", "mean", "--seed", "0")
     code, out, err = invoke(*selection, "--dry-run")
     assert code == 0
-    assert "train@tiny-lra-text-mean-transformer-0" in out
+    assert "lra-text-mean-transformer-0: train@tiny-lra-text-mean-transformer evaluate@" in out
     assert not Path("runs").exists()
 
     code, out, err = invoke(*selection)
@@ -319,7 +319,7 @@ def test_the_grid_goes_on_without_a_task_whose_data_cannot_be_had(
     assert "lra-text-mean-transformer-0: skipped" not in out
     assert "report: reports/tiny/index.html" in out
     assert Path("reports/tiny/index.md").is_file()
-    assert Path("runs/tiny/lra-listops-mean-transformer-0/test.json").is_file()
+    assert Path("runs/tiny/lra-listops-mean-transformer/test/0.json").is_file()
 
     code, out, _ = invoke("run", "--cell", "lra-listops-mean-transformer-0")
     assert code == 0

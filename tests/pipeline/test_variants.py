@@ -178,10 +178,10 @@ def test_dvc_alone_trains_a_variant_and_sees_when_what_its_mechanism_computes_ch
     metrics = Path(f"runs/tiny/{SMALL.group}/metrics/0.json")
     assert json.loads(metrics.read_text())["attention"] == {"num_features": 4}
     assert json.loads(dvc("status", "--json", stage)) == {}
-    assert list(json.loads(dvc("status", "--json", "--single-item", evaluate))) == [evaluate]
+    assert list(json.loads(dvc("status", "--json", evaluate))) == [evaluate]
     (job, *_) = json.loads(invoke("run", "--cell", SMALL.id, "--dry-run", "--json")[1])["jobs"]
     assert job == {"job": SMALL.id, "stages": [stage, evaluate]}
     numerics = Path("numerics/attention/rmfa+4.json")
     numerics.write_text(json.dumps({**json.loads(numerics.read_text()), "added": "0"}))
-    changed = json.loads(dvc("status", "--json", "--single-item", stage))
+    changed = json.loads(dvc("status", "--json", stage))
     assert changed[stage] == [{"changed deps": {str(numerics): "modified"}}]
