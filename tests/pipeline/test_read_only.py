@@ -35,7 +35,7 @@ def read_only(project: Project) -> Iterator[None]:
         (("status",), 0, "profile tiny: 0 of 16 cells done, 16 to run"),
         (("results",), 0, "profile tiny: 0 of 16 cells done"),
         (("list", "dotf"), 0, "exp"),
-        (("run", "--grid", "--dry-run"), 0, "profile tiny: 16 cells, "),
+        (("run", "--grid", "--dry-run"), 0, "profile tiny: 16 of 16 cells to run"),
         (("doctor",), 1, "cannot be written to"),
         (("report",), 1, "error: Permission denied: "),
         (("run", "--grid"), 1, "error: Permission denied: "),
