@@ -73,7 +73,11 @@ def write(cell: Cell, profile: str, number: int) -> str:
         for step, reached in zip(STEPS, heights, strict=True)
     ]
     best = {"best_dev_accuracy": heights[-1], "num_parameters": 1000 + number}
+    tested, predictions = results.test(), results.predictions()
+    assert tested is not None
+    assert predictions is not None
     results.write_training(curve, resources, dataclasses.replace(metrics, **best))
+    results.write_test(tested, predictions)
     return cell.id
 
 
