@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.norm import pre_sbn
+from schoenbat.ops import sparse
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import AttentionInputs
+from schoenbat.ops.sparse import HeadKernels, Sparsity
 
 ESTIMATORS = ("sketch", "maclaurin")
+_LEAST = {"num_features": 1, "max_degree": 1, "seed": 0, "window": 0, "heavy": 0, "sinks": 0}
 Watcher = Callable[["Estimate", AttentionInputs, FeatureMap | None], None]
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 """Called with what each estimate computes attention from; the features are None where it is exact."""
@@ -46,10 +50,15 @@ class Estimate:
         seed: of the draw. The same settings give the same draw in every process, on every device.
         normalize: put query and key of each head through pre-SBN; needed by a kernel that is not defined everywhere.
         max_degree: the highest degree that gets features.
+        window: tokens of a block; a query sees the keys of its own block and of those beside it exactly. 0 for none.
+        heavy: the number of keys of each head, those with the largest weights, that every query sees exactly.
+        sinks: the number of first tokens that stay exact in causal attention, where there is a window. With a window or
+            heavy keys (`schoenbat.ops.sparse`) features describe only the other keys, up to the second degree.
         function: f itself.
 
     Raises:
-        UserError: an unknown name, a size below 1, or a kernel that is not defined for all arguments that may come.
+        UserError: an unknown name, a size that is too small, a kernel that is not defined for all arguments that may
+            come, or a window or heavy keys with another kernel than exp or without the features of the sketch.
     """
 
     kernel: str | Kernel = "exp"
@@ -58,6 +67,9 @@ class Estimate:
     seed: int = 0
     normalize: bool = False
     max_degree: int = 20
+    window: int = 0
+    heavy: int = 0
+    sinks: int = 4
     function: Kernel = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,12 +77,28 @@ class Estimate:
             raise UserError(f"kernel must be a name or a Kernel, not {self.kernel!r}; see Kernel.from_callable")
         if self.estimator not in ESTIMATORS:
             raise unknown_name("estimator", self.estimator, list(ESTIMATORS))
-        for name, value in (("num_features", self.num_features), ("max_degree", self.max_degree)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if name == "num_features" and value is None:
+                continue
+            if not isinstance(value, Integral):
+                raise UserError(f"{name} must be an integer, not {value!r}")
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
         # Looked up here, as torch.compile cannot follow a look-up.
         function = self.kernel if isinstance(self.kernel, Kernel) else _kernel_named(self.kernel)
         object.__setattr__(self, "function", function)
+        if self.sparsity is None:
+            return
+        if not function.is_exponential:
+            raise UserError(f"window and heavy are for the kernel exp, not for {type(function).__name__}")
+        if self.num_features is None or self.estimator != "sketch":
+            raise UserError("window and heavy leave other keys to features of the estimator sketch; set num_features")
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """The keys that are seen exactly; None where all go through features, or all are exact."""
+        return Sparsity(self.window, self.heavy, self.sinks) if self.window or self.heavy else None
 
     def check_defined(self, scale: float) -> None:
         """Raise UserError unless f is defined for scale <q, k> whatever q and k are."""
@@ -103,6 +131,13 @@ class Estimate:
         assert self.num_features is not None
         kernel = self.function
         sizes = {"head_dim": head_dim, "num_features": self.num_features, "max_degree": self.max_degree}
+        if self.sparsity is not None:
+            if self.num_features <= head_dim:
+                raise UserError(
+                    f"with a window or heavy keys num_features must be above head_dim ({head_dim}), not "
+                    f"{self.num_features}: the first degree is described completely"
+                )
+            sizes["max_degree"] = min(2, self.max_degree)
         if self.estimator == "maclaurin":
             return RandomMaclaurin(kernel, **sizes, generator=generator)
         # exp is centred, after which vectors have any length. Vectors as they come have any length too: the scale of
@@ -132,11 +167,14 @@ class Estimate:
         """Normalise query and key if these settings say so, and make the scale positive; arguments as for `attend`.
 
         Raises:
-            UserError: dot products beyond the radius of convergence of f, or a mask of another shape than that of keys.
+            UserError: dot products beyond the radius of convergence of f, a mask of another shape than that of keys, or
+                heavy keys without a window in causal attention.
         """
         expected = (key.shape[0], key.shape[2])
         if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected):
             raise UserError(f"key_mask must be bool {list(expected)}, not {key_mask.dtype} {list(key_mask.shape)}")
+        if is_causal and self.heavy and not self.window:
+            raise UserError("causal attention with heavy keys needs a window: heavy keys are those that left it")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self.normalize:
             self.check_defined(scale)
@@ -158,6 +196,7 @@ class Estimate:
         features: FeatureMap | None = None,
         block: int | None = None,
         self_attention: bool = False,
+        kernels: HeadKernels | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -169,6 +208,7 @@ class Estimate:
             scale: 1 / sqrt(d) where it is None.
             features: from `make`; the draw of `seed` where it is None.
             block, self_attention: see `schoenbat.ops.linear.attend`.
+            kernels: of the heads, for keys that are neither near nor heavy; None for exp.
 
         Returns:
             [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
@@ -179,7 +219,12 @@ class Estimate:
         inputs = self.prepare(query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention)
         if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], inputs.scale, query.device)
-        out = self._exact(inputs) if features is None else attend(features, *inputs, block=block)
+        if features is None:
+            out = self._exact(inputs)
+        elif self.sparsity is not None:
+            out = sparse.attend(features, inputs, self.sparsity, kernels)
+        else:
+            out = attend(features, *inputs, block=block)
         self.observe(out, inputs, features)
         return out
 

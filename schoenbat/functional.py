@@ -28,6 +28,9 @@ def dot_product_kernel_attention(
     seed: int = 0,
     normalize: bool = False,
     max_degree: int = 20,
+    window: int = 0,
+    heavy: int = 0,
+    sinks: int = 4,
     features: Callable[[Tensor], Tensor] | None = None,
     key_mask: Tensor | None = None,
     block: int | None = None,
@@ -44,8 +47,8 @@ def dot_product_kernel_attention(
         is_causal: query i sees keys up to i; requires L = S.
         scale: 1 / sqrt(d) where it is None.
         enable_gqa: H may be a multiple of Hk; consecutive query heads share a key head.
-        kernel, num_features, estimator, seed, normalize, max_degree: see `schoenbat.Estimate`. Draws are kept for
-            further calls.
+        kernel, num_features, estimator, seed, normalize, max_degree, window, heavy, sinks: see `schoenbat.Estimate`.
+            Draws are kept for further calls.
         features: any phi with <phi(x), phi(y)> close to f(<x, y>), instead of the above; a FeatureMap is made for the
             kernel that it was drawn for, another callable is applied to query and key times sqrt(scale) as they are.
         key_mask: [B, S] bool, True = attend; the shorter way to say it.
@@ -70,7 +73,7 @@ def dot_product_kernel_attention(
     key_mask = _one_mask(query, key, attn_mask, key_mask, has_heads)
     if features is None or isinstance(features, FeatureMap):
         kernel = kernel if features is None else features.kernel
-        estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree)
+        estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree, window, heavy, sinks)
         out = estimate.attend(
             query,
             key,

@@ -22,7 +22,7 @@ class MultiheadKernelAttention(nn.Module):
         embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as there.
         dropout: must be 0; there it drops attention weights, which do not exist here.
         add_bias_kv, add_zero_attn: must be False.
-        kernel, num_features, estimator, seed, normalize, max_degree: see `schoenbat.Estimate`.
+        kernel, num_features, estimator, seed, normalize, max_degree, window, heavy, sinks: see `schoenbat.Estimate`.
 
     The draw is made at once even on the meta device; `reset_parameters` draws it again, as needed after `to_empty`.
     """
@@ -50,6 +50,9 @@ class MultiheadKernelAttention(nn.Module):
         seed: int = 0,
         normalize: bool = False,
         max_degree: int = 20,
+        window: int = 0,
+        heavy: int = 0,
+        sinks: int = 4,
     ) -> None:
         super().__init__()
         if dropout != 0:
@@ -58,7 +61,7 @@ class MultiheadKernelAttention(nn.Module):
             raise UserError("add_bias_kv and add_zero_attn are not supported; leave them False")
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise UserError(f"embed_dim must be a multiple of num_heads, not {embed_dim} of {num_heads}")
-        self.estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree)
+        self.estimate = Estimate(kernel, num_features, estimator, seed, normalize, max_degree, window, heavy, sinks)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
