@@ -7,7 +7,6 @@ The id of a cell joins its axes, in the order in which dvc.yaml lists them in th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.grid.settings import PARAMS_FILE
@@ -68,9 +67,6 @@ class Cell:
     def group(self) -> str:
         """The cells that differ from this one in the seed alone, as one name: they are one stage of DVC."""
         return "-".join(axis for axis in (self.task, self.attn, self.dotf, self.former) if axis is not None)
-
-    def checkpoint_folder(self, profile: str) -> Path:
-        return Path("checkpoints", profile, self.id)
 
     def arguments(self) -> list[str]:
         """Return the options that name this cell on the command line."""

@@ -142,6 +142,14 @@ class CellResults:
     def best(self) -> Path:
         return self.root / "weights" / self.profile / self.group / f"{self.seed}.pt"
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoints" / self.profile / self.cell / "last.pt"
+
+    @property
+    def _timings(self) -> Path:
+        return self.checkpoint.with_name("resources.json")
+
     def metrics(self) -> Metrics | None:
         return _read(Metrics, self._file("metrics", "json"))
 
@@ -150,10 +158,6 @@ class CellResults:
 
     def resources(self) -> Resources | None:
         return _read(Resources, self._timings)
-
-    @property
-    def _timings(self) -> Path:
-        return self.root / "checkpoints" / self.profile / self.cell / "resources.json"
 
     def curve(self) -> list[dict[str, float]]:
         """Return the evaluations, in order; none if there is no file."""
@@ -202,8 +206,7 @@ class CellResults:
         """Write the figures of a training, after its weights; the test of other weights goes."""
         self._file("test", "json").unlink(missing_ok=True)
         self._predictions.unlink(missing_ok=True)
-        rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
-        write_csv(self._file("curves", "csv"), list(rows[0]), [list(row.values()) for row in rows])
+        write_csv(self._file("curves", "csv"), [dataclasses.asdict(evaluation) for evaluation in evaluations])
         write_json(self._timings, dataclasses.asdict(resources))
         write_json(self._file("metrics", "json"), dataclasses.asdict(metrics))
 

@@ -88,7 +88,7 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
             return _show_unrecorded(recorder)
         print(title)
         for cell in chosen if typed.restart else ():
-            (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
+            CellResults(params.profile, cell.id).checkpoint.unlink(missing_ok=True)
         print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
         return _Run(params, chosen, jobs, typed, freshness, recorder).run(backend, at_once)
 

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.checked import ensure_checked
 from pipeline.grid.freshness import Freshness
+from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.host.heartbeat import EXPIRY_SECONDS, TOUCH_SECONDS
 
@@ -119,7 +120,7 @@ def _idle_row(profile: str, cell: Cell) -> Row:
         if outcome and outcome["kind"] != "stopped":
             state = "unavailable" if outcome["kind"] == "unavailable" else "failed"
             return Row(cell.id, state, outcome["message"], str(Path("logs", profile, f"{name}.log")))
-    if (cell.checkpoint_folder(profile) / "last.pt").is_file():
+    if CellResults(profile, cell.id).checkpoint.is_file():
         return Row(cell.id, "interrupted", "goes on from its checkpoint")
     return Row(cell.id, "to run")
 

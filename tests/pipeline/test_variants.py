@@ -11,7 +11,7 @@ import pytest
 from project_folder import ROOT, Project
 
 from pipeline.grid.axes import Cell, stage_names
-from pipeline.grid.cells import expand, make_cells, settings
+from pipeline.grid.cells import expand, make_cells, resolve
 from pipeline.grid.checked import load_checked
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import cell_training, load_params
@@ -61,7 +61,7 @@ def test_a_variant_is_a_point_of_its_axis_with_a_section_of_its_own(varied: Proj
         "lra-listops-rmfa+4-exp-maclauformer+gain2-0",
     ]
     assert make_cells(params, "lra-listops", "rmfa+4", "exp", "maclauformer+gain2", 0) == [SMALL]
-    found = settings(SMALL, params)
+    found = resolve(params, SMALL).settings()
     assert (found["attention"], found["former"]["gain"]) == ({"num_features": 4}, 2.0)
 
 
