@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.grid.axes import Cell, check_id, expand_grid
 from pipeline.grid.freshness import data_folder
-from pipeline.grid.params import MAX_SEED, Params, attention_section, cell_training, former_section, task_section
+from pipeline.grid.params import MAX_SEED, Params, cell_training, section_of
 from pipeline.grid.settings import PARAMS_FILE
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
@@ -27,9 +27,8 @@ def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: s
         UserError: an unknown name, a section that params.yaml lacks, a kernel missing or too much, no seed or one that
             is out of range, or the id of another cell of the grid.
     """
-    task_section(params, task)
-    attention_section(params, attn)
-    former_section(params, former)
+    for kind, name in (("task", task), ("attention", attn), ("former", former)):
+        section_of(getattr(params, kind), kind, name)
     check_kernel(attn, dotf)
     if seed is None and not params.grid.seeds:
         raise UserError("grid.seeds is empty: pass --seed")
@@ -122,10 +121,10 @@ def resolve(params: Params, cell: Cell) -> Setup:
     return Setup(
         profile=params.profile,
         cell=cell,
-        model=task_section(params, cell.task).model,
+        model=section_of(params.task, "task", cell.task).model,
         training=cell_training(params, cell),
-        attention=attention_section(params, cell.attn),
-        former=former_section(params, cell.former),
+        attention=section_of(params.attention, "attention", cell.attn),
+        former=section_of(params.former, "former", cell.former),
     )
 
 

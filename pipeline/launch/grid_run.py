@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def recording(params: Params) -> Iterator[None]:
             raise UserError(f"not on record: {stage}: {why}")
 
 
-def _unrecorded(cells: Iterable[Cell], freshness: Freshness, changed: Mapping[str, bool]) -> list[str]:
+def _unrecorded(cells: Collection[Cell], freshness: Freshness, changed: Mapping[str, bool]) -> list[str]:
     """Return the stages that are complete and not on record as they are."""
     return [name for name in _complete_stages(cells, freshness) if changed.get(name)]
 
@@ -133,14 +133,11 @@ def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, boo
     return [*found, report] if due or found or changed.get(report) or not page.exists() else []
 
 
-def _complete_stages(cells: Iterable[Cell], freshness: Freshness) -> list[str]:
+def _complete_stages(cells: Collection[Cell], freshness: Freshness) -> list[str]:
     """Return the stages of data and of groups of cells whose outputs are complete and up to date."""
-    stages = {"numerics": True}
-    for cell in cells:
-        train, test = stage_names(freshness.profile, cell)
-        stages |= dict.fromkeys(data_stage_names(freshness.profile, cell.task), freshness.has_arrays(cell.task))
-        stages[train] = stages.get(train, True) and freshness.is_trained(cell)
-        stages[test] = stages.get(test, True) and freshness.is_finished(cell)
+    stages = {"numerics": True, **freshness.cell_stages(cells)}
+    for task in dict.fromkeys(cell.task for cell in cells):
+        stages |= dict.fromkeys(data_stage_names(freshness.profile, task), freshness.has_arrays(task))
     return [name for name, complete in stages.items() if complete]
 
 
