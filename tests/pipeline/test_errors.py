@@ -127,7 +127,7 @@ def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Pro
     ]
     path = Path(f"runs/tiny/errors/{measured}.csv")
     write_csv(path, rows)
-    reporting.build("tiny", load_params(), Path())
+    reporting.build(load_params(), Path())
     folder = Path("reports/tiny")
     table = (folder / "tables/errors.md").read_text()
     assert table.count("| rmfa-sketch ") == 2
