@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.grid.params import BenchParams, Params, load_params
-from pipeline.reporting._collect import BENCH_SETTING, BENCH_VALUES
+from pipeline.reporting._results import BENCH_SETTING, BENCH_VALUES
 from pipeline.stages import bench
 from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, Attention, KernelAttention

@@ -13,7 +13,7 @@ from pipeline.grid.cells import expand, prepared_data, resolve, select
 from pipeline.grid.params import load_params
 from pipeline.grid.results import CellResults
 from pipeline.host.files import write_csv
-from pipeline.reporting._collect import ERROR_SETTING
+from pipeline.reporting._results import ERROR_SETTING
 from pipeline.stages import errors
 from schoenbat.attention import ATTENTIONS, KernelAttention
 from schoenbat.errors import UserError
@@ -112,7 +112,8 @@ def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Pro
     project.set("errors.trained", [measured, missing])
     rows = [
         {
-            **dict.fromkeys(("points", *ERROR_SETTING), "x"),
+            **dict.fromkeys(ERROR_SETTING, "x"),
+            "points": f"trained {measured}-0",
             "dotf": dotf,
             "estimator": estimator,
             "num_features": size,
