@@ -7,10 +7,8 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -44,14 +42,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line for what nobody has foreseen."""
-    *_, (frame, line) = traceback.walk_tb(trace)
-    what = next(iter(str(error).splitlines()), "")
-    where = f"{frame.f_code.co_filename}:{line}"
-    print(f"error: {kind.__name__}: {what} ({where}); {commands.PROGRAM} --debug ... shows all of it", file=sys.stderr)
-
-
 @app.callback()
 def _begin(
     version: Annotated[
@@ -64,8 +54,6 @@ def _begin(
     """Go to the root of the project before any command."""
     if debug:
         os.environ[commands.DEBUG_VARIABLE] = "1"
-    else:
-        sys.excepthook = _show_error
     enter_project()
 
 
@@ -85,7 +73,7 @@ def run(
     former: Annotated[Strings, _filter("Only cells with this former.", names=completion.grid_former)] = None,
     seed: Annotated[list[int] | None, _filter("Only cells with this seed.", names=completion.grid_seed)] = None,
     cell: Annotated[Strings, _filter("Only the cell of this id.", names=completion.cell)] = None,
-    jobs: Annotated[int | None, _how("Cells at once. Default and limit: cores divided by run.threads.")] = None,
+    jobs: Annotated[int | None, _how("Cells at once. Default and limit: cores divided by run.threads.", min=1)] = None,
     backend: Annotated[
         str, _how("local, this machine; or slurm, a cluster as run.slurm describes it.", names=lambda: list(_BACKENDS))
     ] = "local",
@@ -100,8 +88,7 @@ def run(
 
     Ctrl-C once lets running cells save their work, twice ends them; the same command goes on from there.
     """
-    from pipeline.grid.cells import expand
-    from pipeline.launch import grid_run
+    from pipeline.launch.grid_run import RunOptions, run_grid
 
     if backend not in _BACKENDS:
         raise unknown_name("backend", backend, _BACKENDS)
@@ -111,8 +98,8 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
-    typed = grid_run.RunOptions(filters, jobs, devices, restart, force, fail_fast, dry_run, as_json)
-    raise typer.Exit(grid_run.run_grid(params, expand(params), typed, slurm=backend == "slurm"))
+    typed = RunOptions(filters, backend == "slurm", jobs, devices, restart, force, fail_fast, dry_run, as_json)
+    raise typer.Exit(run_grid(params, typed))
 
 
 @_grid("status", "status --watch", "status --json")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from pipeline.launch.session import StopSignals
+from pipeline.launch.session import stop_requests
 from pipeline.mlflow import tracking
 from pipeline.models.trained import current_profile
 from schoenbat.errors import UserError
@@ -38,7 +38,7 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
         _show(page(uri.rstrip("/"), experiment, profile), open_browser)
         return
     give_up = time.monotonic() + _STARTING_SECONDS
-    with StopSignals() as stopped, _served(uri, port) as server:
+    with stop_requests() as stopped, _served(uri, port) as server:
         address = f"http://127.0.0.1:{port}"
         while not _answers(address) and not stopped():
             if server.poll() is not None or time.monotonic() > give_up:

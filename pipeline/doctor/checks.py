@@ -122,7 +122,7 @@ def _git() -> Finding:
 def _torch(params: "Params | None") -> Finding:
     import torch
 
-    from pipeline.host.devices import get_device
+    from pipeline.host.devices import ask_driver, get_device
 
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
     text = f"torch {torch.__version__}, built {built}"
@@ -130,7 +130,7 @@ def _torch(params: "Params | None") -> Finding:
         f"cuda:{index} {found.name} with {found.total_memory / 2**30:.0f} GB"
         for index, found in ((i, torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count()))
     ]
-    driver = driver_version()
+    driver = ask_driver("driver_version")
     if devices:
         text += f", driver {driver or 'unknown'}: {', '.join(devices)}"
     wanted = "cpu" if params is None else params.run.device
@@ -144,15 +144,6 @@ def _torch(params: "Params | None") -> Finding:
     if driver and not devices:
         return Finding("torch", "note", f"{text}; the GPU here (driver {driver}) is not usable with it")
     return Finding("torch", "good", f"{text}; run.device is {wanted}")
-
-
-def driver_version() -> str:
-    """Return the version of NVIDIA's driver; empty where there is none."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _threads(params: "Params | None") -> Finding:

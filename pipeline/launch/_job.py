@@ -38,7 +38,6 @@ class Job:
         needs: names of the jobs before it; one that is not in the grid counts as done.
         seconds: how long it is expected to take; the longest are started first.
         memory_mb: its measured peak on the device; None if it has never been measured.
-        threads: CPU threads that it uses.
         exclusive: it measures time, so nothing else runs beside it, and it comes after everything else.
         timeout_seconds: an attempt that takes longer is ended; None for no limit.
         saves: an attempt that is cut short leaves a checkpoint, so that the next one is shorter.
@@ -49,7 +48,6 @@ class Job:
     needs: tuple[str, ...] = ()
     seconds: float = 0.0
     memory_mb: float | None = None
-    threads: int = 1
     exclusive: bool = False
     timeout_seconds: float | None = None
     saves: bool = False

@@ -92,10 +92,8 @@ def plan_slurm(run: RunParams, jobs: int | None) -> tuple[list[Device], int]:
         jobs: as wished; None for `max_jobs`.
 
     Raises:
-        UserError: Slurm's commands are missing, Slurm refuses what a job asks for, or no cell at once.
+        UserError: Slurm's commands are missing, or Slurm refuses what a job asks for.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
     if absent := [command for command in _COMMANDS if shutil.which(command) is None]:
         raise UserError(
             f"no {', '.join(absent)} here: run --backend slurm where Slurm's commands are, such as on a login node, "
