@@ -245,13 +245,13 @@ def use(
 @_setup("doctor", "doctor --json")
 def doctor(as_json: Json = False) -> None:
     """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
-    from pipeline.doctor import Finding, checks
+    from pipeline.doctor.checks import examine
 
-    found: list[Finding] = []
-    for finding in checks.examine():
+    found = []
+    for finding in examine():
         found.append(finding)
         if not as_json:
-            print(finding.line(width=8), flush=True)
+            print(finding.line(), flush=True)
     wrong = any(finding.state == "wrong" for finding in found)
     if as_json:
         print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
