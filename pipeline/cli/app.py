@@ -19,7 +19,7 @@ from pipeline.grid import completion
 from pipeline.grid.settings import enter_project
 from pipeline.host.heartbeat import watch
 from pipeline.stages import commands
-from pipeline.stages.commands import Json, option
+from pipeline.stages.commands import Json, argument, option
 from schoenbat.errors import UserError, list_choices, unknown_name
 
 app = commands.make_app(
@@ -122,7 +122,7 @@ def status(
 
 @_grid("carry v1.2", "carry HEAD~3 --tolerance 1e-6")
 def carry(
-    revision: Annotated[str, typer.Argument(help="The git revision whose code has made the results.")],
+    revision: Annotated[str, argument("The git revision whose code has made the results.")],
     tolerance: Annotated[
         float, option("The largest relative difference of weights, losses and outputs. Default: the same bits.")
     ] = 0.0,
@@ -138,7 +138,7 @@ def carry(
 
 @_grid("import ../other-checkout", name="import")
 def import_results(
-    folder: Annotated[Path, typer.Argument(help="The root folder of another checkout of this project.")],
+    folder: Annotated[Path, argument("The root folder of another checkout of this project.")],
 ) -> None:
     """Take over cells that were finished in another checkout and are what this one would compute."""
     from pipeline.launch.grid_run import recording
@@ -163,12 +163,7 @@ def results(as_json: Json = False) -> None:
 
 @_grid("logs lra-text-rmfa-exp-maclauformer-42 -f")
 def logs(
-    cell: Annotated[
-        str,
-        typer.Argument(
-            autocompletion=completion.log, help="The id of a cell, or the name of another job, as `status` shows it."
-        ),
-    ],
+    cell: Annotated[str, argument("The id of a cell, or another job as `status` shows it.", completion.log)],
     follow: Annotated[bool, option("Go on with what is added, until Ctrl-C.", "-f", "--follow")] = False,
 ) -> None:
     """Show the output of a cell's last run."""
@@ -189,10 +184,7 @@ def logs(
 
 @_setup("list", "list attn", "list profiles --json", name="list")
 def list_names(
-    kind: Annotated[
-        str | None,
-        typer.Argument(autocompletion=lambda: list(Kind), help=f"One of {', '.join(Kind)}. Default: all kinds."),
-    ] = None,
+    kind: Annotated[str | None, argument(f"One of {', '.join(Kind)}. Default: all kinds.", lambda: list(Kind))] = None,
     as_json: Json = False,
 ) -> None:
     """List the names that can be used, what they stand for, and what comes from other distributions."""
@@ -213,7 +205,7 @@ def list_names(
 
 @_setup("use cpu")
 def use(
-    profile: Annotated[str, typer.Argument(autocompletion=completion.profile, help="Name of a file in profiles/.")],
+    profile: Annotated[str, argument("Name of a file in profiles/.", completion.profile)],
     force: Annotated[bool, option("Even if params.yaml is not a copy of any profile.", "--force")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml, and its record, if it has one, into dvc.lock."""
@@ -263,9 +255,7 @@ def predict(
     cell: Annotated[str, option("The id of a trained cell.", names=completion.trained)],
     texts: Annotated[
         Strings,
-        typer.Argument(
-            metavar="TEXT", help="In pairs where the task compares two. Default: standard input, a text a line."
-        ),
+        argument("In pairs where the task compares two. Default: standard input, a text a line.", metavar="TEXT"),
     ] = None,
     file: Annotated[
         Path | None, option("A text a line; two with a tab between them where the task compares two.")
@@ -283,8 +273,8 @@ def predict(
 
 @_trained("export CELL exported/rmfa")
 def export(
-    cell: Annotated[str, typer.Argument(autocompletion=completion.trained, help="The id of a trained cell.")],
-    folder: Annotated[Path, typer.Argument(help="Is made; must be empty if it is there.")],
+    cell: Annotated[str, argument("The id of a trained cell.", completion.trained)],
+    folder: Annotated[Path, argument("Is made; must be empty if it is there.")],
 ) -> None:
     """Write a trained cell into a folder that stands for itself: weights, config, model card, settings."""
     from pipeline.models import export as tool
@@ -296,15 +286,9 @@ def export(
 def compare(
     a: Annotated[
         str,
-        typer.Argument(
-            autocompletion=completion.comparable,
-            help="A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.",
-        ),
+        argument("A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.", completion.comparable),
     ],
-    b: Annotated[
-        str,
-        typer.Argument(autocompletion=completion.comparable, help="Another of them; . is the working folder as it is."),
-    ] = ".",
+    b: Annotated[str, argument("Another of them; . is the working folder as it is.", completion.comparable)] = ".",
     as_json: Json = False,
 ) -> None:
     """Compare two profiles, cells or git revisions: settings, data, code, and every number with its significance."""
@@ -346,7 +330,3 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     watch()
     given = sys.argv[1:] if arguments is None else arguments
     sys.exit(commands.exit_code(app, given or ["--help"]))
-
-
-if __name__ == "__main__":
-    main()

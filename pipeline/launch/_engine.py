@@ -188,17 +188,12 @@ class _Engine:
             log.unlink(missing_ok=True)
         device = load.device.name
         file = self._options.logs / f"{job.name}.job.json"
-        attempt = Attempt(
-            file=file,
-            environment={
-                **self._options.environment,
-                "PYTHONUNBUFFERED": "1",
-                HEARTBEAT_VARIABLE: str(self._heartbeat.path),
-                OUTCOME_VARIABLE: str(self._outcome(job.name).absolute()),
-            },
-            folder=Path.cwd(),
-            log=log,
-        )
+        environment = {
+            **self._options.environment,
+            "PYTHONUNBUFFERED": "1",
+            HEARTBEAT_VARIABLE: str(self._heartbeat.path),
+            OUTCOME_VARIABLE: str(self._outcome(job.name).absolute()),
+        }
         task.began, task.timed_out, task.load = time.monotonic(), False, load
         load.claim(job, task.alone or job.exclusive)
         self._running[job.name] = task
@@ -206,7 +201,7 @@ class _Engine:
         try:
             # The next grid writes it anew.
             write_bytes(file, json.dumps([vars(stage) for stage in job.stages]).encode(), durable=False)
-            task.handle = self._backend.start(job, device, attempt)
+            task.handle = self._backend.start(job, device, Attempt(file, environment, log))
         except OSError as error:
             task.handle = Ended(None, f"could not be started: {error}")
         yield Event(job.name, "started", device, log)

@@ -60,6 +60,11 @@ def option(
     return typer.Option(*flags, help=about, autocompletion=names, rich_help_panel=panel, **more)
 
 
+def argument(about: str, names: Callable[..., list[str]] | None = None, **more: Any) -> Any:
+    """Return an argument as `typer.Annotated` takes it; `names` completes it in the shell."""
+    return typer.Argument(help=about, autocompletion=names, **more)
+
+
 _CELL = "The cell"
 Task = Annotated[str, option("Name of the task.", names=completion.task, panel=_CELL)]
 Attn = Annotated[str, option("Name of the attention mechanism.", names=completion.attn, panel=_CELL)]
@@ -136,7 +141,7 @@ def numerics(profile: Profile = None) -> None:
 
 @_add("golden golden.npz", "golden golden.npz --cell lra-text-softmax-transformer-42")
 def golden(
-    out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    out: Annotated[Path, argument("The .npz file to write.")],
     cell: Annotated[list[str] | None, option("Only this cell; repeat for more.", names=completion.cell)] = None,
     profile: Profile = None,
 ) -> None:
