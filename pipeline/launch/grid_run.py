@@ -258,7 +258,9 @@ class _Run:
         They are judged by the code and the settings of the start: if these have changed, the recorder says so.
         """
         own, profile = {stage.name for stage in self._by_name[job].stages}, self.params.profile
-        names = {cell: data_stage_names(profile, cell.task) + stage_names(profile, cell) for cell in self._cells.values()}
+        names = {
+            cell: data_stage_names(profile, cell.task) + stage_names(profile, cell) for cell in self._cells.values()
+        }
         cells = [cell for cell, stages in names.items() if not own.isdisjoint(stages)]
         return [name for name in _complete_stages(cells, self.freshness.look_again()) if name in own]
 
