@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pipeline.host.heartbeat import OUTCOME_VARIABLE, STAGE_VARIABLE, STOPPED, w
 from pipeline.launch._job import Work
 
 _PROGRAM = "schoenbat-exp"
+_LOOK_SECONDS = 1.0
 
 
 def work(file: Path, environment: Mapping[str, str], log: Path) -> None:
@@ -82,7 +84,22 @@ def _run(stage: Work) -> int:
         from pipeline.stages.commands import run_command
 
         return run_command(words[1:])
+    if words[0] == "dvc":
+        _wait_for_others()
     return subprocess.run(stage.command, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
+
+
+def _wait_for_others() -> None:
+    """Wait until no other process of DVC works in this project, beside which DVC refuses to run a stage."""
+    from pipeline.record.writer import users_of_dvc
+
+    told: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        while users := users_of_dvc():
+            if users != told:
+                print(f"waits for the end of: {', '.join(users)}", flush=True)
+            told = users
+            time.sleep(_LOOK_SECONDS)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -71,13 +71,18 @@ def _is_absence(change: Any) -> bool:
 
 @contextlib.contextmanager
 def _repo() -> "Iterator[Repo]":
+    from dvc.config import Config
     from dvc.repo import Repo
 
     # What goes wrong is told by who asks; nothing else is to be seen among the lines of a grid.
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
-    # What was unpacked and not cloned has no history that DVC could look at.
+    # What was unpacked and not cloned has no history that DVC could look at; its own commands are to know that, too.
     versioned = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
-    with Repo(config={} if versioned else {"core": {"no_scm": True}}) as repo:
+    config = Config(".dvc")
+    if not versioned and not config["core"].get("no_scm"):
+        with config.edit("local") as local:
+            local["core"] = {**local.get("core", {}), "no_scm": True}
+    with Repo() as repo:
         yield repo
 
 
@@ -265,22 +270,26 @@ def _kept_record(profile: str) -> Path:
     return Path("profiles", f"{profile}.lock")
 
 
+def users_of_dvc(path: Path = _RWLOCK) -> list[str]:
+    """Return the commands of living processes in DVC's list of who reads and writes what; raises FileNotFoundError."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        readers = [reader for each in listed.get("read", {}).values() for reader in each]
+        holders = {holder["pid"]: holder["cmd"] for holder in (*listed.get("write", {}).values(), *readers)}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        # A kill has left half a list.
+        return []
+    return [f"{command} (process {number})" for number, command in holders.items() if _runs(number)]
+
+
 def drop_stale_rwlock(path: Path = _RWLOCK) -> None:
     """Delete DVC's list of who reads and writes what if nobody in it is alive, or a kill has left half of it.
 
     DVC forgets dead processes by itself, but neither half a list nor processes whose parent has not asked for them yet.
     """
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        readers = [reader for each in listed.get("read", {}).values() for reader in each]
-        holders = [*listed.get("write", {}).values(), *readers]
-        if any(_runs(holder["pid"]) for holder in holders):
-            return
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if not users_of_dvc(path):
+            path.unlink()
 
 
 def _runs(number: int) -> bool:
