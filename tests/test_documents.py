@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import dvc.cli
-import pandas as pd
 import pytest
 import typer.main
 
 from pipeline.cli import app as cli
 from pipeline.grid.params import load_params
-from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison
+from pipeline.reporting._results import collect
 from pipeline.stages.commands import PROGRAM
 
 ROOT = Path(__file__).parents[1]
@@ -121,11 +120,10 @@ def test_the_report_of_the_document_makes_its_table(tmp_path: Path) -> None:
     (example,) = (text for document, text in SNIPPETS if document == "docs/adding.md" and "Report" in text)
     names: dict[str, Any] = {"__name__": "parameters"}
     exec(compile(example, "docs/adding.md", "exec"), names)
-    axes = {"task": "lra-text", "attn": "rmfa", "dotf": "exp", "former": "maclauformer"}
-    frame = pd.DataFrame([{**axes, "quantity": "num_parameters", "value": 12345.0}])
-    _, setting = collect("quick", load_params(ROOT / "profiles/quick.yaml"), tmp_path)
-    (table,) = names["Parameters"]().make(Comparison(frame, setting))
-    assert table.shown.value.tolist() == ["12345.0"]
+    results = collect(load_params(ROOT / "profiles/quick.yaml"), tmp_path)
+    results.cells.loc[0, "num_parameters"] = 12345.0
+    (table,) = names["Parameters"]().make(Comparison(results))
+    assert table.shown.num_parameters.tolist() == ["12345.0"]
 
 
 @pytest.mark.parametrize(("document", "command"), commands(), ids=lambda text: text)

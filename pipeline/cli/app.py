@@ -7,10 +7,8 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,7 +19,7 @@ from pipeline.grid import completion
 from pipeline.grid.settings import enter_project
 from pipeline.host.heartbeat import watch
 from pipeline.stages import commands
-from pipeline.stages.commands import Json, option
+from pipeline.stages.commands import Json, argument, option
 from schoenbat.errors import UserError, list_choices, unknown_name
 
 app = commands.make_app(
@@ -44,14 +42,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line for what nobody has foreseen."""
-    *_, (frame, line) = traceback.walk_tb(trace)
-    what = next(iter(str(error).splitlines()), "")
-    where = f"{frame.f_code.co_filename}:{line}"
-    print(f"error: {kind.__name__}: {what} ({where}); {commands.PROGRAM} --debug ... shows all of it", file=sys.stderr)
-
-
 @app.callback()
 def _begin(
     version: Annotated[
@@ -64,8 +54,6 @@ def _begin(
     """Go to the root of the project before any command."""
     if debug:
         os.environ[commands.DEBUG_VARIABLE] = "1"
-    else:
-        sys.excepthook = _show_error
     enter_project()
 
 
@@ -85,7 +73,7 @@ def run(
     former: Annotated[Strings, _filter("Only cells with this former.", names=completion.grid_former)] = None,
     seed: Annotated[list[int] | None, _filter("Only cells with this seed.", names=completion.grid_seed)] = None,
     cell: Annotated[Strings, _filter("Only the cell of this id.", names=completion.cell)] = None,
-    jobs: Annotated[int | None, _how("Cells at once. Default and limit: cores divided by run.threads.")] = None,
+    jobs: Annotated[int | None, _how("Cells at once. Default and limit: cores divided by run.threads.", min=1)] = None,
     backend: Annotated[
         str, _how("local, this machine; or slurm, a cluster as run.slurm describes it.", names=lambda: list(_BACKENDS))
     ] = "local",
@@ -100,8 +88,7 @@ def run(
 
     Ctrl-C once lets running cells save their work, twice ends them; the same command goes on from there.
     """
-    from pipeline.grid.cells import expand
-    from pipeline.launch import grid_run
+    from pipeline.launch.grid_run import RunOptions, run_grid
 
     if backend not in _BACKENDS:
         raise unknown_name("backend", backend, _BACKENDS)
@@ -111,8 +98,8 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
-    typed = grid_run.RunOptions(filters, jobs, devices, restart, force, fail_fast, dry_run, as_json)
-    raise typer.Exit(grid_run.run_grid(params, expand(params), typed, slurm=backend == "slurm"))
+    typed = RunOptions(filters, backend == "slurm", jobs, devices, restart, force, fail_fast, dry_run, as_json)
+    raise typer.Exit(run_grid(params, typed))
 
 
 @_grid("status", "status --watch", "status --json")
@@ -135,7 +122,7 @@ def status(
 
 @_grid("carry v1.2", "carry HEAD~3 --tolerance 1e-6")
 def carry(
-    revision: Annotated[str, typer.Argument(help="The git revision whose code has made the results.")],
+    revision: Annotated[str, argument("The git revision whose code has made the results.")],
     tolerance: Annotated[
         float, option("The largest relative difference of weights, losses and outputs. Default: the same bits.")
     ] = 0.0,
@@ -151,7 +138,7 @@ def carry(
 
 @_grid("import ../other-checkout", name="import")
 def import_results(
-    folder: Annotated[Path, typer.Argument(help="The root folder of another checkout of this project.")],
+    folder: Annotated[Path, argument("The root folder of another checkout of this project.")],
 ) -> None:
     """Take over cells that were finished in another checkout and are what this one would compute."""
     from pipeline.launch.grid_run import recording
@@ -176,12 +163,7 @@ def results(as_json: Json = False) -> None:
 
 @_grid("logs lra-text-rmfa-exp-maclauformer-42 -f")
 def logs(
-    cell: Annotated[
-        str,
-        typer.Argument(
-            autocompletion=completion.log, help="The id of a cell, or the name of another job, as `status` shows it."
-        ),
-    ],
+    cell: Annotated[str, argument("The id of a cell, or another job as `status` shows it.", completion.log)],
     follow: Annotated[bool, option("Go on with what is added, until Ctrl-C.", "-f", "--follow")] = False,
 ) -> None:
     """Show the output of a cell's last run."""
@@ -202,10 +184,7 @@ def logs(
 
 @_setup("list", "list attn", "list profiles --json", name="list")
 def list_names(
-    kind: Annotated[
-        str | None,
-        typer.Argument(autocompletion=lambda: list(Kind), help=f"One of {', '.join(Kind)}. Default: all kinds."),
-    ] = None,
+    kind: Annotated[str | None, argument(f"One of {', '.join(Kind)}. Default: all kinds.", lambda: list(Kind))] = None,
     as_json: Json = False,
 ) -> None:
     """List the names that can be used, what they stand for, and what comes from other distributions."""
@@ -226,7 +205,7 @@ def list_names(
 
 @_setup("use cpu")
 def use(
-    profile: Annotated[str, typer.Argument(autocompletion=completion.profile, help="Name of a file in profiles/.")],
+    profile: Annotated[str, argument("Name of a file in profiles/.", completion.profile)],
     force: Annotated[bool, option("Even if params.yaml is not a copy of any profile.", "--force")] = False,
 ) -> None:
     """Put profiles/PROFILE.yaml into params.yaml, and its record, if it has one, into dvc.lock."""
@@ -258,13 +237,13 @@ def use(
 @_setup("doctor", "doctor --json")
 def doctor(as_json: Json = False) -> None:
     """Say whether all that a grid needs is here, and how to mend what is not; exit code 1 if something is wrong."""
-    from pipeline.doctor import Finding, checks
+    from pipeline.doctor.checks import examine
 
-    found: list[Finding] = []
-    for finding in checks.examine():
+    found = []
+    for finding in examine():
         found.append(finding)
         if not as_json:
-            print(finding.line(width=8), flush=True)
+            print(finding.line(), flush=True)
     wrong = any(finding.state == "wrong" for finding in found)
     if as_json:
         print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
@@ -276,9 +255,7 @@ def predict(
     cell: Annotated[str, option("The id of a trained cell.", names=completion.trained)],
     texts: Annotated[
         Strings,
-        typer.Argument(
-            metavar="TEXT", help="In pairs where the task compares two. Default: standard input, a text a line."
-        ),
+        argument("In pairs where the task compares two. Default: standard input, a text a line.", metavar="TEXT"),
     ] = None,
     file: Annotated[
         Path | None, option("A text a line; two with a tab between them where the task compares two.")
@@ -296,8 +273,8 @@ def predict(
 
 @_trained("export CELL exported/rmfa")
 def export(
-    cell: Annotated[str, typer.Argument(autocompletion=completion.trained, help="The id of a trained cell.")],
-    folder: Annotated[Path, typer.Argument(help="Is made; must be empty if it is there.")],
+    cell: Annotated[str, argument("The id of a trained cell.", completion.trained)],
+    folder: Annotated[Path, argument("Is made; must be empty if it is there.")],
 ) -> None:
     """Write a trained cell into a folder that stands for itself: weights, config, model card, settings."""
     from pipeline.models import export as tool
@@ -309,15 +286,9 @@ def export(
 def compare(
     a: Annotated[
         str,
-        typer.Argument(
-            autocompletion=completion.comparable,
-            help="A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.",
-        ),
+        argument("A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.", completion.comparable),
     ],
-    b: Annotated[
-        str,
-        typer.Argument(autocompletion=completion.comparable, help="Another of them; . is the working folder as it is."),
-    ] = ".",
+    b: Annotated[str, argument("Another of them; . is the working folder as it is.", completion.comparable)] = ".",
     as_json: Json = False,
 ) -> None:
     """Compare two profiles, cells or git revisions: settings, data, code, and every number with its significance."""
@@ -359,7 +330,3 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     watch()
     given = sys.argv[1:] if arguments is None else arguments
     sys.exit(commands.exit_code(app, given or ["--help"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from pipeline.launch.session import StopSignals
+from pipeline.launch.session import stop_requests
 from pipeline.mlflow import tracking
 from pipeline.models.trained import current_profile
 from schoenbat.errors import UserError
@@ -37,19 +37,17 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
     if uri.startswith("http"):
         _show(page(uri.rstrip("/"), experiment, profile), open_browser)
         return
+    address, shown = f"http://127.0.0.1:{port}", False
     give_up = time.monotonic() + _STARTING_SECONDS
-    with StopSignals() as stopped, _served(uri, port) as server:
-        address = f"http://127.0.0.1:{port}"
-        while not _answers(address) and not stopped():
-            if server.poll() is not None or time.monotonic() > give_up:
-                raise UserError(f"MLflow's server does not start; what it said is in {_LOG}")
-            time.sleep(_LOOKING_SECONDS)
-        if not stopped():
-            _show(page(address, experiment, profile), open_browser)
-            print("Ctrl-C ends it", flush=True)
+    with stop_requests() as stopped, _served(uri, port) as server:
         while not stopped():
-            if server.poll() is not None:
-                raise UserError(f"MLflow's server has ended; what it said is in {_LOG}")
+            if server.poll() is not None or (not shown and time.monotonic() > give_up):
+                what = "has ended" if shown else "does not start"
+                raise UserError(f"MLflow's server {what}; what it said is in {_LOG}")
+            if not shown and _answers(address):
+                shown = True
+                _show(page(address, experiment, profile), open_browser)
+                print("Ctrl-C ends it", flush=True)
             time.sleep(_LOOKING_SECONDS)
 
 
@@ -83,23 +81,25 @@ def _served(uri: str, port: int) -> Iterator["subprocess.Popen[bytes]"]:
             probe.bind(("127.0.0.1", port))
         except OSError:
             raise UserError(f"port {port} is taken; choose another one: --port {port + 1}") from None
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    storage = ["--backend-store-uri", uri, "--artifacts-destination", str(Path("mlruns").absolute())]
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", uri, "--artifacts-destination", str(Path("mlruns").absolute())),
+    ]
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**os.environ, **settings}
     _LOG.parent.mkdir(exist_ok=True)
     with _LOG.open("wb") as output:
         server = subprocess.Popen(
-            [*command, *storage],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, **settings},
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     try:
         yield server
     finally:
-        _end(server)
+        # All its processes: first asked, then killed.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(server.pid, number)
+                server.wait(_ENDING_SECONDS)
 
 
 def _answers(address: str) -> bool:
@@ -107,13 +107,3 @@ def _answers(address: str) -> bool:
         urllib.request.urlopen(f"{address}/health", timeout=1).close()
         return True
     return False
-
-
-def _end(server: "subprocess.Popen[bytes]") -> None:
-    """All its processes: first asked, then killed."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(_ENDING_SECONDS)
-            return

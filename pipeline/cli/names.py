@@ -1,16 +1,17 @@
 """The names that can be used, what each stands for, and where it comes from if not from this project."""
 
-import ast
 import enum
-import importlib.util
+import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from pipeline.grid.settings import read_yaml
 from schoenbat.errors import UserError
+from schoenbat.registry import Registry, describe_entry
 
 _FORMERS = {
     "maclauformer": "pre-SBN and post-SBN around the mechanism, as SchoenbAt has it.",
@@ -29,7 +30,6 @@ PROMISES = {
     "needs_max_length": "needs a maximal length",
 }
 """What each class variable of `schoenbat.attention.Attention` that is true or false says, in words."""
-_COLUMNS = 80
 
 
 class Kind(enum.StrEnum):
@@ -75,7 +75,7 @@ class Mechanism(Name):
 
 
 def names(kind: Kind) -> list[Name]:
-    """Return all names of a kind, sorted. Only mechanisms are imported; one that cannot be says so in its text."""
+    """Return all names of a kind, sorted; one that cannot be imported says so in its text."""
     if kind is Kind.PROFILES:
         return [Name(path.stem, _note(path)) for path in sorted(Path("profiles").glob("*.yaml"))]
     if kind is Kind.FORMER:
@@ -83,44 +83,36 @@ def names(kind: Kind) -> list[Name]:
     from schoenbat.attention import ATTENTIONS
     from schoenbat.kernels import KERNELS
     from schoenbat.lra.tasks import TASKS
-    from schoenbat.registry import Registry, describe_entry
 
     registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
     registry = registries[kind]
-    external = registry.external()
-    found = []
-    for name in registry.names():
-        entry = external.get(name)
-        about = _first_line(entry.module if entry else f"{registry.package}.{name}")
-        found.append(Name(name, about, describe_entry(entry) if entry else ""))
-    return [_mechanism(each) for each in found] if kind is Kind.ATTN else found
+    return [_registered(registry, name, registry.external().get(name)) for name in registry.names()]
 
 
 def described(listed: list[Name]) -> list[str]:
     """Return each name with its paragraphs beside it, in lines of at most 80 columns as far as words allow."""
-    width = max((len(each.name) for each in listed), default=0)
+    width = max((len(each.name) for each in listed), default=0) + 4
+    wrapper = textwrap.TextWrapper(80, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * width)
     lines = []
     for each in listed:
-        indent = " " * (width + 4)
-        wrapped = [
-            line
-            for paragraph in each.lines()
-            for line in textwrap.wrap(paragraph, _COLUMNS - len(indent), break_long_words=False, break_on_hyphens=False)
-            or [""]
-        ]
-        lines += [f"  {each.name:{width}}  {wrapped[0]}".rstrip(), *(f"{indent}{line}" for line in wrapped[1:])]
+        wrapper.initial_indent = f"  {each.name}".ljust(width)
+        for paragraph in each.lines():
+            lines += wrapper.wrap(paragraph) or [f"  {each.name}"]
+            wrapper.initial_indent = wrapper.subsequent_indent
     return lines
 
 
-def _mechanism(name: Name) -> Name:
-    from schoenbat.attention import ATTENTIONS
-
+def _registered(registry: Registry[Any], name: str, entry: EntryPoint | None) -> Name:
+    origin = describe_entry(entry) if entry else ""
     try:
-        found = ATTENTIONS.get(name.name)
+        found = registry.get(name)
     except (UserError, ImportError, SyntaxError) as error:
-        return Name(name.name, f"cannot be loaded: {' '.join(str(error).split())}", name.origin)
+        return Name(name, f"cannot be loaded: {' '.join(str(error).split())}", origin)
+    about = (sys.modules[found.__module__].__doc__ or "").strip().partition("\n")[0]
+    if registry.package != "schoenbat.attention":
+        return Name(name, about, origin)
     promises = {promise: bool(getattr(found, promise)) for promise in PROMISES}
-    return Mechanism(name.name, name.about, name.origin, promises, found.cost, found.paper)
+    return Mechanism(name, about, origin, promises, found.cost, found.paper)
 
 
 def _note(profile: Path) -> str:
@@ -130,18 +122,3 @@ def _note(profile: Path) -> str:
         return str(error)
     note = settings.get("note") if isinstance(settings, dict) else None
     return note if isinstance(note, str) else ""
-
-
-def _first_line(module: str) -> str:
-    """Return the first line of a module's docstring; empty where there is none."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return ""
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return ""
-    try:
-        documented = ast.get_docstring(ast.parse(Path(spec.origin).read_bytes()))
-    except SyntaxError:
-        return ""
-    return (documented or "").partition("\n")[0]

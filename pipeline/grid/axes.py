@@ -5,9 +5,10 @@
 The id of a cell joins its axes, in the order in which dvc.yaml lists them in the names of its stages.
 """
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.grid.settings import PARAMS_FILE
@@ -69,9 +70,6 @@ class Cell:
         """The cells that differ from this one in the seed alone, as one name: they are one stage of DVC."""
         return "-".join(axis for axis in (self.task, self.attn, self.dotf, self.former) if axis is not None)
 
-    def checkpoint_folder(self, profile: str) -> Path:
-        return Path("checkpoints", profile, self.id)
-
     def arguments(self) -> list[str]:
         """Return the options that name this cell on the command line."""
         dotf = [] if self.dotf is None else ["--dotf", self.dotf]
@@ -93,24 +91,20 @@ def expand_grid(grid: GridParams) -> list[Cell]:
     for axis, values in (("tasks", grid.tasks), ("seeds", grid.seeds)):
         if not values:
             raise UserError(f"{PARAMS_FILE}: grid.{axis} is empty")
-    plain, kernel = grid.plain, grid.kernel
-    models = len(plain.attn) * len(plain.former) + len(kernel.attn) * len(kernel.dotf) * len(kernel.former)
-    number = len(grid.tasks) * len(grid.seeds) * models
+    halves: list[tuple[list[Any], ...]] = [
+        (grid.plain.attn, [None], grid.plain.former),
+        (grid.kernel.attn, grid.kernel.dotf, grid.kernel.former),
+    ]
+    models = sum(math.prod(map(len, half)) for half in halves)
+    number = len(grid.tasks) * models * len(grid.seeds)
     if number > MAX_CELLS:
-        sizes = ", ".join(
-            counted(*each) for each in ((len(grid.tasks), "task"), (models, "model"), (len(grid.seeds), "seed"))
-        )
+        sizes = f"{counted(len(grid.tasks), 'task')}, {counted(models, 'model')}, {counted(len(grid.seeds), 'seed')}"
         raise UserError(f"{PARAMS_FILE}: grid: {sizes} make {number:,} cells; a profile has at most {MAX_CELLS:,}")
     cells = [
         Cell(task, attn, dotf, former, seed)
         for task in grid.tasks
-        for attns, dotfs, formers in (
-            (grid.plain.attn, [None], grid.plain.former),
-            (grid.kernel.attn, grid.kernel.dotf, grid.kernel.former),
-        )
-        for attn in attns
-        for dotf in dotfs
-        for former in formers
+        for half in halves
+        for attn, dotf, former in itertools.product(*half)
         for seed in grid.seeds
     ]
     by_id: dict[str, Cell] = {}

@@ -1,18 +1,20 @@
 """Cells: one training run each, with its settings and its data."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.grid.axes import Cell, check_id, expand_grid
 from pipeline.grid.freshness import data_folder
-from pipeline.grid.params import MAX_SEED, Params, attention_section, cell_training, former_section, task_section
+from pipeline.grid.params import MAX_SEED, Params, cell_training, section_of
 from pipeline.grid.settings import PARAMS_FILE
-from pipeline.host.files import read_json
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
-from schoenbat.lra.encoder import build_model
+from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
+from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.tasks import TASKS
+from schoenbat.lra.training import TrainingConfig
 
 
 def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: str, seed: int | None) -> list[Cell]:
@@ -25,9 +27,8 @@ def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: s
         UserError: an unknown name, a section that params.yaml lacks, a kernel missing or too much, no seed or one that
             is out of range, or the id of another cell of the grid.
     """
-    task_section(params, task)
-    attention_section(params, attn)
-    former_section(params, former)
+    for kind, name in (("task", task), ("attention", attn), ("former", former)):
+        section_of(getattr(params, kind), kind, name)
     check_kernel(attn, dotf)
     if seed is None and not params.grid.seeds:
         raise UserError("grid.seeds is empty: pass --seed")
@@ -71,6 +72,62 @@ def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
     return chosen
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A cell with its sections of params.yaml: what its stages are made of.
+
+    Attributes:
+        training: as `cell_training` has it.
+    """
+
+    profile: str
+    cell: Cell
+    model: ModelConfig
+    training: TrainingConfig
+    attention: dict[str, Any]
+    former: FormerConfig
+
+    def build_model(self, data: Mapping[str, Any]) -> Classifier:
+        """Return the model with its initial weights, for data of this description."""
+        cell, needed = self.cell, ("vocab_size", "num_classes", "num_texts", "max_length", "per_position", "causal")
+        return build_model(
+            **{key: data[key] for key in needed},
+            model=self.model,
+            attn=cell.attn,
+            attention=self.attention,
+            dotf=cell.dotf,
+            former=cell.former,
+            former_config=self.former,
+            seed=cell.seed,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that decide the cell's numbers, as plain values."""
+        return {
+            "model": asdict(self.model),
+            "training": asdict(self.training),
+            "attention": self.attention,
+            "former": asdict(self.former),
+        }
+
+    def description(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a file of weights says about itself: the cell, its settings and its data."""
+        known = {key: data[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
+        return {**asdict(self.cell), **self.settings(), "data": known}
+
+
+def resolve(params: Params, cell: Cell) -> Setup:
+    """Return the cell with its sections; raises UserError for one that is missing, or as `cell_training` does."""
+    return Setup(
+        profile=params.profile,
+        cell=cell,
+        model=section_of(params.task, "task", cell.task).model,
+        training=cell_training(params, cell),
+        attention=section_of(params.attention, "attention", cell.attn),
+        former=section_of(params.former, "former", cell.former),
+    )
+
+
 def check_models(params: Params, cells: Sequence[Cell]) -> None:
     """Build one head of each combination in `cells`, so that options which do not go together are found at once.
 
@@ -78,48 +135,25 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
         UserError: as `build_model` says it, such as a kernel that the former cannot keep inside its radius, or as
             `cell_training` does.
     """
-    for cell in cells:
-        cell_training(params, cell)
-    for task, attn, dotf, former in dict.fromkeys((cell.task, cell.attn, cell.dotf, cell.former) for cell in cells):
-        model = task_section(params, task).model
-        head_dim = model.width // model.num_heads
+    for cell in {cell.group: cell for cell in cells}.values():
+        setup, task = resolve(params, cell), TASKS.get(cell.task)
+        width = setup.model.width // setup.model.num_heads
+        model = replace(setup.model, num_layers=1, width=width, ffn_width=1, num_heads=1, head_width=1)
+        sizes = {"vocab_size": 2, "num_classes": 2, "num_texts": 1, "max_length": 1}
+        data = {**sizes, "per_position": task.per_position, "causal": task.causal}
         try:
-            build_model(
-                vocab_size=2,
-                num_classes=2,
-                num_texts=1,
-                max_length=1,
-                model=dataclasses.replace(model, num_layers=1, width=head_dim, ffn_width=1, num_heads=1, head_width=1),
-                attn=attn,
-                attention=attention_section(params, attn),
-                dotf=dotf,
-                former=former,
-                former_config=former_section(params, former),
-                seed=0,
-                per_position=TASKS.get(task).per_position,
-                causal=TASKS.get(task).causal,
-            )
+            replace(setup, model=model).build_model(data)
         except UserError as error:
-            where = f"{PARAMS_FILE}: task {task} with {' '.join(filter(None, (attn, dotf, former)))}"
-            raise UserError(f"{where}: {error}") from None
+            where = " ".join(filter(None, (cell.attn, cell.dotf, cell.former)))
+            raise UserError(f"{PARAMS_FILE}: task {cell.task} with {where}: {error}") from None
 
 
-def settings(cell: Cell, params: Params) -> dict[str, Any]:
-    """Return the parts of params.yaml that decide the cell's numbers, as plain values."""
-    return {
-        "model": dataclasses.asdict(task_section(params, cell.task).model),
-        "training": dataclasses.asdict(cell_training(params, cell)),
-        "attention": attention_section(params, cell.attn),
-        "former": dataclasses.asdict(former_section(params, cell.former)),
-    }
-
-
-def data_meta(cell: Cell, params: Params) -> dict[str, Any]:
-    """meta.json of the cell's data; raises UserError when the data has not been prepared."""
-    path = data_folder(params.profile, cell.task) / "meta.json"
-    if not path.is_file():
+def prepared_data(profile: str, task: str) -> Dataset:
+    """Return the prepared data of a task; raises UserError where there is none."""
+    folder = data_folder(profile, task)
+    if not (folder / "meta.json").is_file():
         raise UserError(
-            f"no prepared data for {cell.task} ({path}); make it with: schoenbat-exp download --task {cell.task}"
-            f" && schoenbat-exp preprocess --task {cell.task}"
+            f"no prepared data for {task} ({folder}); make it with: schoenbat-exp download --task {task}"
+            f" && schoenbat-exp preprocess --task {task}"
         )
-    return read_json(path)
+    return Dataset(folder)

@@ -8,12 +8,12 @@ of the task computes now, from its section of params.yaml. DVC's record says the
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.grid import numerics
-from pipeline.grid.axes import Cell
+from pipeline.grid.axes import Cell, stage_names
 from pipeline.grid.numerics import digest
 from pipeline.grid.results import CellResults, Fingerprint
 from pipeline.host.files import read_json
@@ -40,6 +40,8 @@ def summary_file(profile: str, task: str) -> Path:
 class Freshness:
     """What results of a params file would be made from, by the files as they are when each is first looked at.
 
+    `data(task)` is the fingerprint of a task's data; None if there is none, or other data would be made now.
+
     Args:
         settings: the content of params.yaml, as it is written.
         digests: the numerics of a component by kind and name: of the code by default.
@@ -50,7 +52,7 @@ class Freshness:
     ) -> None:
         self._settings = settings
         self._digests = functools.cache(digests)
-        self._data = functools.cache(self._read_data)
+        self.data = functools.cache(self._read_data)
         self.profile: str = settings["profile"]
 
     def look_again(self) -> "Freshness":
@@ -77,10 +79,6 @@ class Freshness:
     def made_from(self, task: str) -> str:
         """Return the fingerprint of what decides a task's data: its code, and its section of params.yaml."""
         return digest([self._digests("task", task), self._settings["task"][task]["data"]])
-
-    def data(self, task: str) -> str | None:
-        """Return the fingerprint of a task's data; None if there is none, or other data would be made now."""
-        return self._data(task)
 
     def _read_data(self, task: str) -> str | None:
         try:
@@ -111,6 +109,15 @@ class Freshness:
     def is_finished(self, cell: Cell) -> bool:
         """Return whether training and test of the cell are up to date."""
         return all(self._has(cell))
+
+    def cell_stages(self, cells: Iterable[Cell]) -> dict[str, bool]:
+        """Return of the stages of DVC that train and test `cells` whether all of these are up to date."""
+        stages: dict[str, bool] = {}
+        for cell in cells:
+            train, test = stage_names(self.profile, cell)
+            stages[train] = stages.get(train, True) and self.is_trained(cell)
+            stages[test] = stages.get(test, True) and self.is_finished(cell)
+        return stages
 
     def _has(self, cell: Cell) -> list[bool]:
         wanted = self.fingerprint(cell)

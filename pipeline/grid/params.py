@@ -4,12 +4,11 @@ Every name is looked up in its registry, every section is built strictly, and wh
 line that names the key and the choices.
 """
 
-import dataclasses
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,13 +185,32 @@ class ErrorsParams:
         check_bounds(self, num_features=(1, MAX_FEATURES), tokens=(2, 2**14), draws=(2, 10_000))
 
 
-@dataclass(frozen=True)
-class Params:
-    """All of params.yaml.
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """params.yaml as it is written; what dvc.yaml names has no default, as DVC would not know it.
 
     Attributes:
         profile: the name that the folders of runs and reports carry.
         note: one sentence that the report shows.
+    """
+
+    profile: str
+    note: str
+    grid: GridParams
+    task: dict[str, TaskParams]
+    attention: dict[str, dict[str, Any] | None]
+    former: dict[str, dict[str, Any] | None]
+    bench: BenchParams
+    errors: ErrorsParams
+    data: DataParams = field(default_factory=DataParams)
+    run: RunParams = field(default_factory=RunParams)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(_Written):
+    """All of params.yaml.
+
+    Attributes:
         attention: the section of each mechanism as it was written (its Config has been built once as a check), less
             `training`.
         written: the content of the file, which fingerprints are made from.
@@ -200,41 +218,10 @@ class Params:
             ("attention" or "former", name).
     """
 
-    profile: str
-    note: str
-    grid: GridParams
-    task: dict[str, TaskParams]
-    attention: dict[str, dict[str, Any]]
-    former: dict[str, FormerConfig]
+    attention: dict[str, dict[str, Any]]  # type: ignore[assignment]
+    former: dict[str, FormerConfig]  # type: ignore[assignment]
     own_training: dict[tuple[str, str], dict[str, Any]]
-    data: DataParams
-    run: RunParams
-    bench: BenchParams
-    errors: ErrorsParams
     written: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _RawTask:
-    data: dict[str, Any]
-    model: ModelConfig
-    training: TrainingConfig
-
-
-@dataclass(frozen=True)
-class _RawParams:
-    """params.yaml as it is written; what dvc.yaml names has no default, as DVC would not know it."""
-
-    profile: str
-    note: str
-    grid: GridParams
-    task: dict[str, _RawTask]
-    attention: dict[str, dict[str, Any] | None]
-    former: dict[str, dict[str, Any] | None]
-    bench: BenchParams
-    errors: ErrorsParams
-    data: DataParams = field(default_factory=DataParams)
-    run: RunParams = field(default_factory=RunParams)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -245,54 +232,41 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
             is in no registry, or a mechanism stands in the wrong half of the grid.
     """
     written = read_yaml(path)
-    raw = build_config(_RawParams, written, str(path))
+    raw = build_config(_Written, written, str(path))
     if not _PROFILE_NAME.fullmatch(raw.profile):
         raise UserError(
             f"{path}: profile must be 1 to 64 lower-case letters, digits, - and _, not {shorten(raw.profile)}"
         )
     _check_grid(raw, path)
-    for section, names in (("task", raw.task), ("attention", raw.attention), ("former", raw.former)):
-        _check_names(names, f"{path}: {section}: unknown {_KINDS[section][0]}", section)
+    for kind, names in (("task", raw.task), ("attention", raw.attention), ("former", raw.former)):
+        _check_names(names, f"{path}: {kind}: unknown {_KINDS[kind][0]}", kind)
     _check_names(raw.bench.step, f"{path}: bench.step: unknown attn", "attention")
-    own = {
-        (kind, name): section["training"]
-        for kind, sections in (("attention", raw.attention), ("former", raw.former))
-        for name, section in sections.items()
-        if section and "training" in section
-    }
-    attention, former = (
-        {
-            name: {key: (section or {})[key] for key in section or {} if key != "training"}
-            for name, section in sections.items()
-        }
-        for sections in (raw.attention, raw.former)
-    )
+    own, attention = {}, {name: dict(section or {}) for name, section in raw.attention.items()}
+    former = {name: dict(section or {}) for name, section in raw.former.items()}
+    for kind, sections in (("attention", attention), ("former", former)):
+        for name, section in sections.items():
+            if "training" in section:
+                own[kind, name] = section.pop("training")
     tasks = {}
     for name, task in raw.task.items():
-        data: Any = _bounded(TASKS.get(name).Config, task.data, f"{path}: task.{name}.data", _MAX_DATA_OPTION)
-        tasks[name] = TaskParams(data, task.model, task.training)
+        where = f"{path}: task.{name}.data"
+        tasks[name] = replace(task, data=_bounded(TASKS.get(name).Config, task.data, where, _MAX_DATA_OPTION))
         for (kind, owner), replaced in own.items():
             _replaced(task.training, replaced, f"{path}: {kind}.{owner}.training")
     for name, options in attention.items():
         _bounded(ATTENTIONS.get(name).Config, options, f"{path}: attention.{name}", _MAX_OPTION)
     formers = {name: build_config(FormerConfig, each, f"{path}: former.{name}") for name, each in former.items()}
-    unchanged = {name: getattr(raw, name) for name in ("profile", "note", "grid", "data", "run", "bench", "errors")}
-    return Params(**unchanged, task=tasks, attention=attention, former=formers, own_training=own, written=written)
+    checked = vars(raw) | {"task": tasks, "attention": attention, "former": formers}
+    return Params(**checked, own_training=own, written=written)
 
 
-def attention_section(params: Params, attn: str) -> dict[str, Any]:
-    """Return the options of one mechanism; raises UserError when the mechanism is unknown or has no section."""
-    return _section(params.attention, "attention", attn)
-
-
-def task_section(params: Params, task: str) -> TaskParams:
-    """Return the options of one task; raises UserError when the task is unknown or has no section."""
-    return _section(params.task, "task", task)
-
-
-def former_section(params: Params, former: str) -> FormerConfig:
-    """Return the options of one former; raises UserError when it is unknown or has no section."""
-    return _section(params.former, "former", former)
+def section_of(sections: Mapping[str, T], kind: str, name: str) -> T:
+    """Return the options of a task, an attention or a former; raises UserError if it is unknown or has no section."""
+    _check_names([name], f"unknown {_KINDS[kind][0]}", kind)
+    if name not in sections:
+        defaults = "" if kind == "task" else f" (`{name}: {{}}` takes the defaults)"
+        raise UserError(f"{PARAMS_FILE}: missing section {kind}.{name}{defaults}")
+    return sections[name]
 
 
 def cell_training(params: Params, cell: Cell) -> TrainingConfig:
@@ -301,7 +275,7 @@ def cell_training(params: Params, cell: Cell) -> TrainingConfig:
     Raises:
         UserError: both replace the same, or what comes out is no training.
     """
-    task = task_section(params, cell.task)
+    task = section_of(params.task, "task", cell.task)
     attention = params.own_training.get(("attention", cell.attn), {})
     former = params.own_training.get(("former", cell.former), {})
     if twice := attention.keys() & former.keys():
@@ -311,29 +285,20 @@ def cell_training(params: Params, cell: Cell) -> TrainingConfig:
     return _replaced(task.training, attention | former, f"{PARAMS_FILE}: training of {cell.id}")
 
 
-def _section(sections: Mapping[str, T], kind: str, name: str) -> T:
-    _check_names([name], f"unknown {_KINDS[kind][0]}", kind)
-    if name not in sections:
-        defaults = "" if kind == "task" else f" (`{name}: {{}}` takes the defaults)"
-        raise UserError(f"{PARAMS_FILE}: missing section {kind}.{name}{defaults}")
-    return sections[name]
-
-
-def _check_grid(raw: _RawParams, path: Path) -> None:
+def _check_grid(raw: _Written, path: Path) -> None:
     """Raise UserError for a name that is unknown, given twice or without a section, and one in the wrong half."""
     grid = raw.grid
-    axes: list[tuple[str, list[Any], str, Mapping[str, Any] | None]] = [
-        ("tasks", grid.tasks, "task", raw.task),
-        ("seeds", grid.seeds, "seed", None),
-        ("plain.attn", grid.plain.attn, "attention", raw.attention),
-        ("plain.former", grid.plain.former, "former", raw.former),
-        ("kernel.attn", grid.kernel.attn, "attention", raw.attention),
-        ("kernel.dotf", grid.kernel.dotf, "dotf", None),
-        ("kernel.former", grid.kernel.former, "former", raw.former),
+    axes: list[tuple[str, list[Any], str]] = [
+        ("tasks", grid.tasks, "task"),
+        ("seeds", grid.seeds, "seed"),
+        ("plain.attn", grid.plain.attn, "attention"),
+        ("plain.former", grid.plain.former, "former"),
+        ("kernel.attn", grid.kernel.attn, "attention"),
+        ("kernel.dotf", grid.kernel.dotf, "dotf"),
+        ("kernel.former", grid.kernel.former, "former"),
     ]
-    used = {(kind, value) for _, values, kind, _ in axes for value in values}
-    for axis, values, kind, sections in axes:
-        where = f"{path}: grid.{axis}"
+    for axis, values, kind in axes:
+        where, sections = f"{path}: grid.{axis}", getattr(raw, kind, None)
         if kind in _KINDS:
             _check_names(values, f"{where}: unknown {_KINDS[kind][0]}", kind)
         for value, count in Counter(values).items():
@@ -343,17 +308,17 @@ def _check_grid(raw: _RawParams, path: Path) -> None:
                 raise UserError(f"{where}: {value!r} has no section {kind}.{value}")
             if kind == "seed" and value < 0:
                 raise UserError(f"{where} must not be negative, not {value}")
-    for _, _, kind, sections in axes:
-        for name in sections or ():
+    used = {(kind, value) for _, values, kind in axes for value in values}
+    for kind in ("task", "attention", "former"):
+        for name in getattr(raw, kind):
             if VARIANT_MARK in name and (kind, name) not in used:
                 raise UserError(f"{path}: {kind}.{name} is a variant that no axis of grid lists")
-    for half, attns, other, does in (
-        ("plain", grid.plain.attn, "kernel", "needs a kernel"),
-        ("kernel", grid.kernel.attn, "plain", "takes no kernel"),
-    ):
+    for half, attns in (("plain", grid.plain.attn), ("kernel", grid.kernel.attn)):
         for attn in attns:
-            if ATTENTIONS.get(attn).needs_kernel != (half == "kernel"):
-                raise UserError(f"{path}: grid.{half}.attn: {attn!r} {does}; list it under grid.{other}.attn")
+            needs_kernel = ATTENTIONS.get(attn).needs_kernel
+            if needs_kernel != (half == "kernel"):
+                does, other = ("needs a", "kernel") if needs_kernel else ("takes no", "plain")
+                raise UserError(f"{path}: grid.{half}.attn: {attn!r} {does} kernel; list it under grid.{other}.attn")
 
 
 def _bounded(config_class: type[T], section: Mapping[str, Any], where: str, highest: int) -> T:
@@ -369,7 +334,7 @@ def _replaced(training: TrainingConfig, own: Any, where: str) -> TrainingConfig:
     """Return `training` with what `own` replaces of it."""
     if not isinstance(own, dict):
         raise UserError(f"{where} must be a mapping, not {shorten(own)}")
-    return build_config(TrainingConfig, dataclasses.asdict(training) | own, where)
+    return build_config(TrainingConfig, asdict(training) | own, where)
 
 
 def _check_names(values: Iterable[str], what: str, kind: str) -> None:

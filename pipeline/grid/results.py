@@ -11,7 +11,6 @@ to run.
 import csv
 import dataclasses
 import io
-import json
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from schoenbat.lra.training import Evaluation, Predictions
 
 T = TypeVar("T")
+_SUFFIXES = {"curves": "csv", "metrics": "json", "predictions": "npz", "test": "json"}
 _LEAST_LOG_PROBABILITY = -1000.0
 
 
@@ -142,41 +142,42 @@ class CellResults:
     def best(self) -> Path:
         return self.root / "weights" / self.profile / self.group / f"{self.seed}.pt"
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoints" / self.profile / self.cell / "last.pt"
+
     def metrics(self) -> Metrics | None:
-        return _read(Metrics, self._file("metrics", "json"))
+        return _read(Metrics, self._file("metrics"))
 
     def test(self) -> TestScore | None:
-        return _read(TestScore, self._file("test", "json"))
+        return _read(TestScore, self._file("test"))
 
     def resources(self) -> Resources | None:
-        return _read(Resources, self._timings)
-
-    @property
-    def _timings(self) -> Path:
-        return self.root / "checkpoints" / self.profile / self.cell / "resources.json"
+        return _read(Resources, self.checkpoint.with_name("resources.json"))
 
     def curve(self) -> list[dict[str, float]]:
         """Return the evaluations, in order; none if there is no file."""
-        path = self._file("curves", "csv")
+        path = self._file("curves")
         return read_rows(path, None) if path.is_file() else []
 
     def fingerprints(self) -> list[str | None]:
         """Of the training and of the test, read without anything else; None where a file is absent or damaged."""
-        return [_fingerprint_of(self._file(kind, "json")) for kind in ("metrics", "test")]
+        found: list[str | None] = []
+        for kind in ("metrics", "test"):
+            try:
+                found.append(str(Fingerprint(**read_json(self._file(kind))["fingerprint"])))
+            except (FileNotFoundError, UserError, KeyError, TypeError):
+                found.append(None)
+        return found
 
     def files(self) -> list[Path]:
         """Return the files that a finished cell has, the weights first."""
-        kinds = {"curves": "csv", "metrics": "json", "predictions": "npz", "test": "json"}
-        return [self.best, *(self._file(kind, suffix) for kind, suffix in kinds.items())]
+        return [self.best, *map(self._file, _SUFFIXES)]
 
     def set_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Say of results that are there that they are made from this."""
-        metrics, test = self.metrics(), self.test()
-        assert metrics is not None
-        assert test is not None
-        write_json(self._file("test", "json"), dataclasses.asdict(dataclasses.replace(test, fingerprint=fingerprint)))
-        changed = dataclasses.replace(metrics, fingerprint=fingerprint)
-        write_json(self._file("metrics", "json"), dataclasses.asdict(changed))
+        for path in (self._file("test"), self._file("metrics")):
+            write_json(path, read_json(path) | {"fingerprint": dataclasses.asdict(fingerprint)})
 
     def remove_unfinished(self) -> None:
         """Delete what writers of this cell's files leave when they are killed; other seeds may be writing theirs."""
@@ -184,32 +185,25 @@ class CellResults:
             for leftover in file.parent.glob(f".{file.name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
 
-    def _file(self, kind: str, suffix: str) -> Path:
-        return self.root / "runs" / self.profile / self.group / kind / f"{self.seed}.{suffix}"
+    def _file(self, kind: str) -> Path:
+        return self.root / "runs" / self.profile / self.group / kind / f"{self.seed}.{_SUFFIXES[kind]}"
 
     def predictions(self) -> "Predictions | None":
         """Those of the test split, in its order; log-probabilities to a hundredth."""
-        return read_predictions(self._predictions) if self.has_predictions() else None
-
-    def has_predictions(self) -> bool:
-        return self._predictions.is_file()
-
-    @property
-    def _predictions(self) -> Path:
-        return self._file("predictions", "npz")
+        path = self._file("predictions")
+        return read_predictions(path) if path.is_file() else None
 
     def write_training(self, evaluations: "Iterable[Evaluation]", resources: Resources, metrics: Metrics) -> None:
         """Write the figures of a training, after its weights; the test of other weights goes."""
-        self._file("test", "json").unlink(missing_ok=True)
-        self._predictions.unlink(missing_ok=True)
-        rows = [dataclasses.asdict(evaluation) for evaluation in evaluations]
-        write_csv(self._file("curves", "csv"), list(rows[0]), [list(row.values()) for row in rows])
-        write_json(self._timings, dataclasses.asdict(resources))
-        write_json(self._file("metrics", "json"), dataclasses.asdict(metrics))
+        self._file("test").unlink(missing_ok=True)
+        self._file("predictions").unlink(missing_ok=True)
+        write_csv(self._file("curves"), [dataclasses.asdict(evaluation) for evaluation in evaluations])
+        write_json(self.checkpoint.with_name("resources.json"), dataclasses.asdict(resources))
+        write_json(self._file("metrics"), dataclasses.asdict(metrics))
 
     def write_test(self, score: TestScore, predictions: "Predictions") -> None:
-        write_bytes(self._predictions, pack_predictions(predictions))
-        write_json(self._file("test", "json"), dataclasses.asdict(score))
+        write_bytes(self._file("predictions"), pack_predictions(predictions))
+        write_json(self._file("test"), dataclasses.asdict(score))
 
 
 def trained_cells(profile: str, root: Path = Path()) -> list[str]:
@@ -218,21 +212,12 @@ def trained_cells(profile: str, root: Path = Path()) -> list[str]:
     return sorted(f"{path.parents[1].name}-{path.stem}" for path in found)
 
 
-def _fingerprint_of(path: Path) -> str | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-        return str(Fingerprint(**found))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
 def pack_predictions(predictions: "Predictions") -> bytes:
     """Return the bytes of an .npz file of the smallest types, the same bytes for the same predictions."""
-    arrays = {name: array for name, array in vars(predictions).items() if array is not None}
     packed = {
         name: array.astype(np.min_scalar_type(int(array.max())))
-        for name, array in arrays.items()
-        if array.dtype.kind != "f"
+        for name, array in vars(predictions).items()
+        if array is not None and array.dtype.kind != "f"
     }
     rounded = np.maximum(predictions.log_probability, _LEAST_LOG_PROBABILITY).round(2)
     content = io.BytesIO()
@@ -246,9 +231,7 @@ def read_predictions(path: Path) -> "Predictions":
 
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {
-                name: arrays[name].astype(np.float64 if name == "log_probability" else np.int64) for name in arrays
-            }
+            found = {name: arrays[name].astype("f8" if name == "log_probability" else "i8") for name in arrays}
         if len({len(array) for array in found.values()}) != 1:
             raise ValueError("the columns differ in length")
         return Predictions(**{"predicted": None} | found)

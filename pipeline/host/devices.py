@@ -1,7 +1,9 @@
 """The device that a cell runs on, by the name a user types."""
 
 import ctypes
+import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -42,6 +44,21 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({_processor()})"
+
+
+def physical_gpu(index: int) -> str:
+    """Return what the driver calls a GPU that is visible here as number `index`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
+
+
+def ask_driver(what: str, *options: str) -> str:
+    """Return what NVIDIA's driver says of the first GPU, which takes no memory of it; empty where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", *options]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _available() -> list[str]:

@@ -65,23 +65,15 @@ def watch() -> threading.Event:
     return ended
 
 
-def wait_for_end(path: Path, seconds: float, *, kept: bool = False) -> None:
-    """Return when a heartbeat has not been touched for so many seconds, or at once when it is deleted.
-
-    Args:
-        kept: wait as long for one that is deleted.
-    """
+def wait_for_end(path: Path, seconds: float) -> None:
+    """Return when a heartbeat has not been touched for so many seconds, or at once when it is deleted."""
     seen, since = -1, time.monotonic()
-    while time.monotonic() - since < seconds:
-        try:
+    with contextlib.suppress(FileNotFoundError):
+        while time.monotonic() - since < seconds:
             modified = path.stat().st_mtime_ns
-        except FileNotFoundError:
-            if not kept:
-                return
-            modified = seen
-        if modified != seen:
-            seen, since = modified, time.monotonic()
-        time.sleep(_WATCH_SECONDS)
+            if modified != seen:
+                seen, since = modified, time.monotonic()
+            time.sleep(_WATCH_SECONDS)
 
 
 def _watch(path: Path, ended: threading.Event) -> None:

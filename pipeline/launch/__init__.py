@@ -5,23 +5,9 @@ so a stage does not know how it was started. Processes find out by a heartbeat t
 in plain files.
 """
 
-from pipeline.host.heartbeat import OUTCOME_VARIABLE, Heartbeat
-from pipeline.launch._engine import DEVICE_VARIABLE, Options, run_jobs
-from pipeline.launch._job import Attempt, Backend, Device, Ended, Event, Job, Work
+from pipeline.host.heartbeat import Heartbeat
+from pipeline.launch._engine import Options, run_jobs
+from pipeline.launch._job import Attempt, Device, Ended, Event, Job, Work
 from pipeline.launch._state import GridState
 
-__all__ = [
-    "DEVICE_VARIABLE",
-    "OUTCOME_VARIABLE",
-    "Attempt",
-    "Backend",
-    "Device",
-    "Ended",
-    "Event",
-    "GridState",
-    "Heartbeat",
-    "Job",
-    "Options",
-    "Work",
-    "run_jobs",
-]
+__all__ = ["Attempt", "Device", "Ended", "Event", "GridState", "Heartbeat", "Job", "Options", "Work", "run_jobs"]

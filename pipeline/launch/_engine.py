@@ -27,7 +27,7 @@ _TRIED_AGAIN: tuple[Kind, ...] = ("memory", "crash")
 
 @dataclass
 class _Task:
-    """A job on its way through the grid."""
+    """A job on its way through the grid; `handle` is the backend's, or how it ended if it could not be started."""
 
     job: Job
     waits_for: set[str]
@@ -35,7 +35,6 @@ class _Task:
     alone: bool = False
     load: Load | None = None
     handle: Any = None
-    not_started: Ended | None = None
     began: float = 0.0
     timed_out: bool = False
 
@@ -107,7 +106,6 @@ class _Engine:
                 self._dependents.setdefault(need, []).append(task.job.name)
         self._ready = sorted((task for task in self._tasks.values() if not task.waits_for), key=_longest_first)
         self._running: dict[str, _Task] = {}
-        self._unfinished = len(self._tasks)
         self._stopping = False
         self._kill_at = float("inf")
 
@@ -115,7 +113,16 @@ class _Engine:
         for name in self._tasks:
             self._state.set(name, "queued")
             yield Event(name, "queued")
-        while self._running or (self._unfinished and not self._stopping):
+        yield from self._turn(stops)
+
+    def end(self) -> None:
+        """Leave nothing running behind."""
+        self._stop()
+        for _ in self._turn(lambda: 1):
+            pass
+
+    def _turn(self, stops: Callable[[], int]) -> Generator[Event | None, None, None]:
+        while self._running or (self._ready and not self._stopping):
             self._heartbeat.renew()
             requests = stops()
             if requests:
@@ -138,17 +145,6 @@ class _Engine:
                 yield Event(name, "stopped", log=self._log(name) if task.began else None)
         self._state.save()
 
-    def end(self) -> None:
-        """Leave nothing running behind."""
-        self._stop()
-        for task in self._running.values():
-            while self._poll(task) is None:
-                if time.monotonic() > self._kill_at:
-                    self._kill(task)
-                time.sleep(LOOP_SECONDS)
-            self._state.set(task.job.name, "stopped")
-        self._state.save()
-
     def _stop(self) -> None:
         """Ask the workers to stop, once."""
         if self._stopping:
@@ -160,27 +156,30 @@ class _Engine:
 
     def _start_what_fits(self) -> Generator[Event, None, None]:
         waiting: list[_Task] = []
-        full = len(self._running) >= self._options.jobs
         for position, task in enumerate(self._ready):
-            exclusive = task.job.exclusive
-            blocked = any(running.job.exclusive for running in self._running.values())
-            last = exclusive and (
-                bool(self._running) or self._unfinished > self._count_exclusive() or self._options.holds()
-            )
-            load = None if full or blocked or last else place(task.job, self._loads, alone=task.alone or exclusive)
+            if not self._has_room():
+                waiting += self._ready[position:]
+                break
+            exclusive, load = task.job.exclusive, None
+            if not exclusive or self._is_alone():
+                load = place(task.job, self._loads, alone=task.alone or exclusive)
             if load is None:
                 waiting.append(task)
-                full = full or blocked or all(other.is_full() for other in self._loads)
-                if full:
-                    waiting += self._ready[position + 1 :]
-                    break
-                continue
-            yield from self._start(task, load)
-            full = len(self._running) >= self._options.jobs
+            else:
+                yield from self._start(task, load)
         self._ready = waiting
 
-    def _count_exclusive(self) -> int:
-        return sum(task.job.exclusive and self._state.is_open(name) for name, task in self._tasks.items())
+    def _has_room(self) -> bool:
+        return (
+            len(self._running) < self._options.jobs
+            and not any(task.job.exclusive for task in self._running.values())
+            and not all(load.is_full() for load in self._loads)
+        )
+
+    def _is_alone(self) -> bool:
+        """Return whether nothing is left but exclusive jobs, none of which runs or is held."""
+        others = (name for name, task in self._tasks.items() if not task.job.exclusive)
+        return not self._running and not any(map(self._state.is_open, others)) and not self._options.holds()
 
     def _start(self, task: _Task, load: Load) -> Generator[Event, None, None]:
         job, log = task.job, self._log(task.job.name)
@@ -189,37 +188,31 @@ class _Engine:
             log.unlink(missing_ok=True)
         device = load.device.name
         file = self._options.logs / f"{job.name}.job.json"
-        attempt = Attempt(
-            file=file,
-            environment={
-                **self._options.environment,
-                "PYTHONUNBUFFERED": "1",
-                HEARTBEAT_VARIABLE: str(self._heartbeat.path),
-                OUTCOME_VARIABLE: str(self._outcome(job.name).absolute()),
-            },
-            folder=Path.cwd(),
-            log=log,
-        )
+        environment = {
+            **self._options.environment,
+            "PYTHONUNBUFFERED": "1",
+            HEARTBEAT_VARIABLE: str(self._heartbeat.path),
+            OUTCOME_VARIABLE: str(self._outcome(job.name).absolute()),
+        }
         task.began, task.timed_out, task.load = time.monotonic(), False, load
         load.claim(job, task.alone or job.exclusive)
         self._running[job.name] = task
         self._state.set(job.name, "running", device=device, log=str(log), attempt=task.failures + 1)
-        task.not_started = None
         try:
             # The next grid writes it anew.
             write_bytes(file, json.dumps([vars(stage) for stage in job.stages]).encode(), durable=False)
-            task.handle = self._backend.start(job, device, attempt)
+            task.handle = self._backend.start(job, device, Attempt(file, environment, log))
         except OSError as error:
-            task.not_started = Ended(None, f"could not be started: {error}")
+            task.handle = Ended(None, f"could not be started: {error}")
         yield Event(job.name, "started", device, log)
 
     def _kill(self, task: _Task) -> None:
-        if task.not_started is None:
+        if not isinstance(task.handle, Ended):
             self._backend.kill(task.handle)
 
     def _poll(self, task: _Task) -> Ended | None:
-        if task.not_started is not None:
-            return task.not_started
+        if isinstance(task.handle, Ended):
+            return task.handle
         waits = self._backend.waits(task.handle)
         if waits != (self._state.jobs()[task.job.name]["state"] == "waiting"):
             self._state.set(task.job.name, "waiting" if waits else "running")
@@ -238,7 +231,6 @@ class _Engine:
         task.load.release(name)
         seconds = time.monotonic() - task.began
         if how.code == 0:
-            self._unfinished -= 1
             self._state.set(name, "done", seconds=seconds)
             for dependent in self._dependents.get(name, ()):
                 waiter = self._tasks[dependent]
@@ -261,7 +253,6 @@ class _Engine:
             self._queue(task)
             yield Event(name, "retried", f"{kind}: {reason}", log)
             return
-        self._unfinished -= 1
         # For who asks after the grid has ended.
         self._outcome(name).write_text(json.dumps({"kind": kind, "message": reason, "stage": stage}), encoding="utf-8")
         outcome: State = "unavailable" if kind == "unavailable" else "failed"
@@ -274,7 +265,6 @@ class _Engine:
     def _skip_dependents(self, name: str, cause: str) -> Generator[Event, None, None]:
         for dependent in self._dependents.get(name, ()):
             if self._state.is_open(dependent):
-                self._unfinished -= 1
                 self._state.set(dependent, "skipped", reason=f"needs {cause}")
                 yield Event(dependent, "skipped", f"needs {cause}", cause=cause)
                 yield from self._skip_dependents(dependent, cause)

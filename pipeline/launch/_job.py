@@ -1,6 +1,5 @@
 """The interface between the engine and what starts its processes: a job, one attempt at it, and a backend."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,6 @@ class Job:
         needs: names of the jobs before it; one that is not in the grid counts as done.
         seconds: how long it is expected to take; the longest are started first.
         memory_mb: its measured peak on the device; None if it has never been measured.
-        threads: CPU threads that it uses.
         exclusive: it measures time, so nothing else runs beside it, and it comes after everything else.
         timeout_seconds: an attempt that takes longer is ended; None for no limit.
         saves: an attempt that is cut short leaves a checkpoint, so that the next one is shorter.
@@ -49,7 +47,6 @@ class Job:
     needs: tuple[str, ...] = ()
     seconds: float = 0.0
     memory_mb: float | None = None
-    threads: int = 1
     exclusive: bool = False
     timeout_seconds: float | None = None
     saves: bool = False
@@ -73,23 +70,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The process that does a job, ready to be started; it is the same wherever it runs.
+    """The process that does a job, ready to be started in the current folder, which is the same wherever it runs.
 
     Attributes:
         file: holds the stages of the job, for the worker.
         environment: variables to set, besides those of the engine's own process.
-        folder: the current folder, absolute; it must be the same files wherever the worker runs.
         log: takes stdout and stderr; append to it.
     """
 
     file: Path
     environment: Mapping[str, str]
-    folder: Path
     log: Path
-
-    def command(self) -> list[str]:
-        """Return the argument vector of the worker as a process of its own."""
-        return [sys.executable, "-m", "pipeline.launch.worker", str(self.file.absolute())]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which device takes a job, by slots and memory; pure arithmetic, so that it is tested without any device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,46 +14,36 @@ GPU_CONTEXT_MB = 600.0
 
 @dataclass
 class Load:
-    """What runs on a device.
-
-    Attributes:
-        claims: job names and the MB set aside for each; the whole device for one that is alone on it.
-        closed: one job has the device for itself.
-    """
+    """What runs on a device; `claims` has the MB set aside for each job, infinitely many if it is to be alone."""
 
     device: Device
     claims: dict[str, float] = field(default_factory=dict)
-    closed: bool = False
 
     def claim(self, job: Job, alone: bool) -> None:
-        memory = self._need(job)
-        self.closed = alone or memory is None
-        self.claims[job.name] = memory or 0.0
+        self.claims[job.name] = self._need(job, alone)
 
     def release(self, name: str) -> None:
         del self.claims[name]
-        self.closed = self.closed and bool(self.claims)
 
     def is_full(self) -> bool:
-        """Whether no job would be taken, however small."""
-        return self.closed or len(self.claims) >= self.device.slots
+        """Return whether no job would be taken, however small."""
+        return len(self.claims) >= self.device.slots or math.inf in self.claims.values()
 
     def takes(self, job: Job, alone: bool) -> bool:
-        """Whether the job fits beside what runs. Into an empty device everything fits: trying is the only way left."""
+        """Return whether the job fits beside what runs. Into an empty device any does: trying is the only way left."""
         if not self.claims:
             return self.device.slots > 0
-        memory = self._need(job)
-        if self.is_full() or alone or memory is None:
+        need, limit = self._need(job, alone), self.device.memory_mb
+        if self.is_full() or need == math.inf:
             return False
-        limit = self.device.memory_mb
-        return limit is None or sum(self.claims.values()) + memory <= limit
+        return limit is None or sum(self.claims.values()) + need <= limit
 
-    def _need(self, job: Job) -> float | None:
-        """MB to set aside; None for the whole device."""
+    def _need(self, job: Job, alone: bool) -> float:
+        if alone or (job.memory_mb is None and self.device.unknown_alone):
+            return math.inf
         if job.memory_mb is None:
-            return None if self.device.unknown_alone else 0.0
-        context = GPU_CONTEXT_MB if self.device.unknown_alone else 0.0
-        return job.memory_mb * MEMORY_FACTOR + context
+            return 0.0
+        return job.memory_mb * MEMORY_FACTOR + GPU_CONTEXT_MB * self.device.unknown_alone
 
 
 def place(job: Job, loads: Sequence[Load], *, alone: bool) -> Load | None:

@@ -5,8 +5,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE, read_yaml
 from pipeline.host.files import remove_unfinished
 from pipeline.host.heartbeat import Heartbeat
 from pipeline.host.text import counted, share
-from pipeline.launch import Backend, Event, GridState, Job, Options, plan, run_jobs, session
+from pipeline.launch import Event, GridState, Job, Options, plan, run_jobs, session
+from pipeline.launch._job import Backend
 from pipeline.launch.local import LocalBackend
 from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from pipeline.mlflow import tracking
@@ -32,6 +34,8 @@ from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
 _LOGS = Path("logs")
+_FAILURES = ("failed", "unavailable")
+_say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RunOptions:
     """
 
     filters: Mapping[str, Any]
+    slurm: bool = False
     jobs: int | None = None
     devices: str | None = None
     restart: bool = False
@@ -52,14 +57,13 @@ class RunOptions:
     as_json: bool = False
 
 
-def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm: bool) -> int:
+def run_grid(params: Params, typed: RunOptions) -> int:
     """Bring the chosen cells up to date, or everything, and put it on record; return the exit code."""
+    cells = expand(params)
     chosen = select(cells, **typed.filters)
     check_code()
-    backend, at_once, kind = _backend(params, typed, slurm)
-    alone = (
-        contextlib.nullcontext() if typed.dry_run else session.only_grid(_LOGS, lambda text: print(text, flush=True))
-    )
+    backend, at_once, kind = _backend(params, typed)
+    alone = contextlib.nullcontext() if typed.dry_run else session.only_grid(_LOGS, _say)
     with session.outliving_readers(), alone:
         check_folders()
         if not typed.dry_run:
@@ -73,7 +77,6 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
         others = _other_stages(params, due, changed, everything=not any(typed.filters.values()))
         jobs = plan.plan_jobs(params, due, freshness, others, force=typed.force, device=kind)
         unrecorded = _unrecorded(cells, freshness, changed)
-        asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
         title = f"profile {params.profile}: {len(due):,} of {counted(len(chosen), 'cell')} to run"
         if typed.dry_run:
             _show_plan(sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)), unrecorded, title, typed.as_json)
@@ -82,14 +85,16 @@ def run_grid(params: Params, cells: Sequence[Cell], typed: RunOptions, *, slurm:
         recorder.add(unrecorded)
         if not jobs:
             recorder.finish(patient=True)
+            asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
             print(f"nothing to do: {asked} up to date, and so is the report; see: schoenbat-exp results")
             if tracking.is_due(params.profile):
-                _log_rest(tracking.Tracker(params.profile, [cell.id for cell in chosen]), "FINISHED")
+                with session.stop_requests() as stops:
+                    _log_rest(tracking.Tracker(params.profile, [cell.id for cell in chosen]), "FINISHED", stops)
             return _show_unrecorded(recorder)
         print(title)
         for cell in chosen if typed.restart else ():
-            (cell.checkpoint_folder(params.profile) / "last.pt").unlink(missing_ok=True)
-        print(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}", flush=True)
+            CellResults(params.profile, cell.id).checkpoint.unlink(missing_ok=True)
+        _say(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}")
         return _Run(params, chosen, jobs, typed, freshness, recorder).run(backend, at_once)
 
 
@@ -100,7 +105,7 @@ def recording(params: Params) -> Iterator[None]:
     Raises:
         UserError: something could not be put on record.
     """
-    with session.only_grid(_LOGS, lambda text: print(text, flush=True)):
+    with session.only_grid(_LOGS, _say):
         mend_lock()
         write_numerics(params.grid.components())
         yield
@@ -111,7 +116,7 @@ def recording(params: Params) -> Iterator[None]:
             raise UserError(f"not on record: {stage}: {why}")
 
 
-def _unrecorded(cells: Iterable[Cell], freshness: Freshness, changed: Mapping[str, bool]) -> list[str]:
+def _unrecorded(cells: Collection[Cell], freshness: Freshness, changed: Mapping[str, bool]) -> list[str]:
     """Return the stages that are complete and not on record as they are."""
     return [name for name in _complete_stages(cells, freshness) if changed.get(name)]
 
@@ -133,14 +138,11 @@ def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, boo
     return [*found, report] if due or found or changed.get(report) or not page.exists() else []
 
 
-def _complete_stages(cells: Iterable[Cell], freshness: Freshness) -> list[str]:
+def _complete_stages(cells: Collection[Cell], freshness: Freshness) -> list[str]:
     """Return the stages of data and of groups of cells whose outputs are complete and up to date."""
-    stages = {"numerics": True}
-    for cell in cells:
-        train, test = stage_names(freshness.profile, cell)
-        stages |= dict.fromkeys(data_stage_names(freshness.profile, cell.task), freshness.has_arrays(cell.task))
-        stages[train] = stages.get(train, True) and freshness.is_trained(cell)
-        stages[test] = stages.get(test, True) and freshness.is_finished(cell)
+    stages = {"numerics": True, **freshness.cell_stages(cells)}
+    for task in dict.fromkeys(cell.task for cell in cells):
+        stages |= dict.fromkeys(data_stage_names(freshness.profile, task), freshness.has_arrays(task))
     return [name for name, complete in stages.items() if complete]
 
 
@@ -164,9 +166,9 @@ def _show_unrecorded(recorder: Recorder) -> int:
     return int(bool(recorder.failed))
 
 
-def _backend(params: Params, typed: RunOptions, slurm: bool) -> tuple[Backend, int, str]:
+def _backend(params: Params, typed: RunOptions) -> tuple[Backend, int, str]:
     """Return what starts cells, how many at once, and on which kind of device."""
-    if not slurm:
+    if not typed.slurm:
         found, at_once = plan.plan_devices(params, typed.devices, typed.jobs)
         return LocalBackend(found, _LOGS), at_once, found[0].name.partition(":")[0]
     if typed.devices is not None:
@@ -175,112 +177,105 @@ def _backend(params: Params, typed: RunOptions, slurm: bool) -> tuple[Backend, i
     return SlurmBackend(params.run, found, _LOGS), at_once, params.run.device.partition(":")[0]
 
 
-def _log_rest(tracker: tracking.Tracker, status: str, stops: session.StopSignals | None = None) -> None:
-    with stops or session.StopSignals() as stops:
-        problem = tracker.finish(status, stops)
-    if problem:
+def _log_rest(tracker: tracking.Tracker, status: str, stops: Callable[[], int]) -> None:
+    if problem := tracker.finish(status, stops):
         print(f"warning: {problem}")
 
 
+@dataclass
 class _Run:
     """One grid that runs: its jobs, and the record of what they have made."""
 
-    def __init__(
-        self,
-        params: Params,
-        chosen: Sequence[Cell],
-        jobs: Sequence[Job],
-        typed: RunOptions,
-        freshness: Freshness,
-        recorder: Recorder,
-    ) -> None:
-        self._params, self._chosen = params, chosen
-        self._jobs, self._typed, self._freshness, self._recorder = jobs, typed, freshness, recorder
-        self._cells = {cell.id: cell for cell in expand(params)}
-        self._exclusive = {job.name for job in jobs if job.exclusive}
-        self._only_exclusive = False
-        self._ended: dict[str, Event] = {}
+    params: Params
+    chosen: Sequence[Cell]
+    jobs: Sequence[Job]
+    typed: RunOptions
+    freshness: Freshness
+    recorder: Recorder
+    ended: dict[str, Event] = field(default_factory=dict)
+    measures: bool = False
+
+    def __post_init__(self) -> None:
+        self._by_name = {job.name: job for job in self.jobs}
+        done = [cell.id for cell in self.chosen if cell.id not in self._by_name]
+        self._tracker = tracking.Tracker(self.params.profile, done)
+        self._cells = {cell.id: cell for cell in expand(self.params)}
 
     def run(self, backend: Backend, at_once: int) -> int:
         """Run the jobs, say how it went, and return the exit code."""
-        params, folder = self._params, _LOGS / self._params.profile
+        params, folder = self.params, _LOGS / self.params.profile
         Path("runs", params.profile).mkdir(parents=True, exist_ok=True)
         for written in (Path(), _LOGS, folder, Path(".dvc/tmp")):
             remove_unfinished(written)
         fixed = folder / "params.yaml"
         write_bytes(fixed, PARAMS_FILE.read_bytes())
-        due = {job.name for job in self._jobs}
-        self._tracker = tracking.Tracker(params.profile, [cell.id for cell in self._chosen if cell.id not in due])
-        environment = {PARAMS_VARIABLE: str(fixed.absolute())}
         heartbeat = Heartbeat(_LOGS)
         state = GridState(folder / status.STATE_FILE, heartbeat.path)
-        for job in self._jobs:
+        for job in self.jobs:
             state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
-        cells = [cell.id for cell in self._chosen]
-        options = Options(folder, environment, at_once, params.run.retries, self._typed.fail_fast, self._holds)
-        try:
-            with session.StopSignals() as stops:
-                try:
-                    with (
-                        show_grid(params.profile, cells, state) as show,
-                        contextlib.closing(run_jobs(self._jobs, backend, heartbeat, options, state, stops)) as events,
-                    ):
-                        for event in events:
-                            show(event)
-                            self._note(event)
-                    # Before the record of it, for which DVC may take a minute.
-                    self._show_report()
-                finally:
-                    heartbeat.end()
-                    self._recorder.finish(patient=stops() < 2)
-        finally:
-            heartbeat.end()
-            self._close(backend)
-        code = self._summarise()
-        _log_rest(self._tracker, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED", stops)
-        if stops():
-            again = "without --restart and --force" if self._typed.restart or self._typed.force else "the same"
-            print(f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints")
-            return 130
-        return code
+        environment = {PARAMS_VARIABLE: str(fixed.absolute())}
+        options = Options(folder, environment, at_once, params.run.retries, self.typed.fail_fast, self._holds)
+        with session.stop_requests() as stops:
+            try:
+                with (
+                    show_grid(params.profile, [cell.id for cell in self.chosen], state) as show,
+                    contextlib.closing(run_jobs(self.jobs, backend, heartbeat, options, state, stops)) as events,
+                ):
+                    for event in events:
+                        show(event)
+                        self._note(event)
+                # Before the record of it, for which DVC may take a minute.
+                self._show_report()
+            finally:
+                heartbeat.end()
+                self._close(backend)
+                self.recorder.finish(patient=stops() < 2)
+            code = self._summarise()
+            _log_rest(self._tracker, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED", stops)
+            if stops():
+                again = "without --restart and --force" if self.typed.restart or self.typed.force else "the same"
+                print(
+                    f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints"
+                )
+            return 130 if stops() else code
 
     def _note(self, event: Event | None) -> None:
-        if event is not None and event.state in ("done", "failed", "unavailable", "stopped", "retried"):
-            # Also a job that failed may have done some of its stages.
-            self._recorder.add(self._complete_stages_of(event.job))
+        if event is not None:
+            if event.state in (*_FAILURES, "done", "stopped", "retried"):
+                # Also a job that failed may have done some of its stages.
+                self.recorder.add(self._complete_stages_of(event.job))
+            if event.state in (*_FAILURES, "skipped", "stopped"):
+                self.ended[event.job] = event
             if event.state == "done" and event.job in self._cells:
                 self._tracker.add(event.job)
-        if event is not None and event.state in ("failed", "unavailable", "skipped", "stopped"):
-            self._ended[event.job] = event
-        self._only_exclusive |= event is not None and event.state == "started" and event.job in self._exclusive
-        if not self._only_exclusive:
-            self._recorder.poll()
+            self.measures |= event.state == "started" and self._by_name[event.job].exclusive
+        if not self.measures:
+            self.recorder.poll()
 
     def _complete_stages_of(self, job: str) -> list[str]:
         """Return the stages that a job has completed; those of a cell only with the last of its seeds.
 
         They are judged by the code and the settings of the start: if these have changed, the recorder says so.
         """
-        cells, profile = self._cells.values(), self._params.profile
-        group = [cell for cell in cells if plan.data_job_name(cell.task) == job][:1]
-        own = [name for cell in group for name in data_stage_names(profile, cell.task)]
-        if job in self._cells:
-            group = [cell for cell in cells if cell.group == self._cells[job].group]
-            own = [*stage_names(profile, self._cells[job])]
-        return [name for name in _complete_stages(group, self._freshness.look_again()) if name in own]
+        own, profile = {stage.name for stage in self._by_name[job].stages}, self.params.profile
+        names = {
+            cell: data_stage_names(profile, cell.task) + stage_names(profile, cell) for cell in self._cells.values()
+        }
+        cells = [cell for cell, stages in names.items() if not own.isdisjoint(stages)]
+        return [name for name in _complete_stages(cells, self.freshness.look_again()) if name in own]
 
     def _holds(self) -> bool:
         """DVC takes a core from what measures time, and touches files that are gathered: not beside it."""
-        return not (self._only_exclusive or (self._recorder.is_idle() and self._tracker.is_idle()))
+        return not (self.measures or (self.recorder.is_idle() and self._tracker.is_idle()))
 
     def _show_report(self) -> None:
-        report = f"report@{self._params.profile}"
-        if any(job.name == report for job in self._jobs) and report not in self._ended:
+        report = f"report@{self.params.profile}"
+        if report in self._by_name and report not in self.ended:
             # What the tables need takes seconds to import, which every command of a grid would wait for.
             from pipeline.reporting._terminal import show_results
 
             print(flush=True)
-            show_results(self._params, Path())
+            show_results(self.params, Path())
 
     def _close(self, backend: Backend) -> None:
         try:
@@ -289,21 +284,19 @@ class _Run:
             print(f"warning: {error}")
 
     def _summarise(self) -> int:
-        profile, ended = self._params.profile, self._ended
-        causes = {str(event.cause): event for event in ended.values() if event.state in ("failed", "unavailable")}
+        profile, ended = self.params.profile, self.ended
+        causes = {str(event.cause): event for event in ended.values() if event.state in _FAILURES}
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")
-        skipped = Counter(
-            str(end.cause) for cell in self._chosen if (end := ended.get(cell.id)) and end.state == "skipped"
-        )
-        for stage, number in skipped.items():
+        ends = [ended[cell.id] for cell in self.chosen if cell.id in ended]
+        for stage, number in Counter(str(end.cause) for end in ends if end.state == "skipped").items():
             print(f"not run, because {stage} {causes[stage].state}: {counted(number, 'cell')}")
         waiting = sum(event.state == "stopped" and event.log is None for event in ended.values())
         if waiting:
             print(f"not started: {counted(waiting, 'job')}")
-        unrecorded = _show_unrecorded(self._recorder)
-        if not ended and not self._recorder.failed:
-            print(f"{share(len(self._chosen), len(expand(self._params)), 'cell', f'of profile {profile}')} done")
+        unrecorded = _show_unrecorded(self.recorder)
+        if not ended and not unrecorded:
+            print(f"{share(len(self.chosen), len(self._cells), 'cell', f'of profile {profile}')} done")
         if any(event.state != "unavailable" for event in causes.values()) or unrecorded:
             return 1
         return 3 if causes else 0

@@ -9,19 +9,20 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
+from pipeline.host.devices import physical_gpu
 from pipeline.host.heartbeat import HEARTBEAT_VARIABLE
 from pipeline.launch._engine import DEVICE_VARIABLE
 from pipeline.launch._job import Attempt, Device, Ended, Job
-from pipeline.launch._memory import kills_for_memory
 from pipeline.launch.worker import work
 
 _START_SECONDS, _STUCK_SECONDS = 300.0, 3.0
-"""So long a start may take: in general, and when it is not wanted any more."""
+"""So long the fork server may take to answer: in general, and when nobody wants the answer any more."""
 _SERVER = "multiprocessing.forkserver"
 
 
@@ -30,19 +31,17 @@ class _Worker:
     """A worker that was asked for.
 
     Attributes:
-        started: when its process, which leads a group, has begun.
-        asked: when it was asked for.
-        kills: of processes for lack of memory, up to then.
-        doomed: since when it is to be killed.
-        gone: since when its process is not there any more, though nobody has told how it ended.
+        started: done when its process, which leads a group, has begun.
+        deadline: of its start.
+        kills: of processes for lack of memory, before it started.
+        doomed: it is to be killed.
     """
 
     process: BaseProcess
     started: "Future[None]"
-    asked: float
+    deadline: float
     kills: int
-    doomed: float | None = None
-    gone: float | None = None
+    doomed: bool = False
     ended: Ended | None = None
 
 
@@ -59,7 +58,8 @@ class LocalBackend:
         self._logs = logs.absolute()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pipeline.launch.preload"])
-        self._starter: ThreadPoolExecutor | None = None
+        # A fork server that is stopped or gone must not stop the engine.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="start")
         # Starting a process looks at those before, and two looks at once would take each other's answer.
         self._looking = threading.Lock()
 
@@ -77,10 +77,8 @@ class LocalBackend:
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **attempt.environment, **_device_environment(device)}
         process = self._context.Process(target=work, args=(attempt.file, environment, attempt.log), daemon=True)
-        # A fork server that is stopped or gone must not stop the engine.
-        self._starter = self._starter or ThreadPoolExecutor(1, thread_name_prefix="start")
         started = self._starter.submit(self._start, process, attempt.environment.get(HEARTBEAT_VARIABLE, ""))
-        return _Worker(process, started, time.monotonic(), kills_for_memory())
+        return _Worker(process, started, time.monotonic() + _START_SECONDS, _kills_for_memory())
 
     def _start(self, process: BaseProcess, heartbeat: str) -> None:
         # The fork server and whatever comes from it can be told by the heartbeat.
@@ -101,8 +99,7 @@ class LocalBackend:
 
     def _look(self, handle: _Worker) -> Ended | None:
         if not handle.started.done():
-            limit = _START_SECONDS if handle.doomed is None else _STUCK_SECONDS
-            if time.monotonic() - (handle.doomed or handle.asked) > limit:
+            if time.monotonic() > handle.deadline:
                 _kill_servers()
             return None
         error = handle.started.exception()
@@ -110,44 +107,35 @@ class LocalBackend:
             return Ended(None, f"could not be started: {error or type(error).__name__}")
         pid = handle.process.pid
         assert pid is not None
-        if handle.doomed is not None:
+        if handle.doomed:
             _kill_group(pid)
-            if not _is_running(pid):
-                return Ended(-signal.SIGKILL)
+        if _is_running(pid):
+            return None
+        # A worker that was killed cannot take its stage along.
+        _kill_group(pid)
+        if handle.doomed:
+            return Ended(-signal.SIGKILL)
+        if not wait([handle.process.sentinel], _STUCK_SECONDS):
+            _kill_servers()
+            return Ended(None, "the process that starts workers does not answer")
         if not self._looking.acquire(blocking=False):
             return None
         try:
             code = handle.process.exitcode
         finally:
             self._looking.release()
-        if code is None:
-            return self._look_for_itself(handle, pid)
-        # A worker that was killed cannot take its stage along; of one whose fork server is gone nothing is known.
-        _kill_group(pid)
         if code == 255:
             return Ended(None, "the process that starts workers has ended")
-        return Ended(code, memory=code == -signal.SIGKILL and kills_for_memory() > handle.kills)
-
-    def _look_for_itself(self, handle: _Worker, pid: int) -> Ended | None:
-        """How a worker has ended of whose end its fork server has not told in time."""
-        if _is_running(pid):
-            handle.gone = None
-            return None
-        handle.gone = handle.gone or time.monotonic()
-        if time.monotonic() - handle.gone < _STUCK_SECONDS:
-            return None
-        _kill_servers()
-        _kill_group(pid)
-        return Ended(None, "the process that starts workers does not answer")
+        return Ended(code, memory=code == -signal.SIGKILL and _kills_for_memory() > handle.kills)
 
     def kill(self, handle: _Worker) -> None:
-        if handle.doomed is None:
-            handle.doomed = time.monotonic()
+        if not handle.doomed:
+            handle.doomed = True
+            handle.deadline = min(handle.deadline, time.monotonic() + _STUCK_SECONDS)
 
     def close(self) -> None:
-        if self._starter is not None:
-            _kill_servers()
-            self._starter.shutdown()
+        _kill_servers()
+        self._starter.shutdown()
 
     def _is_leftover(self, process: psutil.Process) -> bool:
         try:
@@ -200,10 +188,17 @@ def _is_running(pid: int) -> bool:
 
 
 def _device_environment(device: str) -> dict[str, str]:
-    """Make a GPU the only one that the worker sees; what is visible here decides which one it is."""
+    """Make a GPU the only one that the worker sees."""
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return {DEVICE_VARIABLE: device}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    physical = visible.split(",")[int(index or 0)] if visible else index or "0"
-    return {DEVICE_VARIABLE: "cuda:0", "CUDA_VISIBLE_DEVICES": physical}
+    return {DEVICE_VARIABLE: "cuda:0", "CUDA_VISIBLE_DEVICES": physical_gpu(int(index or 0))}
+
+
+def _kills_for_memory() -> int:
+    """Return how many processes of this machine Linux has killed for lack of memory; 0 where it cannot be told."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -3,7 +3,6 @@
 import os
 import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from pipeline.grid.freshness import CODE_VARIABLE, Freshness
 from pipeline.grid.params import Params, cell_training
 from pipeline.grid.results import CellResults, Resources
 from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE
-from pipeline.host.devices import get_device
+from pipeline.host.devices import ask_driver, get_device, physical_gpu
 from pipeline.launch._job import Device, Job, Work
 from pipeline.launch._placement import number_of_jobs
 from schoenbat.attention import ATTENTIONS
@@ -53,7 +52,6 @@ def plan_jobs(
                 needs=(data_job_name(cell.task),),
                 seconds=seconds,
                 memory_mb=memory,
-                threads=params.run.threads,
                 saves=True,
             )
         )
@@ -64,7 +62,6 @@ def plan_jobs(
             (Work(name, f"dvc repro --single-item {shlex.quote(name)}", {PARAMS_VARIABLE: str(PARAMS_FILE)}),),
             needs=tuple(cell.id for cell in due if name == f"errors@{params.profile}-{cell.group}"),
             seconds=-float(position),
-            threads=params.run.threads,
             exclusive=True,
         )
         for position, name in enumerate(others)
@@ -80,7 +77,7 @@ def _data_job(params: Params, task: str) -> Job:
         Work(fetch, f"schoenbat-exp download {options}"),
         Work(prepare, f"schoenbat-exp preprocess {options}"),
     )
-    return Job(data_job_name(task), work, seconds=float("inf"), threads=params.run.threads)
+    return Job(data_job_name(task), work, seconds=float("inf"))
 
 
 def data_job_name(task: str) -> str:
@@ -106,12 +103,10 @@ def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[l
         jobs: as wished; the cores of this machine divided by `run.threads` are the limit.
 
     Raises:
-        UserError: a device that is not there, or no job at all.
+        UserError: a device that is not there.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
-    chosen = list(dict.fromkeys(name.strip() for name in (names or params.run.device).split(",")))
-    found = list(dict.fromkeys(str(get_device(name)) for name in chosen))
+    chosen = (names or params.run.device).split(",")
+    found = list(dict.fromkeys(str(get_device(name.strip())) for name in chosen))
     most = number_of_jobs(number_of_cores(), params.run.threads, jobs)
     return [_device(name, most) for name in found], most
 
@@ -125,20 +120,11 @@ def _device(name: str, jobs: int) -> Device:
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return Device(name, jobs, psutil.virtual_memory().available / 2**20 * _USABLE_SHARE)
-    free = _free_gpu_memory_mb(int(index or 0))
-    # What cannot be measured cannot be shared.
-    return Device(name, jobs if free else 1, free and free * _USABLE_SHARE, unknown_alone=True)
-
-
-def _free_gpu_memory_mb(index: int) -> float | None:
-    """Asked of the driver's tool: asking torch would take memory of the device into this process for good."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    physical = visible.split(",")[index] if visible else str(index)
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={physical}"]
-    try:
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None
+    free = ask_driver("memory.free", f"--id={physical_gpu(int(index or 0))}")
+    if not free.isdecimal():
+        # What cannot be measured cannot be shared.
+        return Device(name, 1, unknown_alone=True)
+    return Device(name, jobs, int(free) * _USABLE_SHARE, unknown_alone=True)
 
 
 class _Measured:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO, cast
 
 from pipeline.host.files import locked
@@ -45,27 +44,18 @@ def only_grid(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-class StopSignals:
-    """Counts SIGINT, SIGTERM and SIGHUP inside the block: one asks to stop, a second to stop at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self) -> int:
-        return self.count
-
-    def __enter__(self) -> "StopSignals":
-        # `nohup` ignores SIGHUP, and that is to stay so.
-        wanted = [number for number in _STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in wanted}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Count SIGINT, SIGTERM and SIGHUP inside the block: one asks to stop, a second to stop at once."""
+    received: list[int] = []
+    # `nohup` ignores SIGHUP, and that is to stay so.
+    wanted = [number for number in _STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in wanted}
+    try:
+        yield lambda: len(received)
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
 
 
 @contextmanager

@@ -10,10 +10,12 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.grid.params import RunParams
@@ -66,19 +68,19 @@ class _Attempt:
     """One attempt, from the moment at which it is handed over.
 
     Attributes:
+        began, tried: when it was handed to sbatch for the first and for the last time.
         link: its heartbeat.
         submitted: the time at which sbatch has taken it.
-        began, tried: when it was handed to sbatch for the first and for the last time.
         waits: Slurm has not started it yet.
         withdrawn: since when its link is deleted.
     """
 
     job: Job
     attempt: Attempt
-    link: Path
-    submitted: "Future[float]"
     began: float
     tried: float
+    link: Path
+    submitted: "Future[float]"
     waits: bool = True
     withdrawn: float | None = None
     ended: Ended | None = None
@@ -92,10 +94,8 @@ def plan_slurm(run: RunParams, jobs: int | None) -> tuple[list[Device], int]:
         jobs: as wished; None for `max_jobs`.
 
     Raises:
-        UserError: Slurm's commands are missing, Slurm refuses what a job asks for, or no cell at once.
+        UserError: Slurm's commands are missing, or Slurm refuses what a job asks for.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
     if absent := [command for command in _COMMANDS if shutil.which(command) is None]:
         raise UserError(
             f"no {', '.join(absent)} here: run --backend slurm where Slurm's commands are, such as on a login node, "
@@ -147,8 +147,8 @@ class SlurmBackend:
     def start(self, job: Job, device: str, attempt: Attempt) -> _Attempt:
         self._heartbeat = Path(attempt.environment[HEARTBEAT_VARIABLE])
         attempt.log.parent.mkdir(parents=True, exist_ok=True)
-        link, submitted = self._submit(job, attempt)
-        return _Attempt(job, attempt, link, submitted, time.monotonic(), time.monotonic())
+        now = time.monotonic()
+        return _Attempt(job, attempt, now, now, *self._submit(job, attempt))
 
     def waits(self, handle: _Attempt) -> bool:
         return handle.waits
@@ -181,11 +181,12 @@ class SlurmBackend:
         options = [f"--job-name={job.name}", f"--comment={_COMMENT}{link}", f"--output={output}", "--open-mode=append"]
         device = {DEVICE_VARIABLE: "cuda:0"} if self._run.device.startswith("cuda") else {}
         environment = {**os.environ, **attempt.environment, **device, HEARTBEAT_VARIABLE: str(link)}
+        command = [sys.executable, "-m", "pipeline.launch.worker", str(attempt.file.absolute())]
         script = [
             "#!/bin/bash",
             f"[ -e {shlex.quote(str(link))} ] || exit {STOPPED}",
             self._run.slurm.worker_init,
-            f"cd {shlex.quote(str(attempt.folder))} && exec {shlex.join(attempt.command())}",
+            f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}",
         ]
 
         def submit() -> float:
@@ -284,27 +285,15 @@ def _find(logs: Path) -> dict[Path, _SlurmJob]:
     return found
 
 
-def _call(*command: str, script: str | None = None, environment: Mapping[str, str] | None = None) -> str:
-    """Return what one of Slurm's commands prints.
-
-    Args:
-        script: its standard input.
-        environment: in place of that of this process.
+def _call(*command: str, script: str = "", environment: Mapping[str, str] | None = None) -> str:
+    """Return what one of Slurm's commands prints, given its standard input and all of its environment.
 
     Raises:
         UserError: it fails, which is said in its own words, or does not answer.
     """
+    run = partial(subprocess.run, capture_output=True, text=True, errors="replace", timeout=_COMMAND_SECONDS)
     try:
-        found = subprocess.run(
-            command,
-            input=script or "",
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_COMMAND_SECONDS,
-            check=False,
-        )
+        found = run(command, input=script, env=environment)
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} does not answer") from None
     if found.returncode != 0:

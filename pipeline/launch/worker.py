@@ -10,15 +10,16 @@ import shlex
 import signal
 import subprocess
 import sys
-import traceback
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.host.files import read_json
-from pipeline.host.heartbeat import STAGE_VARIABLE, STOPPED, watch
-from pipeline.launch import OUTCOME_VARIABLE, Work
+from pipeline.host.heartbeat import OUTCOME_VARIABLE, STAGE_VARIABLE, STOPPED, watch
+from pipeline.launch._job import Work
 
 _PROGRAM = "schoenbat-exp"
+_LOOK_SECONDS = 1.0
 
 
 def work(file: Path, environment: Mapping[str, str], log: Path) -> None:
@@ -61,24 +62,15 @@ def do_job(file: Path) -> int:
         for stage in stages:
             name = stage.name
             status = _run(stage)
+            if status == STOPPED or (status != 0 and heartbeat_ended.is_set()):
+                _tell("stopped", "stopped", name)
+                return STOPPED
             if status != 0:
-                if status == STOPPED or heartbeat_ended.is_set():
-                    _tell("stopped", "stopped", name)
-                    return STOPPED
                 _tell("crash", _signal_name(status) if status < 0 or status > 128 else "", name)
                 return 1
     except KeyboardInterrupt:
         _tell("stopped", "stopped between two stages", name)
         return STOPPED
-    except (OSError, MemoryError) as error:
-        kind = "memory" if isinstance(error, MemoryError) else "crash"
-        print(f"error: {error}", file=sys.stderr)
-        _tell(kind, str(error) or "out of memory", name)
-        return 1
-    except Exception as error:  # noqa: BLE001 - whatever a stage raises that is no outcome is told, and ends the job
-        traceback.print_exc()
-        _tell("failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", name)
-        return 1
     return 0
 
 
@@ -92,7 +84,22 @@ def _run(stage: Work) -> int:
         from pipeline.stages.commands import run_command
 
         return run_command(words[1:])
+    if words[0] == "dvc":
+        _wait_for_others()
     return subprocess.run(stage.command, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
+
+
+def _wait_for_others() -> None:
+    """Wait until no other process of DVC works in this project, beside which DVC refuses to run a stage."""
+    from pipeline.record.writer import users_of_dvc
+
+    told: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        while users := users_of_dvc():
+            if users != told:
+                print(f"waits for the end of: {', '.join(users)}", flush=True)
+            told = users
+            time.sleep(_LOOK_SECONDS)
 
 
 def _interrupt(number: int, frame: object) -> None:

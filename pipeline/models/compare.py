@@ -27,7 +27,7 @@ from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
 from pipeline.host.files import git, read_json
 from pipeline.host.text import counted
 from pipeline.models.trained import current_profile
-from pipeline.reporting._statistics import LEVEL, Difference, Scores, holm, paired_differences
+from pipeline.reporting._statistics import LEVEL, Scores, holm, paired_differences
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.training import Predictions, load_model
 
@@ -92,9 +92,9 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
     """
     pairs = _pairs(a, b)
     numbers = [number for of, results in pairs.items() for number in _numbers(of, results)]
-    tested = {i: Difference(found["difference"], len(found["seeds"]), p=found["p"]) for i, found in _tested(numbers)}
-    for i, adjusted in holm(tested).items():
-        numbers[i]["adjusted"] = adjusted
+    tested = [number for number in numbers if number["p"] is not None]
+    for number, adjusted in zip(tested, holm([number["p"] for number in tested]), strict=True):
+        number["adjusted"] = adjusted
     code = [{cell: result.metrics.fingerprint.code for cell, result in side.results.items()} for side in (a, b)]
     common = code[0].keys() & code[1].keys()
     one_cell = len(a.results) == len(b.results) == 1
@@ -109,10 +109,6 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
         "numbers": numbers,
         "tests": _TESTS,
     }
-
-
-def _tested(numbers: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    return ((i, number) for i, number in enumerate(numbers) if number["p"] is not None)
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
@@ -136,7 +132,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         out += [f"only in {name.upper()}: {each}" for each in found[f"only_{name}"]]
     if not found["numbers"]:
         return [*out, "no result is in both"]
-    significant = sum(number["adjusted"] < LEVEL for _, number in _tested(found["numbers"]))
+    significant = sum(number["p"] is not None and number["adjusted"] < LEVEL for number in found["numbers"])
     legend = f"{_TESTS}; Holm's correction over all. Significant at 5 %: {counted(significant, 'difference')}."
     return [*out, "", *textwrap.wrap(legend, _COLUMNS)]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 import schoenbat
-from pipeline.grid.cells import settings
+from pipeline.grid.cells import resolve
 from pipeline.grid.params import load_params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.host.text import counted
@@ -41,7 +41,7 @@ def run(cell: str, folder: Path) -> list[Path]:
             f"train again: schoenbat-exp run --cell {cell}"
         )
     params = load_params()
-    if any(trained.description[key] != value for key, value in settings(trained.cell, params).items()):
+    if any(trained.description[key] != value for key, value in resolve(params, trained.cell).settings().items()):
         raise UserError(f"{cell} was trained with other settings than those of {PARAMS_FILE}; train it again")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -24,10 +24,7 @@ class _Screen:
         self.terminal = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self.live = self.terminal or contextlib.nullcontext()
         self.seconds = _SECONDS_BETWEEN_LINES if self.terminal is None else _DRAW_SECONDS
-        self._shown = time.monotonic()
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._shown >= self.seconds
+        self.shown = time.monotonic()
 
     def show(self, snapshot: status.Snapshot) -> None:
         """Draw the table anew; or print the cells that run, and the summary."""
@@ -37,7 +34,7 @@ class _Screen:
         else:
             size = self.terminal.console.size
             self.terminal.update(Group(*view.screen(snapshot, size.width, size.height)), refresh=True)
-        self._shown = time.monotonic()
+        self.shown = time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
@@ -63,7 +60,7 @@ def show_grid(profile: str, cells: Sequence[str], state: GridState) -> Iterator[
             of_interest = ("failed", "unavailable", "retried")
             if event is not None and (event.log is not None if screen.terminal is None else event.state in of_interest):
                 screen.say(f"{event.job}: {event.state}{' (' + event.text + ')' if event.text else ''}")
-            if screen.is_due():
+            if time.monotonic() - screen.shown >= screen.seconds:
                 screen.show(snapshot())
 
         yield show

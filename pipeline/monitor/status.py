@@ -3,9 +3,9 @@
 It imports neither torch nor mlflow nor dvc, so that asking costs nothing, and it works while cells run.
 """
 
+import contextlib
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.grid.axes import Cell, read_cells
 from pipeline.grid.checked import ensure_checked
 from pipeline.grid.freshness import Freshness
+from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.host.heartbeat import EXPIRY_SECONDS, TOUCH_SECONDS
 
@@ -62,9 +63,6 @@ class Snapshot:
     others: list[Row]
     seconds_left: float | None = None
 
-    def counts(self) -> Counter[str]:
-        return Counter(row.state for row in self.cells)
-
 
 def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
     """Return profile, cells and content of params.yaml; raises UserError."""
@@ -76,12 +74,10 @@ def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
 def take_snapshot() -> Snapshot:
     """Return the state of every cell of params.yaml."""
     profile, cells, settings = read_grid()
-    state = _read_json(Path("logs", profile, STATE_FILE)) or {"jobs": {}, "heartbeat": ""}
-    running = bool(state["heartbeat"]) and _is_alive(Path(state["heartbeat"]))
-    jobs: Mapping[str, Mapping[str, Any]] = state["jobs"]
+    state = _read_json(Path("logs", profile, STATE_FILE)) or {}
+    running = "heartbeat" in state and _is_alive(Path(state["heartbeat"]))
+    jobs: Mapping[str, Mapping[str, Any]] = state["jobs"] if running else {}
     freshness = Freshness(settings)
-    if not running:
-        jobs = {}
     rows = [
         job_row(profile, cell.id, jobs[cell.id])
         if cell.id in jobs
@@ -119,7 +115,7 @@ def _idle_row(profile: str, cell: Cell) -> Row:
         if outcome and outcome["kind"] != "stopped":
             state = "unavailable" if outcome["kind"] == "unavailable" else "failed"
             return Row(cell.id, state, outcome["message"], str(Path("logs", profile, f"{name}.log")))
-    if (cell.checkpoint_folder(profile) / "last.pt").is_file():
+    if CellResults(profile, cell.id).checkpoint.is_file():
         return Row(cell.id, "interrupted", "goes on from its checkpoint")
     return Row(cell.id, "to run")
 
@@ -146,17 +142,15 @@ def _is_alive(heartbeat: Path) -> bool:
 
     It can be of the future where a clock was set back, or where the file system has a clock of its own.
     """
-    try:
+    with contextlib.suppress(FileNotFoundError):
         first = heartbeat.stat().st_mtime
-        if time.time() - first >= 0:
+        if time.time() >= first:
             return time.time() - first < EXPIRY_SECONDS
         end = time.monotonic() + 2 * TOUCH_SECONDS
         while time.monotonic() < end:
             time.sleep(TOUCH_SECONDS / 20)
             if heartbeat.stat().st_mtime != first:
                 return True
-    except FileNotFoundError:
-        pass
     return False
 
 

@@ -10,29 +10,30 @@ from rich.text import Text
 from pipeline.host.text import counted
 from pipeline.monitor.status import Row, Snapshot
 
-_STYLE = {"running": "cyan", "failed": "red", "unavailable": "yellow", "skipped": "yellow", "interrupted": "yellow"}
-_ORDER = ("running", "waiting", "failed", "unavailable", "interrupted", "skipped", "queued", "to run", "done")
+_STYLES = {
+    **{"running": "cyan", "waiting": "", "failed": "red", "unavailable": "yellow", "interrupted": "yellow"},
+    **{"stopped": "yellow", "skipped": "yellow", "queued": "", "to run": "", "done": ""},
+}
+"""The states of cells in the order in which they are shown."""
 _OPEN = ("running", "waiting", "queued")
 _LEAST_NAME = 20
 _GAP = "  "
 _KEPT = ("cell", "state", "progress", "left")
 """Columns that are not dropped."""
-_LEFT = ("cell", "state", "device")
-"""Columns of words."""
+_WORDS = ("cell", "state", "device")
+"""Columns of words, which begin at the left."""
 
 
 def screen(snapshot: Snapshot, width: int, height: int) -> list[Text]:
     """Return what fits on a terminal: the cells by state, those that run first, and the summary."""
-    rows = sorted(
-        [*snapshot.others, *snapshot.cells],
-        key=lambda row: _ORDER.index(row.state) if row.state in _ORDER else len(_ORDER),
-    )
+    rows = sorted([*snapshot.others, *snapshot.cells], key=lambda row: [*_STYLES].index(row.state))
     fitting = max(1, height - 4)
-    more = [f"... and {len(rows) - fitting} more"] if len(rows) > fitting else []
-    title, *drawn = table(rows[:fitting], width) or [""]
-    styled = [(title, ""), *((line, _STYLE.get(row.state, "")) for line, row in zip(drawn, rows, strict=False))]
-    plain = [(line, "") for line in (*more, summary(snapshot))]
-    return [Text(line, style, no_wrap=True, overflow="ellipsis") for line, style in (*styled, *plain)]
+    styles = ["", *(_STYLES[row.state] for row in rows[:fitting])]
+    drawn = list(zip(table(rows[:fitting], width), styles, strict=False))
+    if len(rows) > fitting:
+        drawn.append((f"... and {len(rows) - fitting} more", ""))
+    drawn.append((summary(snapshot), ""))
+    return [Text(line, style, no_wrap=True, overflow="ellipsis") for line, style in drawn]
 
 
 def lines(snapshot: Snapshot, width: int | None = None) -> list[str]:
@@ -74,20 +75,19 @@ def table(rows: Sequence[Row], width: int | None = None) -> list[str]:
 
 def summary(snapshot: Snapshot) -> str:
     """Return one sentence: the cells by state, what runs beside them, what comes after them, and the time left."""
-    counts = snapshot.counts()
+    counts = Counter(row.state for row in snapshot.cells)
     cells = [f"{counts['done']} of {counted(len(snapshot.cells), 'cell')} done"] if snapshot.cells else []
-    cells += [f"{counts[state]} {state}" for state in _ORDER if state != "done" and counts[state]]
-    now = [row.cell for row in snapshot.others if row.state == "running"]
+    cells += [f"{counts[state]} {state}" for state in _STYLES if state != "done" and counts[state]]
+    parts = [", ".join(cells)] if cells else []
+    if now := [row.cell for row in snapshot.others if row.state == "running"]:
+        parts.append(f"running {', '.join(now)}")
     # While cells run, what gathers their results is far away.
-    last = [row.cell for row in snapshot.others if row.state in _OPEN and row.state != "running"]
-    then = [] if any(counts[state] for state in _OPEN) else last
-    parts = [
-        ", ".join(cells),
-        f"running {', '.join(now)}" if now else "",
-        f"then {', '.join(then)}" if then else "",
-        f"about {duration(snapshot.seconds_left)} left" if snapshot.seconds_left is not None else "",
-    ]
-    return f"profile {snapshot.profile}: {'; '.join(filter(None, parts)) or 'no cell'}"
+    then = [row.cell for row in snapshot.others if row.state in _OPEN and row.state != "running"]
+    if then and not any(counts[state] for state in _OPEN):
+        parts.append(f"then {', '.join(then)}")
+    if snapshot.seconds_left is not None:
+        parts.append(f"about {duration(snapshot.seconds_left)} left")
+    return f"profile {snapshot.profile}: {'; '.join(parts) or 'no cell'}"
 
 
 def duration(seconds: float) -> str:
@@ -100,17 +100,20 @@ def duration(seconds: float) -> str:
 def _columns(row: Row) -> dict[str, str]:
     """Return the columns by title, the most important first; "" for what is not known."""
     told = row.progress or {}
-    forms = {
-        **{"dev accuracy": ("dev_accuracy", "{:.4f}"), "loss": ("loss", "{:.4f}")},
-        **{"steps/s": ("steps_per_second", "{:.1f}"), "memory": ("memory_mb", "{:.0f} MB")},
-        "GPU": ("gpu_percent", "{} %"),
-    }
+
+    def shown(name: str, form: str) -> str:
+        return form.format(told[name]) if name in told else ""
+
     return {
         "cell": row.cell,
         "state": row.state + (f" ({row.attempt})" if row.attempt > 1 else ""),
         "progress": f"{told.get('stage', '')} {told['step']}/{told['steps']}".strip() if "step" in told else "",
         "left": duration(row.seconds_left) if told and row.seconds_left is not None else "",
-        **{title: form.format(told[name]) if name in told else "" for title, (name, form) in forms.items()},
+        "dev accuracy": shown("dev_accuracy", "{:.4f}"),
+        "loss": shown("loss", "{:.4f}"),
+        "steps/s": shown("steps_per_second", "{:.1f}"),
+        "memory": shown("memory_mb", "{:.0f} MB"),
+        "GPU": shown("gpu_percent", "{} %"),
         "device": row.device,
     }
 
@@ -119,4 +122,4 @@ def _aligned(title: str, text: str, size: int) -> str:
     if len(text) > size:
         half = (size - 1) // 2
         text = f"{text[: size - 1 - half]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
-    return text.ljust(size) if title in _LEFT else text.rjust(size)
+    return text.ljust(size) if title in _WORDS else text.rjust(size)

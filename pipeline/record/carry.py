@@ -1,7 +1,6 @@
 """Results of one revision carried over to another that computes the same, and taken over from another checkout."""
 
 import contextlib
-import csv
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pipeline.grid.axes import Cell
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params
-from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.grid.results import CellResults, read_rows
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.host.devices import describe_device
 from pipeline.host.files import git, git_revision, write_csv
@@ -25,8 +24,6 @@ from pipeline.host.text import share
 from pipeline.stages.golden import STEPS
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
-
-_COLUMNS = ("group", "from", "to", "device", "threads", "torch", "steps", "difference")
 
 
 def carry_over(params: Params, revision: str, *, tolerance: float) -> None:
@@ -54,25 +51,24 @@ def carry_over(params: Params, revision: str, *, tolerance: float) -> None:
     with _checked_out(revision) as tree:
         before, after = _golden(params.profile, firsts, tree), _golden(params.profile, firsts, Path.cwd())
     commit = git("rev-parse", "--short=12", revision)
-    device = describe_device(torch.device("cpu"))
+    made = {
+        **{"from": commit, "to": git_revision(), "device": describe_device(torch.device("cpu"))},
+        **{"threads": params.run.threads, "torch": torch.__version__, "steps": STEPS},
+    }
     rows = []
     for cell in firsts:
         difference = _difference(before, after, cell.id)
         if difference > tolerance:
             print(f"{cell.group}: differs by {difference:.3g}, so it is out of date")
             continue
-        where = [device, params.run.threads, torch.__version__]
-        rows.append([cell.group, commit, git_revision(), *where, STEPS, difference])
+        rows.append({"group": cell.group, **made, "difference": difference})
         for each in groups[cell.group]:
             fingerprint = freshness.fingerprint(each)
             assert fingerprint is not None
             CellResults(params.profile, each.id).set_fingerprint(fingerprint)
     path = Path("runs", params.profile, "carried.csv")
-    known: list[list[str]] = []
-    if path.is_file():
-        known = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))[1:]
     if rows:
-        write_csv(path, _COLUMNS, [*known, *rows])
+        write_csv(path, [*(read_rows(path, ()) if path.is_file() else ()), *rows])
     print(f"{len(rows)} of {len(groups)} groups of cells compute the same as at {commit}: {path}")
 
 
@@ -87,12 +83,13 @@ def take_over(params: Params, folder: Path) -> None:
     """
     if not (folder / "runs" / params.profile).is_dir():
         raise UserError(f"{folder} has no results of profile {params.profile} (runs/{params.profile})")
+    freshness, cells, taken = Freshness(params.written), expand(params), 0
     for task in params.grid.tasks:
         theirs = folder / summary_file(params.profile, task)
-        if theirs.is_file() and Freshness(params.written).data(task) is None:
+        if theirs.is_file() and freshness.data(task) is None:
             write_bytes(summary_file(params.profile, task), theirs.read_bytes())
-    freshness, taken = Freshness(params.written), 0
-    for cell in expand(params):
+    freshness = freshness.look_again()
+    for cell in cells:
         wanted, other = freshness.fingerprint(cell), CellResults(params.profile, cell.id, folder)
         if wanted is None or freshness.is_finished(cell) or other.fingerprints() != [str(wanted)] * 2:
             continue
@@ -101,7 +98,7 @@ def take_over(params: Params, folder: Path) -> None:
             if source.is_file():
                 write_bytes(target, source.read_bytes())
         taken += 1
-    print(f"{share(taken, len(expand(params)), 'cell', f'of profile {params.profile}')} taken from {folder}")
+    print(f"{share(taken, len(cells), 'cell', f'of profile {params.profile}')} taken from {folder}")
 
 
 def _is_of_other_code(cell: Cell, freshness: Freshness) -> bool:
@@ -109,8 +106,7 @@ def _is_of_other_code(cell: Cell, freshness: Freshness) -> bool:
     metrics, test = results.metrics(), results.test()
     if wanted is None or metrics is None or test is None or metrics.fingerprint != test.fingerprint:
         return False
-    found: Fingerprint = metrics.fingerprint
-    return found != wanted and replace(found, code=wanted.code) == wanted
+    return metrics.fingerprint != wanted and replace(metrics.fingerprint, code=wanted.code) == wanted
 
 
 @contextlib.contextmanager

@@ -10,13 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from pipeline.grid.axes import data_stage_names, read_cells, stage_names
+from pipeline.grid.axes import data_stage_names, read_cells
 from pipeline.grid.freshness import Freshness, raw_folder, recorded_digests, sources_have_changed
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat.errors import UserError
@@ -72,13 +71,18 @@ def _is_absence(change: Any) -> bool:
 
 @contextlib.contextmanager
 def _repo() -> "Iterator[Repo]":
+    from dvc.config import Config
     from dvc.repo import Repo
 
     # What goes wrong is told by who asks; nothing else is to be seen among the lines of a grid.
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
-    # What was unpacked and not cloned has no history that DVC could look at.
+    # What was unpacked and not cloned has no history that DVC could look at; its own commands are to know that, too.
     versioned = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
-    with Repo(config={} if versioned else {"core": {"no_scm": True}}) as repo:
+    config = Config(".dvc")
+    if not versioned and not config["core"].get("no_scm"):
+        with config.edit("local") as local:
+            local["core"] = {**local.get("core", {}), "no_scm": True}
+    with Repo() as repo:
         yield repo
 
 
@@ -163,20 +167,16 @@ def record(names: Sequence[str]) -> dict[str, str]:
     results: dict[str, str] = {}
     drop_stale_rwlock()
     try:
-        with _repo() as repo, repo.lock, _whole(LOCK_FILE):
+        with _repo() as repo, repo.lock, _whole():
             stages = {stage.name: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)}
             for name in dict.fromkeys(names):
-                stage = stages.get(name)
-                results[name] = "dvc.yaml does not have it" if stage is None else _told(partial(_save, stage))
+                results[name] = _told(_save, stages[name]) if name in stages else "dvc.yaml does not have it"
             # After DVC has looked at the files, so that what has changed meanwhile is noticed.
             current = _current_stages()
-            ready = []
             for name in [name for name, why in results.items() if not why]:
-                if name in current:
-                    results[name] = _told(partial(_commit, stages[name]))
-                    ready += [] if results[name] else [stages[name]]
-                else:
-                    results[name] = "code, settings or data have changed since it ran"
+                changed = "" if name in current else "code, settings or data have changed since it ran"
+                results[name] = changed or _told(_commit, stages[name])
+            ready = [stages[name] for name, why in results.items() if not why]
             if ready:
                 ready[0].dvcfile.dump_stages(ready, update_pipeline=False)
                 kept = _kept_record(read_yaml(PARAMS_FILE)["profile"])
@@ -189,10 +189,10 @@ def record(names: Sequence[str]) -> dict[str, str]:
     return results
 
 
-def _told(do: Callable[[], object]) -> str:
+def _told(do: "Callable[[PipelineStage], None]", stage: "PipelineStage") -> str:
     """Let DVC do something with one stage; why it does not, or ""."""
     try:
-        do()
+        do(stage)
     except Exception as error:  # noqa: BLE001 - what DVC trips over at one stage is no matter of the others
         return _reason(error)
     return ""
@@ -213,11 +213,7 @@ def _current_stages() -> set[str]:
     settings = read_yaml(PARAMS_FILE)
     recorded, here = Freshness(settings, recorded_digests), Freshness(settings)
     cells = read_cells(settings)
-    stages: dict[str, bool] = {}
-    for cell in cells:
-        trained, tested = stage_names(here.profile, cell)
-        stages[trained] = stages.get(trained, True) and recorded.is_trained(cell)
-        stages[tested] = stages.get(tested, True) and recorded.is_finished(cell)
+    stages = recorded.cell_stages(cells)
     for task in settings["grid"]["tasks"]:
         downloaded, prepared = data_stage_names(here.profile, task)
         stages[downloaded] = not sources_have_changed(raw_folder(task))
@@ -235,28 +231,21 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _whole() -> Iterator[None]:
     """Let DVC change its lock file, which it writes in place, so that half a file never stays: see `mend_lock`."""
-    _BEFORE.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if path.exists() else b""
-    write_bytes(_BEFORE, before)
+    write_bytes(_BEFORE, LOCK_FILE.read_bytes() if LOCK_FILE.exists() else b"")
     try:
         yield
     except BaseException:
-        if before:
-            write_bytes(path, before)
-        else:
-            path.unlink(missing_ok=True)
+        mend_lock()
         raise
-    finally:
-        _BEFORE.unlink(missing_ok=True)
+    _BEFORE.unlink(missing_ok=True)
 
 
 def mend_lock() -> None:
     """Bring back the former lock file if a process was killed while DVC wrote it; what is finished is recorded anew."""
     if _BEFORE.exists():
-        before = _BEFORE.read_bytes()
-        if before:
+        if before := _BEFORE.read_bytes():
             write_bytes(LOCK_FILE, before)
         else:
             LOCK_FILE.unlink(missing_ok=True)
@@ -272,8 +261,7 @@ def exchange_record(former: str, profile: str) -> None:
     if former == profile:
         return
     if LOCK_FILE.is_file():
-        write_bytes(_kept_record(former), LOCK_FILE.read_bytes())
-        LOCK_FILE.unlink()
+        LOCK_FILE.replace(_kept_record(former))
     if _kept_record(profile).is_file():
         write_bytes(LOCK_FILE, _kept_record(profile).read_bytes())
 
@@ -282,22 +270,26 @@ def _kept_record(profile: str) -> Path:
     return Path("profiles", f"{profile}.lock")
 
 
+def users_of_dvc(path: Path = _RWLOCK) -> list[str]:
+    """Return the commands of living processes in DVC's list of who reads and writes what; raises FileNotFoundError."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        readers = [reader for each in listed.get("read", {}).values() for reader in each]
+        holders = {holder["pid"]: holder["cmd"] for holder in (*listed.get("write", {}).values(), *readers)}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        # A kill has left half a list.
+        return []
+    return [f"{command} (process {number})" for number, command in holders.items() if _runs(number)]
+
+
 def drop_stale_rwlock(path: Path = _RWLOCK) -> None:
     """Delete DVC's list of who reads and writes what if nobody in it is alive, or a kill has left half of it.
 
     DVC forgets dead processes by itself, but neither half a list nor processes whose parent has not asked for them yet.
     """
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        readers = [reader for each in listed.get("read", {}).values() for reader in each]
-        holders = [*listed.get("write", {}).values(), *readers]
-        if any(_runs(holder["pid"]) for holder in holders):
-            return
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if not users_of_dvc(path):
+            path.unlink()
 
 
 def _runs(number: int) -> bool:

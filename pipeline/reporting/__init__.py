@@ -1,9 +1,8 @@
-"""Reports of a profile: one file per report, each a function of one tidy DataFrame to tables and figures.
+"""Reports of a profile: one file per report, each a function of DataFrames to texts, tables and figures.
 
-The frame has one row per observation (`_collect.py` describes it), so a new report is one new file here: a subclass of
-`Report` that picks its rows by `quantity`. `build` writes them all to reports/PROFILE: as Markdown, as one HTML page,
-and as files. What is written is a pure function of the files under runs/PROFILE and of params.yaml: the same inputs
-give the same bytes.
+A new report is one new file here: a subclass of `Report` that takes its rows from a `Comparison` and its `Results`.
+`build` writes them all to reports/PROFILE: as Markdown, as one HTML page, and as files. What is written is a pure
+function of the files under runs/PROFILE and of params.yaml: the same inputs give the same bytes.
 """
 
 import re
@@ -17,13 +16,14 @@ import matplotlib.style
 
 from pipeline.grid.params import Params
 from pipeline.host.text import counted
-from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._output import STYLE, Figure, write_figure, write_table, write_text
-from pipeline.reporting._page import Section, render_page
+from pipeline.reporting._figure import STYLE, Figure
+from pipeline.reporting._page import render_page
+from pipeline.reporting._results import collect
 from pipeline.reporting._statistics import MARGIN
 from pipeline.reporting._table import Table, Text
 from schoenbat.errors import UserError
+from schoenbat.files import write_bytes
 from schoenbat.registry import Registry
 
 _FINISHED = re.compile(r"^(\d+) of \d+ cells are finished\.$", re.MULTILINE)
@@ -45,19 +45,12 @@ REPORTS: Registry[Report] = Registry("report", "pipeline.reporting", Report)  # 
 
 
 def build(
-    profile: str,
-    params: Params,
-    root: Path,
-    *,
-    reference: str = "softmax",
-    margin: float = MARGIN,
-    force: bool = False,
+    params: Params, root: Path, *, reference: str = "softmax", margin: float = MARGIN, force: bool = False
 ) -> None:
     """Write reports/PROFILE and reports/index.md from whatever is finished.
 
     Args:
-        profile: the name of the profile.
-        params: the grid; results of cells outside it are left out.
+        params: the profile; results of cells outside its grid are left out.
         root: the project's folder.
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two mechanisms count as equal.
@@ -66,30 +59,29 @@ def build(
     Raises:
         UserError: the report that is there shows more finished cells.
     """
-    frame, setting = collect(profile, params, root, reference, margin)
-    comparison = Comparison(frame, setting)
-    folder = root / "reports" / profile
+    results = collect(params, root, reference, margin)
+    folder = root / "reports" / params.profile
     before = finished_cells(folder)
-    if before > setting.num_finished and not force:
+    if before > results.num_finished and not force:
         raise UserError(
             f"{folder.relative_to(root)} shows {counted(before, 'finished cell')}, a new report would show "
-            f"{setting.num_finished}; pass --force to replace it"
+            f"{results.num_finished}; pass --force to replace it"
         )
-    building, former = folder.with_name(f".{profile}.new"), folder.with_name(f".{profile}.old")
+    building, former = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (building, former):
         shutil.rmtree(leftover, ignore_errors=True)
     for name in ("tables", "figures"):
         (building / name).mkdir(parents=True)
-    lines = [f"# Profile {profile}", *setting.status(), "The same as a page: [index.html](index.html)."]
+    comparison = Comparison(results)
+    lines = [f"# Profile {params.profile}", *results.status(), "The same as a page: [index.html](index.html)."]
     sections = []
     with matplotlib.style.context(["default", STYLE]):
         for report in sorted((REPORTS.get(name)() for name in REPORTS.names()), key=lambda report: report.order):
-            parts = list(report.make(comparison))
-            if parts:
-                sections.append(Section(report.title, parts))
-                lines += [f"## {report.title}", *(_write(building, part) for part in parts)]
+            if parts := list(report.make(comparison)):
+                sections.append((report.title, parts))
+                lines += [f"## {report.title}", *(part.write(building) for part in parts)]
     (building / "index.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    (building / "index.html").write_text(render_page(setting, sections, building / "figures"), encoding="utf-8")
+    (building / "index.html").write_text(render_page(results, sections, building / "figures"), encoding="utf-8")
     if folder.exists():
         folder.rename(former)
     building.rename(folder)
@@ -105,19 +97,10 @@ def finished_cells(folder: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _write(folder: Path, part: Text | Table | Figure) -> str:
-    """Write one part's files; return its Markdown."""
-    if isinstance(part, Text):
-        return write_text(folder, part)
-    return write_table(folder, part) if isinstance(part, Table) else write_figure(folder, part)
-
-
 def _write_overview(folder: Path) -> None:
     """List all profiles that have a report, in reports/index.md."""
     lines = ["# Reports", ""]
     for index in sorted(folder.glob("[!.]*/index.md")):
         note = (index.read_text(encoding="utf-8", errors="replace").splitlines()[2:] or ["not readable"])[0]
         lines.append(f"- [{index.parent.name}]({index.parent.name}/index.md): {note}")
-    temporary = folder / ".index.md.new"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(folder / "index.md")
+    write_bytes(folder / "index.md", ("\n".join(lines) + "\n").encode())

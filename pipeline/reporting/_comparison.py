@@ -2,32 +2,23 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from pipeline.reporting._mechanisms import Mechanism, mechanisms, rows_of
-from pipeline.reporting._setting import Setting
-from pipeline.reporting._statistics import (
-    Difference,
-    holm,
-    interquartile_mean,
-    letters,
-    paired_differences,
-)
+from pipeline.reporting._mechanisms import Mechanism, style
+from pipeline.reporting._results import CELL, Results
+from pipeline.reporting._statistics import Difference, holm, interquartile_mean, letters, paired_differences
 
 CONTROL = "mean"
 """Uniform attention, the control."""
 BEYOND = 2.0
 """Standard errors by which a cell must be above a baseline to have passed it."""
-
 MOST_GROUPS = 6
 """With more groups than that, the letters of a mechanism cannot be read any more."""
-
-Pair = tuple[Mechanism, Mechanism]
 
 
 class Baseline(NamedTuple):
@@ -37,13 +28,12 @@ class Baseline(NamedTuple):
     accuracy: float
 
 
-@dataclass(frozen=True)
-class Versus:
-    """A mechanism less another one that is named, on one task.
+class Versus(NamedTuple):
+    """A mechanism less another one, on one task.
 
     Attributes:
-        adjusted: p by Holm over all of the table that it stands in.
-        significant: whether it is, in that table.
+        adjusted: p by Holm over all of the family, or table, that it stands in.
+        significant: whether it is, in that family.
     """
 
     task: str
@@ -53,142 +43,126 @@ class Versus:
     adjusted: float
     significant: bool
 
+    def is_equal(self, margin: float) -> bool:
+        return self.difference.margin < margin
+
 
 @dataclass(frozen=True)
 class OnTask:
-    """All pairs of one task, each once, and the groups without a significant difference.
+    """All pairs of one task, and the groups without a significant difference.
 
     Attributes:
         means: accuracy in percent, the mean over seeds.
-        significant: whether a pair differs significantly, among all pairs of the task.
+        pairs: each once, of those that have a seed in common; significant among all of these.
     """
 
-    task: str
     means: Mapping[Mechanism, float]
-    differences: Mapping[Pair, Difference]
-    significant: Mapping[Pair, bool]
+    pairs: Sequence[Versus]
     groups: Mapping[Mechanism, str]
 
-    def difference(self, one: Mechanism, other: Mechanism) -> Difference | None:
-        """Return that of `one` less `other`; None if they have no seed in common."""
-        if (one, other) in self.differences:
-            return self.differences[one, other]
-        found = self.differences.get((other, one))
-        return None if found is None else found.reversed()
-
-    def is_significant(self, one: Mechanism, other: Mechanism) -> bool:
-        return self.significant.get((one, other), self.significant.get((other, one), False))
+    @functools.cached_property
+    def both_ways(self) -> dict[tuple[Mechanism, Mechanism], Versus]:
+        """The pairs by their mechanisms, and each the other way round."""
+        found = {(row.mechanism, row.other): row for row in self.pairs}
+        return found | {
+            (other, one): row._replace(mechanism=other, other=one, difference=row.difference.reversed())
+            for (one, other), row in found.items()
+        }
 
     @property
     def marks(self) -> Mapping[Mechanism, str]:
         """The groups of each mechanism as letters, where they are few enough to be read; else none at all."""
         return self.groups if len(set().union(*self.groups.values())) <= MOST_GROUPS else {}
 
+    @property
     def best(self) -> Mechanism | None:
         return max(self.means, key=lambda mechanism: self.means[mechanism], default=None)
 
     def leaders(self) -> list[Mechanism]:
         """Return the best, and those that are not significantly different from it."""
-        best = self.best()
-        if best is None:
-            return []
-        return [mechanism for mechanism in self.means if mechanism == best or not self.is_significant(best, mechanism)]
+        worse = {row.other for row in self.both_ways.values() if row.mechanism == self.best and row.significant}
+        return [mechanism for mechanism in self.means if mechanism not in worse]
 
 
 class Comparison:
-    """What reports are made of: observations, their setting, and what follows from the scores.
+    """What reports are made of: results, and what follows from the scores.
 
-    Everything is computed once, when it is first asked for.
+    Attributes:
+        results: the observations as DataFrames, and how they came about.
+        mechanisms: all of the grid, in its order.
     """
 
-    def __init__(self, frame: pd.DataFrame, setting: Setting) -> None:
-        self.frame, self.setting = frame, setting
-        self.mechanisms = mechanisms(frame)
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        cells, bench = results.cells, results.bench
+        self.mechanisms: list[Mechanism] = list(dict.fromkeys(zip(cells.attn, cells.dotf, cells.former, strict=True)))
+        self._drawn = [*self.mechanisms, *zip(bench.attn, bench.dotf, strict=True)]
+
+    def style(self, mechanism: Sequence[str]) -> dict[str, Any]:
+        """Return how a mechanism, or one of the benchmark, is drawn in all figures."""
+        return style(self._drawn, mechanism)
 
     @functools.cached_property
     def tasks(self) -> dict[str, OnTask]:
         """The comparisons on each task of the grid."""
-        return {task: self._on(task) for task in self.setting.tasks}
+        return {task: self._on(task) for task in self.results.tasks}
 
     def _on(self, task: str) -> OnTask:
-        scores = {m: self.setting.scores[task, m] for m in self.mechanisms if (task, m) in self.setting.scores}
-        pairs = {(one, other): (scores[one], scores[other]) for one, other in itertools.combinations(scores, 2)}
-        found = paired_differences(pairs)
-        adjusted = holm(found)
-        significant = {pair: found[pair].is_significant(adjusted[pair], len(found)) for pair in found}
-        means = {mechanism: float(of_mechanism.accuracies.mean()) for mechanism, of_mechanism in scores.items()}
-        return OnTask(task, means, found, significant, letters(means, significant))
+        scores = {m: self.results.scores[task, m] for m in self.mechanisms if (task, m) in self.results.scores}
+        both = itertools.combinations(scores, 2)
+        found = paired_differences({(one, other): (scores[one], scores[other]) for one, other in both})
+        pairs = _family((task, *pair, difference) for pair, difference in found.items())
+        means = {mechanism: of_mechanism.mean for mechanism, of_mechanism in scores.items()}
+        return OnTask(means, pairs, letters(means, [(row.mechanism, row.other) for row in pairs if row.significant]))
 
     def others_of(self, attn: str) -> dict[Mechanism, Mechanism]:
         """Return for each mechanism the `attn` that it is compared with: of the same former, if there is one."""
         named = [mechanism for mechanism in self.mechanisms if mechanism[0] == attn]
-        found = {}
-        for mechanism in self.mechanisms:
-            alike = [other for other in named if other[2] == mechanism[2]]
-            if named and mechanism[0] != attn:
-                found[mechanism] = (alike or named)[0]
-        return found
+        alike = {mechanism[2]: mechanism for mechanism in reversed(named)}
+        rest = [mechanism for mechanism in self.mechanisms if mechanism[0] != attn]
+        return {mechanism: alike.get(mechanism[2], named[0]) for mechanism in rest if named}
 
-    def versus(self, attn: str) -> list[Versus]:
-        """Compare every mechanism on every task with the one called `attn`, corrected over all of them."""
-        chosen = {
-            (task, mechanism): (other, difference)
-            for task, on_task in self.tasks.items()
-            for mechanism, other in self.others_of(attn).items()
-            if mechanism in on_task.means and other in on_task.means
-            if (difference := on_task.difference(mechanism, other)) is not None
-        }
-        return _corrected(chosen)
+    def versus(self, others: Mapping[Mechanism, Mechanism]) -> list[Versus]:
+        """Compare mechanisms with others on every task, corrected over all of them.
 
-    def planned(self, attn: str) -> list[Versus]:
-        """Compare the one called `attn` with uniform attention of the same former, on every task, corrected over these.
-
-        It is the first question, whatever else is in the grid: does it matter where one attends?
+        Args:
+            others: `others_of` a mechanism, `without_ppsbn`, or what else is of interest.
         """
-        found = self.others_of(CONTROL)
-        pairs = {one: other for one, other in found.items() if one[0] == attn and one[2] == other[2]}
-        chosen = {
-            (task, one): (other, difference)
+        return _family(
+            (task, one, other, on_task.both_ways[one, other].difference)
             for task, on_task in self.tasks.items()
-            for one, other in pairs.items()
-            if (difference := on_task.difference(one, other)) is not None
-        }
-        return _corrected(chosen)
+            for one, other in others.items()
+            if (one, other) in on_task.both_ways
+        )
 
-    def ppsbn(self) -> list[Versus]:
-        """Compare every mechanism with ppSBN with itself without, corrected over all of them."""
-        with_it = [m for m in self.mechanisms if m[2] == "maclauformer" and (*m[:2], "transformer") in self.mechanisms]
-        chosen = {}
-        for task, on_task in self.tasks.items():
-            for mechanism in with_it:
-                other = (mechanism[0], mechanism[1], "transformer")
-                difference = on_task.difference(mechanism, other)
-                if difference is not None:
-                    chosen[task, mechanism] = (other, difference)
-        return _corrected(chosen)
+    def without_ppsbn(self) -> dict[Mechanism, Mechanism]:
+        """Return for each mechanism with ppSBN itself without, if that is in the grid."""
+        with_it = [mechanism for mechanism in self.mechanisms if mechanism[2] == "maclauformer"]
+        others = {mechanism: (*mechanism[:2], "transformer") for mechanism in with_it}
+        return {mechanism: other for mechanism, other in others.items() if other in self.mechanisms}
 
     def baselines(self, task: str) -> list[Baseline]:
         """Return the baselines of a task."""
-        found = self.frame[(self.frame.quantity == "baseline_accuracy") & (self.frame.task == task)]
-        return [Baseline(str(name), 100 * value) for name, value in zip(found.direction, found.value, strict=True)]
+        found = self.results.data.get(task, {}).get("baselines", {})
+        return [Baseline(name, 100 * accuracy) for name, accuracy in found.items()]
 
     def best_baseline(self, task: str) -> Baseline | None:
         return max(self.baselines(task), key=lambda baseline: baseline.accuracy, default=None)
 
     @functools.cached_property
-    def passed(self) -> dict[tuple[str, Mechanism, int], float]:
-        """The step at which each finished cell passed the best baseline on dev; infinity for never, NaN without one."""
-        curves = self.frame[self.frame.quantity == "curve_dev_accuracy"]
-        found = {}
-        for task in self.setting.tasks:
-            baseline = self.best_baseline(task)
-            bar = baseline.accuracy / 100 if baseline else float("nan")
-            sizes = [self._size(task, split) for split in ("dev", "test")]
-            of_task = curves[curves.task == task]
-            for mechanism in self.mechanisms:
-                for seed, rows in rows_of(of_task, mechanism).groupby("seed"):
-                    found[task, mechanism, int(str(seed))] = _passed(rows, bar, *sizes)
-        return found
+    def passed(self) -> dict[Any, float]:
+        """The step at which each trained cell passed the best baseline on dev; infinity for never, NaN without one."""
+        by_cell = self.results.curves.groupby(CELL, sort=False)
+        return {(key[0], key[1:4], key[4]): self._passed(str(key[0]), curve) for key, curve in by_cell}
+
+    def _passed(self, task: str, curve: pd.DataFrame) -> float:
+        """Return the first step at which dev accuracy is BEYOND standard errors above the best baseline."""
+        baseline = self.best_baseline(task)
+        if baseline is None:
+            return float("nan")
+        bar, reached, sizes = baseline.accuracy / 100, curve.dev_accuracy, self.results.data[task]["splits"]
+        error = (reached * (1 - reached) / sizes["dev"] + bar * (1 - bar) / sizes["test"]) ** 0.5
+        return min(curve.step[reached - bar > BEYOND * error], default=float("inf"))
 
     def steps_to_pass(self, task: str, mechanism: Mechanism) -> list[float]:
         """Return the step of each of its seeds."""
@@ -199,40 +173,20 @@ class Comparison:
         steps = self.steps_to_pass(task, mechanism)
         return bool(steps) and all(np.isinf(steps))
 
-    def _size(self, task: str, split: str) -> float:
-        found = self.frame[(self.frame.quantity == f"data_{split}") & (self.frame.task == task)]
-        return float(found.value.iloc[0]) if len(found) else float("nan")
-
     def middle(self, mechanism: Mechanism) -> tuple[float, float, float]:
         """Return the interquartile mean over all runs of all tasks of accuracy above the majority class, in percent.
 
         0 is the majority class and 100 everything right; NaN where a task is missing, or there is one task only.
         """
         runs = []
-        for task in self.setting.tasks:
-            baselines = {baseline.name: baseline.accuracy for baseline in self.baselines(task)}
-            floor = baselines.get("majority class", float("nan"))
-            if (task, mechanism) not in self.setting.scores:
-                return (float("nan"),) * 3
-            runs.append(100 * (self.setting.scores[task, mechanism].accuracies - floor) / (100 - floor))
-        return interquartile_mean(runs) if len(runs) > 1 else (float("nan"),) * 3
+        for task in self.results.tasks:
+            floor = dict(self.baselines(task)).get("majority class", float("nan"))
+            runs.append(100 * (self.results.scores_of(task, mechanism).accuracies - floor) / (100 - floor))
+        return interquartile_mean(runs) if len(runs) > 1 and all(map(len, runs)) else (float("nan"),) * 3
 
 
-def _corrected(chosen: Mapping[tuple[str, Mechanism], tuple[Mechanism, Difference]]) -> list[Versus]:
-    differences = {key: difference for key, (_, difference) in chosen.items()}
-    adjusted, family = holm(differences), len(differences)
-    return [
-        Versus(task, mechanism, other, found, adjusted[key], found.is_significant(adjusted[key], family))
-        for (task, mechanism), (other, found) in chosen.items()
-        for key in [(task, mechanism)]
-    ]
-
-
-def _passed(rows: pd.DataFrame, bar: float, dev_size: float, test_size: float) -> float:
-    """Return the first step at which dev accuracy is BEYOND standard errors above `bar`, a baseline's on test."""
-    if np.isnan(bar):
-        return float("nan")
-    ordered = rows.sort_values("step")
-    error = (ordered.value * (1 - ordered.value) / dev_size + bar * (1 - bar) / test_size) ** 0.5
-    above = ordered.step[ordered.value - bar > BEYOND * error]
-    return float(above.iloc[0]) if len(above) else float("inf")
+def _family(rows: Iterable[tuple[str, Mechanism, Mechanism, Difference]]) -> list[Versus]:
+    """Judge differences, corrected over all of them."""
+    family = list(rows)
+    adjusted = holm([difference.p for *_, difference in family])
+    return [Versus(*row, p, row[3].is_significant(p, len(family))) for row, p in zip(family, adjusted, strict=True)]

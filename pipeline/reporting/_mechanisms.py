@@ -17,46 +17,27 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 """So many that no pair of a colour and a marker comes back before 104 mechanisms, as 8 and 13 have no common factor."""
 
 
-def mechanisms(frame: pd.DataFrame) -> list[Mechanism]:
-    """Return the distinct (attn, dotf, former) of the cells in `frame`, in the order of the grid."""
-    cells = frame[frame.quantity == "test_accuracy"]
-    return list(dict.fromkeys(zip(cells.attn, cells.dotf, cells.former, strict=True)))
-
-
-def named(mechanism: Sequence[str]) -> dict[str, str]:
-    """Return the column that says in a table which mechanism a row is about."""
-    return {"mechanism": label(mechanism)}
-
-
 def keyed(mechanism: Sequence[str]) -> dict[str, str]:
-    """Return the same for programs: attn, dotf and former as params.yaml has them."""
+    """Return attn, dotf and former as params.yaml has them."""
     return dict(zip(("attn", "dotf", "former"), mechanism, strict=False))
 
 
-def has_ppsbn(former: str) -> str:
-    """Return yes or no, with the name of a variant of the former, if it is one."""
-    name, _, variant = former.partition(VARIANT_MARK)
-    return ("yes" if name == "maclauformer" else "no") + (f", {variant}" if variant else "")
-
-
 def label(mechanism: Sequence[str]) -> str:
-    """Name the mechanism in a legend or a sentence."""
-    attn, dotf, *former = mechanism
-    name, _, variant = former[0].partition(VARIANT_MARK) if former else ("", "", "")
-    parts = [f"{attn}{f' {dotf}' if dotf else ''}", *(["ppSBN"] if name == "maclauformer" else [])]
-    return " + ".join([*parts, *([variant] if variant else [])])
+    """Name an (attn, dotf) or (attn, dotf, former) in a table, a legend or a sentence."""
+    attn, dotf, former = (*mechanism, "")[:3]
+    name, _, variant = former.partition(VARIANT_MARK)
+    return " + ".join(filter(None, (f"{attn} {dotf}".strip(), "ppSBN" if name == "maclauformer" else "", variant)))
 
 
-def style(frame: pd.DataFrame, mechanism: Sequence[str]) -> dict[str, Any]:
+def style(known: Sequence[Sequence[str]], mechanism: Sequence[str]) -> dict[str, Any]:
     """Return how an (attn, dotf) is drawn in all figures of a profile; its second former is dashed and hollow.
 
-    No two share both colour and marker.
+    No two of those that are `known` share both colour and marker.
     """
-    pairs = frame[frame.attn != ""].drop_duplicates(["attn", "dotf"])
-    position = list(zip(pairs.attn, pairs.dotf, strict=True)).index((mechanism[0], mechanism[1]))
-    colour, dash = COLOURS[position % len(COLOURS)], 0
-    if len(mechanism) > 2:
-        dash = frame[frame.former != ""].former.drop_duplicates().tolist().index(mechanism[2])
+    position = list(dict.fromkeys(tuple(each[:2]) for each in known)).index(tuple(mechanism[:2]))
+    formers = list(dict.fromkeys(each[2] for each in known if len(each) > 2))
+    dash = formers.index(mechanism[2]) if len(mechanism) > 2 else 0
+    colour = COLOURS[position % len(COLOURS)]
     return {
         "color": colour,
         "linestyle": DASHES[dash % len(DASHES)],
@@ -66,21 +47,8 @@ def style(frame: pd.DataFrame, mechanism: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def first_listed(timings: pd.DataFrame) -> pd.DataFrame:
-    """Return the timings at the first of `bench.threads` and, where there are several, of `bench.num_features`."""
-    firsts = timings.groupby("attn").num_features.transform("first")
-    return timings[(timings.threads == timings.threads.iloc[:1].max()) & (timings.num_features == firsts)]
-
-
-def widened(frame: pd.DataFrame, prefix: str, keys: list[str]) -> pd.DataFrame:
-    """Return one row per combination of `keys`, in order of appearance, with quantities called PREFIX... as columns."""
-    order = frame[keys].drop_duplicates()
-    wide = frame.pivot(index=keys, columns="quantity", values="value").reset_index()
-    return order.merge(wide, on=keys).rename(columns=lambda name: name.removeprefix(prefix))
-
-
 def rows_of(frame: pd.DataFrame, mechanism: Sequence[str]) -> pd.DataFrame:
     """Return the rows of `frame` on one (attn, dotf) or (attn, dotf, former)."""
-    for column, value in zip(("attn", "dotf", "former"), mechanism, strict=False):
+    for column, value in keyed(mechanism).items():
         frame = frame[frame[column] == value]
     return frame

@@ -23,7 +23,7 @@ Lippman-Hand, 1983, "If nothing goes wrong, is everything all right?"). Interval
 import dataclasses
 import functools
 import string
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,6 +73,16 @@ class Scores:
     def accuracies(self) -> Array:
         """[S], in percent."""
         return 100 * self.shares.mean(axis=1)
+
+    @property
+    def mean(self) -> float:
+        """Of the accuracies; NaN without any."""
+        return float(self.accuracies.mean()) if self.seeds else float("nan")
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation of the accuracies; NaN for fewer than two."""
+        return float(self.accuracies.std(ddof=1)) if len(self.seeds) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
@@ -130,29 +140,32 @@ def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) 
         if common:
             mine, theirs = ([scores.seeds.index(number) for number in common] for scores in (one, other))
             tables[key] = 100 * (one.shares[mine] - other.shares[theirs])
-    replicated = [key for key, table in tables.items() if len(table) > 1]
-    parts = {key: _Layout.of(tables[key]) for key in replicated}
-    errors = dict(zip(replicated, _bootstrap(list(parts.values()), seed), strict=True))
+    layouts = {key: _Layout.of(table) for key, table in tables.items() if len(table) > 1}
+    errors = dict(zip(layouts, _bootstrap(list(layouts.values()), seed), strict=True))
     return {
-        key: _difference(parts[key], errors[key]) if key in parts else Difference(float(table.mean()), len(table))
+        key: _difference(layouts[key], errors[key]) if key in layouts else Difference(float(table.mean()), len(table))
         for key, table in tables.items()
     }
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Means and mean squares of a table of seeds and examples.
+    """The two-way layout of a table of seeds and examples.
 
     Attributes:
-        lacking: by how much the mean square of the seeds came out less than that of the rest; it is in `seeds_ms`.
+        rows, columns: effects of seeds, stretched, and of examples, shrunk.
+        lacking: what the rest adds to the squared error where the mean square of the seeds came out less.
+        df: Satterthwaite's degrees of freedom of the squared error.
+        seed_share, example_share: as in `Difference`.
     """
 
+    estimate: float
     rows: Array
     columns: Array
-    seeds_ms: float
-    examples_ms: float
-    rest_ms: float
     lacking: float
+    df: float
+    seed_share: float
+    example_share: float
 
     @staticmethod
     def of(table: Array) -> "_Layout":
@@ -164,27 +177,22 @@ class _Layout:
         seeds, examples = num_seeds - 1, max(1, num_examples - 1)
         seeds_ms, examples_ms, rest_ms = of_rows / seeds, of_columns / examples, rest / (seeds * examples)
         # Equal where differences in two seeds are not correlated: rounding must not choose the degrees of freedom then.
-        if np.isclose(examples_ms, rest_ms, rtol=1e-9, atol=0.0):
+        if examples_ms < rest_ms or np.isclose(examples_ms, rest_ms, rtol=1e-9, atol=0.0):
             examples_ms = rest_ms
-        lacking = max(0.0, rest_ms - seeds_ms)
-        return _Layout(rows, columns, seeds_ms + lacking, examples_ms, rest_ms, lacking)
-
-    @property
-    def stretch(self) -> float:
-        return float(np.sqrt(len(self.rows) / (len(self.rows) - 1)))
-
-    @property
-    def shrink(self) -> float:
-        return float(np.sqrt(max(0.0, 1 - self.rest_ms / self.examples_ms))) if self.examples_ms else 0.0
-
-    def degrees(self) -> float:
-        """Return Satterthwaite's degrees of freedom of the squared standard error."""
-        seeds, examples = len(self.rows) - 1, max(1, len(self.columns) - 1)
-        total = self.seeds_ms + max(0.0, self.examples_ms - self.rest_ms)
-        spread = self.seeds_ms**2 / seeds
-        if self.examples_ms > self.rest_ms:
-            spread += self.examples_ms**2 / examples + self.rest_ms**2 / (seeds * examples)
-        return total**2 / spread if spread else float(seeds)
+        lacking, seeds_ms = max(0.0, rest_ms - seeds_ms), max(rest_ms, seeds_ms)
+        of_examples = examples_ms - rest_ms
+        whole, spread = seeds_ms + of_examples, seeds_ms**2 / seeds
+        if of_examples:
+            spread += examples_ms**2 / examples + rest_ms**2 / (seeds * examples)
+        return _Layout(
+            float(rows.mean()),
+            rows=np.sqrt(num_seeds / seeds) * (rows - rows.mean()),
+            columns=np.sqrt(1 - rest_ms / examples_ms if examples_ms else 0.0) * (columns - columns.mean()),
+            lacking=lacking / table.size,
+            df=whole**2 / spread if spread else float(seeds),
+            seed_share=(seeds_ms - rest_ms) / whole if whole else 0.0,
+            example_share=of_examples / whole if whole else 0.0,
+        )
 
 
 def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
@@ -194,16 +202,15 @@ def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
     for position, layout in enumerate(layouts):
         shapes.setdefault((len(layout.rows), len(layout.columns)), []).append(position)
     for (num_seeds, num_examples), positions in shapes.items():
-        rows = np.stack([layouts[i].stretch * (layouts[i].rows - layouts[i].rows.mean()) for i in positions], axis=1)
-        columns = np.stack(
-            [layouts[i].shrink * (layouts[i].columns - layouts[i].columns.mean()) for i in positions], axis=1
-        )
+        rows = np.stack([layouts[i].rows for i in positions], axis=1)
+        columns = np.stack([layouts[i].columns for i in positions], axis=1)
         generator = np.random.default_rng([seed, num_seeds, num_examples])
-        means = []
-        for _ in range(0, REPLICATES, _CHUNK):
-            means.append(_drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns)
+        means = [
+            _drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns
+            for _ in range(0, REPLICATES, _CHUNK)
+        ]
         for i, error in zip(positions, np.concatenate(means).std(axis=0, ddof=1), strict=True):
-            errors[i] = float(error**2 + layouts[i].lacking / (num_seeds * num_examples)) ** 0.5
+            errors[i] = float(error**2 + layouts[i].lacking) ** 0.5
     return errors
 
 
@@ -214,21 +221,19 @@ def _drawn(generator: np.random.Generator, size: int) -> Array:
 
 
 def _difference(layout: _Layout, error: float) -> Difference:
-    estimate, df, seeds = float(layout.rows.mean()), layout.degrees(), len(layout.rows)
-    reach = float(stats.t.ppf(1 - LEVEL / 2, df)) * error
-    one_sided = float(stats.t.ppf(1 - LEVEL, df)) * error
+    estimate, df = layout.estimate, layout.df
+    reach, one_sided = (float(stats.t.ppf(1 - level, df)) * error for level in (LEVEL / 2, LEVEL))
     unseen = 0.0 if error else 100 * (1 - LEVEL ** (1 / len(layout.columns)))
-    whole = layout.seeds_ms + max(0.0, layout.examples_ms - layout.rest_ms)
     return Difference(
         estimate=estimate,
-        seeds=seeds,
+        seeds=len(layout.rows),
         error=error,
         df=df,
         low=estimate - reach - unseen,
         high=estimate + reach + unseen,
         p=float(2 * stats.t.sf(abs(estimate) / error, df)) if error else float(estimate == 0),
-        seed_share=max(0.0, layout.seeds_ms - layout.rest_ms) / whole if whole else 0.0,
-        example_share=max(0.0, layout.examples_ms - layout.rest_ms) / whole if whole else 0.0,
+        seed_share=layout.seed_share,
+        example_share=layout.example_share,
         smallest=_noncentrality(round(df, 2)) * error + unseen,
         margin=abs(estimate) + one_sided + unseen,
     )
@@ -241,36 +246,31 @@ def _noncentrality(df: float) -> float:
     return float(np.squeeze(effect)) * (df + 1) ** 0.5
 
 
-def holm(differences: Mapping[K, Difference]) -> dict[K, float]:
+def holm(p_values: Sequence[float]) -> list[float]:
     """Return the p-values of a family after Holm's correction; NaN stays NaN and counts for nothing."""
-    known = {key: found.p for key, found in differences.items() if not np.isnan(found.p)}
-    adjusted = multipletests(list(known.values()), method="holm")[1].tolist() if known else []
-    return dict.fromkeys(differences, float("nan")) | dict(zip(known, adjusted, strict=True))
+    adjusted = np.array(p_values, dtype=float)
+    known = ~np.isnan(adjusted)
+    if known.any():
+        adjusted[known] = multipletests(adjusted[known], method="holm")[1]
+    return adjusted.tolist()
 
 
-def letters(means: Mapping[K, float], significant: Mapping[tuple[K, K], bool]) -> dict[K, str]:
+def letters(means: Mapping[K, float], significant: Collection[tuple[K, K]]) -> dict[K, str]:
     """Return groups as letters: two share one where they, and all that share it, are not significantly different.
 
     Args:
         means: what "a", the group with the highest, is chosen by.
-        significant: of all pairs, in either order; a pair that is missing is not significant.
+        significant: the pairs that are, in either order.
     """
-    graph: nx.Graph = nx.Graph()
-    graph.add_nodes_from(means)
     ordered = sorted(means, key=lambda key: -means[key])
-    graph.add_edges_from(
-        (one, other)
-        for position, one in enumerate(ordered)
-        for other in ordered[position + 1 :]
-        if not significant.get((one, other), significant.get((other, one), False))
-    )
+    graph: nx.Graph = nx.complete_graph(len(ordered))
     ranks = {key: rank for rank, key in enumerate(ordered)}
-    groups = sorted(sorted(ranks[key] for key in group) for group in nx.find_cliques(graph))
-    found = dict.fromkeys(means, "")
-    for number, group in enumerate(groups):
-        for rank in group:
-            found[ordered[rank]] += _letter(number)
-    return found
+    graph.remove_edges_from((ranks[one], ranks[other]) for one, other in significant)
+    groups = sorted(sorted(group) for group in nx.find_cliques(graph))
+    return {
+        key: "".join(_letter(number) for number, group in enumerate(groups) if rank in group)
+        for key, rank in ranks.items()
+    }
 
 
 def _letter(number: int) -> str:

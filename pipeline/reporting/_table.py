@@ -1,11 +1,41 @@
-"""What a report is made of, before it is written in any form: texts and tables; and how numbers are shown."""
+r"""Texts and tables of a report, and their files: Markdown, CSV and LaTeX.
+
+The LaTeX fits the page of the standard classes, in booktabs style. A table of up to `LONG` rows is scaled down to the
+width and height of a page where it is larger; a longer one is a longtable on pages in landscape. A document needs
+UTF-8, T1 fonts and \usepackage{adjustbox,array,booktabs,longtable,pdflscape}.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
 MISSING = "—"
+LONG = 40
+"""Rows from which a table goes over several pages."""
+BROKEN = 24
+"""Letters of a text from which its column is broken into lines."""
+DENSE = 130
+"""Letters of a row from which a long table is set in the smallest type."""
+_ESCAPES = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{letter: rf"\{letter}" for letter in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "—": "---",
+        "†": r"$\dagger$",
+        "≥": r"$\ge$",
+        "≤": r"$\le$",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +49,14 @@ class Text:
     title: str
     lines: tuple[str, ...]
     name: str = ""
+
+    def write(self, folder: Path) -> str:
+        """Write NAME.md under `folder` if the sentences have a name; return them as Markdown for the index."""
+        heading = f"**{escape_markdown(self.title)}**\n\n" if self.title else ""
+        written = heading + "\n".join(f"- {escape_markdown(line)}" for line in self.lines)
+        if self.name:
+            (folder / f"{self.name}.md").write_text(written + "\n", encoding="utf-8")
+        return written
 
 
 @dataclass(frozen=True)
@@ -43,10 +81,69 @@ class Table:
     provenance: str = ""
     strong: frozenset[tuple[int, str]] = frozenset()
 
+    def write(self, folder: Path) -> str:
+        """Write tables/NAME.{md,csv,tex} under `folder`; return the table as Markdown for the index."""
+        stem = folder / "tables" / self.name
+        title, note = (escape_markdown(text) for text in (self.title, self._note))
+        shown = self._marked(escape_markdown, "**{}**")
+        left = ["left"] * len(shown.columns)
+        text = f"**{title}**\n\n{shown.to_markdown(index=False, disable_numparse=True, colalign=left)}\n\n{note}"
+        stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        self.values.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
+        stem.with_suffix(".tex").write_text(self._latex(), encoding="utf-8")
+        return f"{text} Files: [CSV](tables/{self.name}.csv), [LaTeX](tables/{self.name}.tex)."
+
     @property
-    def note(self) -> str:
-        """The text below the table."""
+    def _note(self) -> str:
         return f"{self.caption} {self.provenance}".strip()
+
+    def _marked(self, escape: Callable[[str], str], strong: str) -> pd.DataFrame:
+        """Return what is shown in a markup, with what stands out put into `strong`."""
+        marked = self.shown.map(escape).reset_index(drop=True)
+        for place in self.strong:
+            marked.loc[place] = strong.format(marked.loc[place])
+        return marked.rename(columns=escape)
+
+    def _latex(self) -> str:
+        """Return the table with its title as the caption and how to read it as a note."""
+        longest = [max(map(len, (heading, *self.shown[heading]))) for heading in self.shown]
+        is_long = len(self.shown) > LONG
+        is_dense = sum(min(length, BROKEN) for length in longest) > DENSE
+        size, share = ("tiny", 0.12) if is_dense else ("scriptsize", 0.16)
+        broken = rf">{{\raggedright\arraybackslash}}p{{{share if is_long else 0.3}\linewidth}}"
+        columns = "".join("l" if length <= BROKEN else broken for length in longest)
+        styler = self._marked(escape_latex, r"\textbf{{{}}}").style.hide(axis="index")
+        title, label, note = escape_latex(self.title), f"tab:{self.name}", escape_latex(self._note)
+        if is_long:
+            written = styler.to_latex(
+                environment="longtable", hrules=True, column_format=columns, caption=title, label=label
+            )
+            return rf"""\begin{{landscape}}
+\{size}
+\setlength{{\tabcolsep}}{{2pt}}
+{written}
+\noindent {note}
+\end{{landscape}}
+"""
+        return rf"""\begin{{table}}[htbp]
+\centering
+\caption{{{title}}}\label{{{label}}}
+\begin{{adjustbox}}{{max width=\linewidth,max totalheight=0.6\textheight}}
+{styler.to_latex(hrules=True, column_format=columns)}\end{{adjustbox}}
+\par\medskip
+\begin{{minipage}}{{\linewidth}}\scriptsize\noindent {note}\end{{minipage}}
+\end{{table}}
+"""
+
+
+def escape_markdown(text: str) -> str:
+    """Return `text` as Markdown that shows it."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def escape_latex(text: str) -> str:
+    """Return `text` as LaTeX that prints it; several paragraphs or formulas are not meant."""
+    return text.translate(_ESCAPES)
 
 
 def show_number(value: float, how: str = ".2f") -> str:
@@ -62,3 +159,8 @@ def show_interval(low: float, high: float, how: str = "+.2f") -> str:
     if math.isnan(low):
         return MISSING
     return f"{show_number(max(low, -100.0), how)} to {show_number(min(high, 100.0), how)}"
+
+
+def show_p(value: float) -> str:
+    """Format a p-value."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

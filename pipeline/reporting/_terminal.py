@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.grid.params import Params
 from pipeline.host.text import counted
-from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, label
-from pipeline.reporting._setting import Setting
+from pipeline.reporting._results import Results, collect
 
 WIDTH = 80
 _LEAST_NAME, _COLUMN = 30, 16
@@ -22,123 +20,116 @@ _LEAST_NAME, _COLUMN = 30, 16
 _NOT_LEARNED = "†"
 
 
-def show_results(params: Params, root: Path, console: Console | None = None) -> None:
-    """Print the results of the profile, from the files of its cells."""
-    console = console or _console()
-    frame, setting = collect(params.profile, params, root)
-    comparison = Comparison(frame, setting)
-    console.print(
-        Text(f"profile {setting.profile}: {setting.num_finished} of {counted(setting.num_cells, 'cell')} done")
-    )
-    if setting.scores:
+def show_results(params: Params, root: Path) -> None:
+    """Print the results of the profile, from the files of its cells; 80 columns wide where there is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    results = collect(params, root)
+    cells = counted(len(results.cells), "cell")
+    console.print(Text(f"profile {results.profile}: {results.num_finished} of {cells} done"))
+    if results.scores:
+        comparison = Comparison(results)
         for table in _tables(comparison, console.width):
             console.print(table)
         console.print(Text(_legend(comparison), style="dim"))
-    for line in _next(setting, root):
+    for line in _next(results, root):
         console.print(Text(line))
 
 
 def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
     """Return the same as plain values: accuracies in percent, by task."""
-    frame, setting = collect(params.profile, params, root)
-    comparison = Comparison(frame, setting)
+    results = collect(params, root)
+    comparison = Comparison(results)
     return {
-        "profile": setting.profile,
-        "finished": setting.num_finished,
-        "cells": setting.num_cells,
-        "report": str(_report(setting)) if (root / _report(setting)).is_file() else None,
+        "profile": results.profile,
+        "finished": results.num_finished,
+        "cells": len(results.cells),
+        "report": str(_report(results)) if (root / _report(results)).is_file() else None,
         "tasks": {
             task: {
-                "baselines": {baseline.name: baseline.accuracy for baseline in comparison.baselines(task)},
-                "mechanisms": [
-                    {**keyed(mechanism), "mean": mean, "seeds": _by_seed(comparison, task, mechanism)}
-                    | {
-                        "group": on_task.groups[mechanism],
-                        "passed_baseline": not comparison.never_passed(task, mechanism),
-                    }
-                    for mechanism, mean in on_task.means.items()
-                ],
+                "baselines": dict(comparison.baselines(task)),
+                "mechanisms": [_mechanism(comparison, task, mechanism) for mechanism in on_task.means],
             }
             for task, on_task in comparison.tasks.items()
         },
     }
 
 
-def _console() -> Console:
-    """Return a console as wide as the terminal; elsewhere as wide as most are."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
-
-
-def _by_seed(comparison: Comparison, task: str, mechanism: Mechanism) -> dict[str, float]:
-    scores = comparison.setting.scores[task, mechanism]
-    return {str(seed): float(value) for seed, value in zip(scores.seeds, scores.accuracies, strict=True)}
+def _mechanism(comparison: Comparison, task: str, mechanism: Mechanism) -> dict[str, Any]:
+    scores = comparison.results.scores[task, mechanism]
+    return {
+        **keyed(mechanism),
+        "mean": scores.mean,
+        "seeds": dict(zip(map(str, scores.seeds), scores.accuracies.tolist(), strict=True)),
+        "group": comparison.tasks[task].groups[mechanism],
+        "passed_baseline": not comparison.never_passed(task, mechanism),
+    }
 
 
 def _tables(comparison: Comparison, width: int) -> Iterator[Table]:
     """Yield as many as it takes for the tasks to stand side by side, each with the highest mean accuracy first."""
-    tasks, scores = comparison.setting.tasks, comparison.setting.scores
+    results = comparison.results
     longest = max(_LEAST_NAME, *(len(label(mechanism)) for mechanism in comparison.mechanisms))
     at_once = max(1, (width - min(longest, width // 2)) // _COLUMN)
-    for start in range(0, len(tasks), at_once):
+    for start in range(0, len(results.tasks), at_once):
+        chosen = results.tasks[start : start + at_once]
         drawn = Table(box=None, pad_edge=False, header_style="bold")
-        chosen = tasks[start : start + at_once]
         drawn.add_column("test accuracy in %", max_width=width - len(chosen) * _COLUMN, overflow="fold")
         for task in chosen:
             drawn.add_column(task, justify="right", max_width=_COLUMN - 1, overflow="fold")
         found = {
-            m: [scores[task, m].accuracies.mean() for task in chosen if (task, m) in scores]
+            m: [results.scores[task, m].mean for task in chosen if (task, m) in results.scores]
             for m in comparison.mechanisms
         }
         for mechanism in sorted(found, key=lambda m: (-len(found[m]), -sum(found[m]))):
             drawn.add_row(label(mechanism), *(_cell(comparison, task, mechanism) for task in chosen))
         best = [comparison.best_baseline(task) for task in chosen]
         if any(best):
-            texts = [Text(f"{found.accuracy:.1f}" if found else "", style="dim") for found in best]
-            drawn.add_row(Text("best baseline (no model)", style="dim"), *texts)
+            texts = [f"{found.accuracy:.1f}" if found else "" for found in best]
+            drawn.add_row("best baseline (no model)", *texts, style="dim")
         yield drawn
 
 
 def _cell(comparison: Comparison, task: str, mechanism: Mechanism) -> Text:
-    scores = comparison.setting.scores.get((task, mechanism))
-    if scores is None:
+    scores, on_task = comparison.results.scores_of(task, mechanism), comparison.tasks[task]
+    if not scores.seeds:
         return Text("—", style="dim")
-    accuracies = scores.accuracies
-    spread = f" ±{accuracies.std(ddof=1):.1f}" if len(accuracies) > 1 else ""
-    letters = comparison.tasks[task].marks.get(mechanism, "") if len(comparison.setting.seeds) > 1 else ""
+    spread = f" ±{scores.std:.1f}" if len(scores.seeds) > 1 else ""
+    letters = on_task.marks.get(mechanism, "") if len(comparison.results.seeds) > 1 else ""
     group = f" {letters}" if letters else ""
     mark = _NOT_LEARNED if comparison.never_passed(task, mechanism) else ""
-    leads = len(accuracies) > 1 and mechanism in comparison.tasks[task].leaders()
-    return Text(f"{np.mean(accuracies):.1f}{spread}{group}{mark}", style="bold green" if leads else "")
+    leads = len(scores.seeds) > 1 and mechanism in on_task.leaders()
+    return Text(f"{scores.mean:.1f}{spread}{group}{mark}", style="bold green" if leads else "")
 
 
 def _legend(comparison: Comparison) -> str:
-    seeds = len(comparison.setting.seeds)
+    seeds = len(comparison.results.seeds)
     parts = [f"± over {seeds} seeds." if seeds > 1 else "One seed: no spread."]
     if seeds > 1 and any(on_task.marks for on_task in comparison.tasks.values()):
         parts.append("Two that share a letter are not significantly different.")
     elif seeds > 1:
         parts.append("Which differ significantly is in the report.")
-    if any(comparison.never_passed(*key) for key in comparison.setting.scores):
+    if any(comparison.never_passed(*key) for key in comparison.results.scores):
         parts.append(f"{_NOT_LEARNED} no better than the best baseline, which needs no model.")
     return " ".join(parts)
 
 
-def _report(setting: Setting) -> Path:
-    return Path("reports", setting.profile, "index.html")
+def _report(results: Results) -> Path:
+    return Path("reports", results.profile, "index.html")
 
 
-def _next(setting: Setting, root: Path) -> Iterator[str]:
-    report = root / _report(setting)
-    if setting.is_check:
+def _next(results: Results, root: Path) -> Iterator[str]:
+    has_report = (root / _report(results)).is_file()
+    if results.is_check:
         yield "This is a check, not a result."
-    if report.is_file():
-        yield f"report: {_report(setting)}"
-    if setting.num_finished < setting.num_cells:
+    if has_report:
+        yield f"report: {_report(results)}"
+    if results.num_finished < len(results.cells):
         yield "next: schoenbat-exp run --grid (schoenbat-exp status says what is missing)"
-    elif not report.is_file():
+    elif not has_report:
         yield "next: schoenbat-exp report"
-    elif setting.is_check:
+    elif results.is_check:
         yield "next: schoenbat-exp list profiles, then schoenbat-exp use NAME for a comparison with seeds"
     else:
         yield "next: open the report; tables for a paper lie in its folder tables"

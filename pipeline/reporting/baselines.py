@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._mechanisms import keyed, named
+from pipeline.reporting._mechanisms import keyed, label
 from pipeline.reporting._table import MISSING, Table
 
 
@@ -18,24 +18,22 @@ class Baselines(Report):
     order = 15
 
     def make(self, comparison: Comparison) -> Iterator[Table]:
-        setting = comparison.setting
-        bars = {task: best for task in setting.tasks if (best := comparison.best_baseline(task)) is not None}
+        results = comparison.results
+        bars = {task: best for task in results.tasks if (best := comparison.best_baseline(task)) is not None}
         if not bars or not comparison.passed:
             return
         values, shown = [], []
         for mechanism in comparison.mechanisms:
-            texts = {}
-            for task, baseline in bars.items():
+            shown.append({"mechanism": label(mechanism)})
+            for task, (name, accuracy) in bars.items():
                 steps = comparison.steps_to_pass(task, mechanism)
-                texts[f"{task}: {baseline.name}, {baseline.accuracy:.1f} %"] = _show(steps)
-                finite = [step for step in steps if np.isfinite(step)]
+                passed = int(np.isfinite(steps).sum())
                 median = float(np.median(steps)) if steps else float("nan")
+                shown[-1][f"{task}: {name}, {accuracy:.1f} %"] = _show(len(steps), passed, median)
                 values.append(
-                    {"task": task, **keyed(mechanism), "baseline": baseline.name}
-                    | {"baseline_accuracy": baseline.accuracy}
-                    | {"cells": len(steps), "passed": len(finite), "median_step": median}
+                    {"task": task, **keyed(mechanism), "baseline": name, "baseline_accuracy": accuracy}
+                    | {"cells": len(steps), "passed": passed, "median_step": median}
                 )
-            shown.append(named(mechanism) | texts)
         yield Table(
             name="baselines",
             title="The step at which the best baseline of a task was passed",
@@ -44,16 +42,12 @@ class Baselines(Report):
             caption="Passed: dev accuracy is above what the baseline scores on the test examples by two standard "
             "errors of the difference, at an evaluation for the first time. The median over seeds; in parentheses "
             "how many passed at all, if not all did. CSV: inf is never.",
-            provenance=setting.caption(list(bars)),
+            provenance=results.caption(list(bars)),
         )
 
 
-def _show(steps: list[float]) -> str:
-    if not steps:
-        return MISSING
-    passed = int(np.isfinite(steps).sum())
+def _show(cells: int, passed: int, median: float) -> str:
     if passed == 0:
-        return "never"
-    median = float(np.median(steps))
+        return "never" if cells else MISSING
     when = f"{median:,.0f}" if np.isfinite(median) else "mostly never"
-    return when if passed == len(steps) else f"{when} ({passed} of {len(steps)})"
+    return when if passed == cells else f"{when} ({passed} of {cells})"

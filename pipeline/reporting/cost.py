@@ -5,19 +5,19 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import NullLocator
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._mechanisms import first_listed, label, named, rows_of, style, widened
-from pipeline.reporting._output import Figure, add_legend, new_canvas, set_log
-from pipeline.reporting._setting import Setting
+from pipeline.reporting._figure import Figure, add_legend, new_canvas, set_doubling, set_log
+from pipeline.reporting._mechanisms import label, rows_of
+from pipeline.reporting._results import BENCH_VALUES, Results
 from pipeline.reporting._table import MISSING, Table, show_number
 
 PASSES = ("forward", "forward+backward")
 CAUSAL_PASSES = ("causal forward", "causal forward+backward")
 SDPA = "sdpa"
 STEP = "training step"
+_MEASURED = ["attn", "dotf", "num_features", "threads"]
 
 
 class Cost(Report):
@@ -27,32 +27,26 @@ class Cost(Report):
     order = 40
 
     def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
-        frame, setting = comparison.frame, comparison.setting
-        found = frame[frame.quantity.str.startswith("bench_")]
-        if found.empty:
-            return
-        timings = widened(found, "bench_", ["attn", "dotf", "num_features", "threads", "length", "direction"])
+        results, timings = comparison.results, comparison.results.bench
         passes = timings[timings.direction.isin((*PASSES, *CAUSAL_PASSES))]
         if not passes.empty:
-            yield _lead_table(passes, setting)
-            yield _table("cost", "Time, memory and error of one attention", passes, setting)
+            yield _lead_table(passes, results)
+            yield _table("cost", "Time, memory and error of one attention", passes, results)
             for quantity, name, axis in (
                 ("milliseconds", "time", "milliseconds (median)"),
                 ("peak_memory_mb", "memory", "peak memory (MB)"),
             ):
-                for directions, stem in ((PASSES, name), (CAUSAL_PASSES, f"causal-{name}")):
-                    shown = first_listed(passes[passes.direction.isin(directions)])
-                    if not shown.empty:
-                        yield _figure(frame, shown, directions, quantity, stem, axis, setting)
+                yield from _figure(comparison, PASSES, quantity, name, axis)
+                yield from _figure(comparison, CAUSAL_PASSES, quantity, f"causal-{name}", axis)
         steps = timings[timings.direction == STEP]
         if not steps.empty:
-            yield _table("step", "Time and memory of one training step of the whole model", steps, setting)
+            yield _table("step", "Time and memory of one training step of the whole model", steps, results)
 
 
-def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Table:
+def _table(name: str, title: str, timings: pd.DataFrame, results: Results) -> Table:
     shown = [
         {
-            **named((row["attn"], row["dotf"])),
+            "mechanism": label((row["attn"], row["dotf"])),
             "features": str(row["num_features"] or MISSING),
             "threads": str(row["threads"]),
             "length": f"{row['length']:,}",
@@ -68,12 +62,12 @@ def _table(name: str, title: str, timings: pd.DataFrame, setting: Setting) -> Ta
     return Table(
         name=name,
         title=title,
-        values=timings,
+        values=timings[[*_MEASURED, "length", "direction", *BENCH_VALUES]],
         shown=pd.DataFrame(shown),
         caption="Medians and interquartile ranges; speed-up: against torch's scaled_dot_product_attention, causal "
         "where the mechanism is, more than 1 is faster; error: relative to the exact result in float64; unsteady: the "
         "interquartile range is more than the median, so that a speed-up would mean nothing.",
-        provenance=setting.bench_caption(),
+        provenance=results.bench_caption(),
     )
 
 
@@ -93,10 +87,9 @@ def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
     Returns:
         0 where it is below 1 at all lengths, infinity where it is not at the last.
     """
-    behind = [index for index, ratio in enumerate(ratios) if not ratio < 1]
-    if not behind:
+    last = max((index for index, ratio in enumerate(ratios) if not ratio < 1), default=-1)
+    if last == -1:
         return 0.0
-    last = behind[-1]
     if last == len(lengths) - 1:
         return math.inf
     before, after = math.log(ratios[last]), math.log(ratios[last + 1])
@@ -120,22 +113,22 @@ def _leads(own: pd.DataFrame, sdpa: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _lead_table(timings: pd.DataFrame, setting: Setting) -> Table:
-    keys = ["attn", "dotf", "num_features", "threads"]
+def _lead_table(timings: pd.DataFrame, results: Results) -> Table:
     rows, shown = [], []
-    for (attn, dotf, num_features, threads), own in timings[timings.attn != SDPA].groupby(keys, sort=False):
-        texts = {}
+    sdpa = timings[timings.attn == SDPA]
+    for key, own in timings[timings.attn != SDPA].groupby(_MEASURED, sort=False):
+        measured: dict[str, Any] = dict(zip(_MEASURED, key, strict=True))
+        name = label((measured["attn"], measured["dotf"]))
+        features, threads = str(measured["num_features"] or MISSING), str(measured["threads"])
+        shown.append({"mechanism": name, "features": features, "threads": threads})
         for direction in (*PASSES, *CAUSAL_PASSES):
-            measured = own[own.direction == direction]
-            sdpa = timings[(timings.attn == SDPA) & (timings.threads == threads) & (timings.direction == direction)]
-            texts[direction] = MISSING
-            if set(measured.length) & set(sdpa.length):
-                found = _leads(measured, sdpa)
-                texts[direction] = _lead_text(found)
-                rows.append(dict(zip(keys, (attn, dotf, num_features, threads), strict=True)))
-                rows[-1] |= {"direction": direction, **found}
-        name = named((str(attn), str(dotf)))
-        shown.append({**name, "features": str(num_features or MISSING), "threads": str(threads), **texts})
+            mine = own[own.direction == direction]
+            exact = sdpa[(sdpa.threads == measured["threads"]) & (sdpa.direction == direction)]
+            shown[-1][direction] = MISSING
+            if set(mine.length) & set(exact.length):
+                found = _leads(mine, exact)
+                shown[-1][direction] = _lead_text(found)
+                rows.append(measured | {"direction": direction} | found)
     return Table(
         name="cost-lead",
         title="The length from which on a mechanism is faster than torch's exact attention",
@@ -144,7 +137,7 @@ def _lead_table(timings: pd.DataFrame, setting: Setting) -> Table:
         caption="Against torch's scaled_dot_product_attention (causal: with is_causal), interpolated between measured "
         "lengths on logarithmic axes; in brackets with both times off by half of their interquartile ranges. CSV: 0 is "
         "below the shortest measured length, inf never.",
-        provenance=setting.bench_caption(),
+        provenance=results.bench_caption(),
     )
 
 
@@ -160,33 +153,27 @@ def _lead_text(found: dict[str, float]) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _figure(
-    frame: pd.DataFrame,
-    timings: pd.DataFrame,
-    directions: Sequence[str],
-    quantity: str,
-    name: str,
-    axis: str,
-    setting: Setting,
-) -> Figure:
-    canvas, panels = new_canvas(9, 3.8, panels=len(directions))
-    mechanisms = list(dict.fromkeys(zip(timings.attn, timings.dotf, strict=True)))
-    lengths = sorted(timings.length.unique())
+def _figure(comparison: Comparison, directions: Sequence[str], quantity: str, name: str, axis: str) -> Iterator[Figure]:
+    """Yield the figure of these directions, if they were measured."""
+    timings = comparison.results.first_timings()
+    timings = timings[timings.direction.isin(directions)]
+    if timings.empty:
+        return
+    canvas, panels = new_canvas(9, 3.8, panels=len(directions), columns=len(directions))
     for axes, direction in zip(panels, directions, strict=True):
-        for mechanism in mechanisms:
+        for mechanism in dict.fromkeys(zip(timings.attn, timings.dotf, strict=True)):
             rows = rows_of(timings[timings.direction == direction], mechanism)
-            axes.plot(rows.length, rows[quantity], label=label(mechanism), linewidth=1.5, **style(frame, mechanism))
-        axes.set_xscale("log", base=2)
+            look = comparison.style(mechanism) | {"linewidth": 1.5}
+            axes.plot(rows.length, rows[quantity], label=label(mechanism), **look)
         set_log(axes, "y")
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
-        axes.xaxis.set_minor_locator(NullLocator())
+        set_doubling(axes, timings.length, rotation=45)
         axes.set(xlabel="length", title=direction)
     panels[0].set_ylabel(axis)
     add_legend(panels[-1])
-    return Figure(
+    yield Figure(
         name=f"bench-{name}",
         title=f"{name.replace('-', ' ').capitalize()} of one attention over the length of the sequence",
         canvas=canvas,
         caption="Medians.",
-        provenance=setting.bench_caption(),
+        provenance=comparison.results.bench_caption(),
     )

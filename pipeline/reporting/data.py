@@ -1,6 +1,7 @@
 """What the models were trained and tested on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -8,17 +9,7 @@ from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._table import Table
 
-COLUMNS = {
-    "train": "train",
-    "dev": "dev",
-    "test": "test",
-    "classes": "classes",
-    "vocabulary": "vocabulary",
-    "median": "median length",
-    "p95": "95 % below",
-    "longest": "longest",
-    "max_length": "cut at",
-}
+HEADINGS = {"median": "median length", "p95": "95 % below", "max_length": "cut at"}
 
 
 class Data(Report):
@@ -28,29 +19,31 @@ class Data(Report):
     order = 85
 
     def make(self, comparison: Comparison) -> Iterator[Table]:
-        frame, setting = comparison.frame, comparison.setting
-        found = frame[frame.quantity.str.startswith("data_")]
-        if found.empty:
+        results = comparison.results
+        tasks = [task for task in results.tasks if task in results.data]
+        if not tasks:
             return
-        wide = found.pivot(index="task", columns="quantity", values="value").rename(
-            columns=lambda name: name.removeprefix("data_")
-        )
-        tasks = [task for task in setting.tasks if task in wide.index]
-        values = wide.loc[tasks, list(COLUMNS)].reset_index()
-        values.insert(1, "data", [setting.data[task].label for task in tasks])
-        shown = pd.DataFrame(
-            {
-                "task": tasks,
-                "data": [setting.data[task].label for task in tasks],
-                **{heading: [f"{value:,.0f}" for value in values[name]] for name, heading in COLUMNS.items()},
-            }
-        )
-        notes = [f"{task}: {note}" for task in tasks for note in setting.data[task].notes]
+        found = [results.data[task] for task in tasks]
+        texts = pd.DataFrame({"task": tasks, "data": [summary["label"] for summary in found]})
+        counts = pd.DataFrame([_counts(summary) for summary in found])
         yield Table(
             name="data",
             title="Numbers of examples, and lengths of texts in tokens before they are cut",
-            values=values,
-            shown=shown,
-            caption=" ".join(notes),
-            provenance=setting.caption(tasks),
+            values=texts.join(counts),
+            shown=texts.join(counts.map("{:,.0f}".format).rename(columns=HEADINGS)),
+            caption=" ".join(f"{task}: {note}" for task in tasks for note in results.data[task]["notes"]),
+            provenance=results.caption(tasks),
         )
+
+
+def _counts(summary: Mapping[str, Any]) -> dict[str, float]:
+    lengths = summary["lengths"]
+    return {
+        **{split: summary["splits"][split] for split in ("train", "dev", "test")},
+        "classes": summary["num_classes"],
+        "vocabulary": summary["vocab_size"],
+        "median": lengths["median"],
+        "p95": lengths["p95"],
+        "longest": lengths["max"],
+        "max_length": summary["max_length"],
+    }

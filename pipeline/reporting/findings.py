@@ -1,13 +1,14 @@
 """What the numbers say, in sentences made from them, and what they do not show."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from pipeline.host.text import counted
 from pipeline.reporting import Report
-from pipeline.reporting._comparison import Comparison, OnTask
-from pipeline.reporting._mechanisms import Mechanism, has_ppsbn, label, rows_of
+from pipeline.reporting._comparison import CONTROL, Comparison, OnTask
+from pipeline.reporting._mechanisms import label
+from pipeline.reporting._results import CELL
 from pipeline.reporting._statistics import LEAST_SEEDS
 from pipeline.reporting._table import Text, show_interval, show_number
 
@@ -22,59 +23,59 @@ class Findings(Report):
     order = 0
 
     def make(self, comparison: Comparison) -> Iterator[Text]:
-        shown = [line for on_task in comparison.tasks.values() for line in _on_task(comparison, on_task)]
+        shown = [line for task, on_task in comparison.tasks.items() for line in _on_task(comparison, task, on_task)]
         shown += [*_attention_matters(comparison), *_on_ppsbn(comparison)]
         yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",), "findings")
-        missing = [line for on_task in comparison.tasks.values() for line in _open(comparison, on_task)]
-        yield Text("What they do not show", tuple([*_in_general(comparison), *missing]), "limits")
+        missing = [line for task, on_task in comparison.tasks.items() for line in _open(comparison, task, on_task)]
+        yield Text("What they do not show", (*_in_general(comparison), *missing), "limits")
 
 
-def _on_task(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
-    task, best = on_task.task, on_task.best()
+def _on_task(comparison: Comparison, task: str, on_task: OnTask) -> Iterator[str]:
+    best = on_task.best
     if best is None:
         return
-    others = [mechanism for mechanism in on_task.means if mechanism != best]
+    others = len(on_task.means) - 1
     start = f"{task}: {label(best)} is highest with {on_task.means[best]:.1f} %"
     tied = [mechanism for mechanism in on_task.leaders() if mechanism != best]
     if not others:
         yield f"{start}; nothing else is finished."
     elif not tied:
-        yield f"{start}, significantly above {'the other one' if len(others) == 1 else f'all {len(others)} others'}."
-    elif len(tied) == len(others):
-        yield f"{start}, not significantly above {'the other one' if len(others) == 1 else 'any other'}."
+        yield f"{start}, significantly above {'the other one' if others == 1 else f'all {others} others'}."
+    elif len(tied) == others:
+        yield f"{start}, not significantly above {'the other one' if others == 1 else 'any other'}."
     else:
-        rest = _others(len(others) - len(tied))
-        yield f"{start}: significantly above {rest}, not significantly above {_listed(tied)}."
-    yield from _on_baseline(comparison, on_task)
+        rest = others - len(tied)
+        above = "the other one" if rest == 1 else f"the other {rest}"
+        yield f"{start}: significantly above {above}, not significantly above {_joined(map(label, tied))}."
+    yield from _on_baseline(comparison, task, on_task)
 
 
-def _on_baseline(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
+def _on_baseline(comparison: Comparison, task: str, on_task: OnTask) -> Iterator[str]:
     """Say which mechanisms passed the best baseline with no seed, and which with some only."""
-    task, baseline = on_task.task, comparison.best_baseline(on_task.task)
+    baseline = comparison.best_baseline(task)
     if baseline is None:
         return
-    never = [mechanism for mechanism in on_task.means if comparison.never_passed(task, mechanism)]
     steps = {mechanism: comparison.steps_to_pass(task, mechanism) for mechanism in on_task.means}
-    passed = {mechanism: (int(np.isfinite(found).sum()), len(found)) for mechanism, found in steps.items()}
-    partly = sorted((m for m, (some, every) in passed.items() if 0 < some < every), key=lambda m: passed[m][0])
+    passed = {mechanism: int(np.isfinite(found).sum()) for mechanism, found in steps.items()}
+    never = [label(mechanism) for mechanism in on_task.means if comparison.never_passed(task, mechanism)]
+    partly = [mechanism for mechanism, found in passed.items() if 0 < found < len(steps[mechanism])]
+    counts = [f"{label(m)} ({passed[m]} of {len(steps[m])})" for m in sorted(partly, key=lambda m: passed[m])]
     named = f"“{baseline.name}”, which scores {baseline.accuracy:.1f} % without a model"
     if never:
-        who = "no mechanism" if len(never) == len(on_task.means) else f"no seed of {_listed(never)}"
+        who = "no mechanism" if len(never) == len(on_task.means) else f"no seed of {_joined(never)}"
         yield f"{task}: {who} passed the baseline {named}: such an accuracy is no sign of having learned more."
-    if partly:
-        counts = [f"{label(m)} ({passed[m][0]} of {passed[m][1]})" for m in partly[:_NAMED]]
-        more = [f"{len(partly) - _NAMED} more"] if len(partly) > _NAMED else []
-        yield f"{task}: only some seeds of {_joined([*counts, *more])} passed the baseline {named}."
-    if not never and not partly:
+    if counts:
+        yield f"{task}: only some seeds of {_joined(counts)} passed the baseline {named}."
+    if not never and not counts:
         yield f"{task}: every seed of every mechanism passed the baseline {named}."
 
 
-def _others(count: int) -> str:
-    return "the other one" if count == 1 else f"the other {count}"
-
-
 def _attention_matters(comparison: Comparison) -> Iterator[str]:
-    rows = comparison.planned(comparison.setting.reference)
+    """Compare the reference with uniform attention of the same former: does it matter where one attends?"""
+    others = comparison.others_of(CONTROL)
+    rows = comparison.versus(
+        {one: other for one, other in others.items() if one[0] == comparison.results.reference and one[2] == other[2]}
+    )
     for row in rows:
         found = row.difference
         one, other = label(row.mechanism), label(row.other)
@@ -92,7 +93,7 @@ def _attention_matters(comparison: Comparison) -> Iterator[str]:
 
 def _on_ppsbn(comparison: Comparison) -> Iterator[str]:
     """Name the largest significant effects of ppSBN, and say how many there are of either sign."""
-    rows = comparison.ppsbn()
+    rows = comparison.versus(comparison.without_ppsbn())
     if not rows:
         return
     found = sorted((row for row in rows if row.significant), key=lambda row: -abs(row.difference.estimate))
@@ -106,76 +107,60 @@ def _on_ppsbn(comparison: Comparison) -> Iterator[str]:
     )
 
 
-def _open(comparison: Comparison, on_task: OnTask) -> Iterator[str]:
-    task, setting = on_task.task, comparison.setting
-    judged = {pair: found for pair, found in on_task.differences.items() if found.seeds > 1}
+def _open(comparison: Comparison, task: str, on_task: OnTask) -> Iterator[str]:
+    margin = comparison.results.margin
+    judged = [row for row in on_task.pairs if row.difference.seeds > 1]
     if judged:
-        significant = sum(on_task.significant[pair] for pair in judged)
-        equal = sum(not on_task.significant[pair] and found.margin < setting.margin for pair, found in judged.items())
-        smallest = float(np.median([found.smallest for found in judged.values()]))
-        examples = next(scores.shares.shape[1] for key, scores in setting.scores.items() if key[0] == task)
+        significant = sum(row.significant for row in judged)
+        equal = sum(not row.significant and row.is_equal(margin) for row in judged)
+        smallest = float(np.median([row.difference.smallest for row in judged]))
+        examples = comparison.results.scores[task, judged[0].mechanism].shares.shape[1]
         yield (
             f"{task}: of {counted(len(judged), 'pair')} {significant} differ significantly, {equal} are equal within "
-            f"{setting.margin:g} point{'' if setting.margin == 1 else 's'}, and "
+            f"{margin:g} point{'' if margin == 1 else 's'}, and "
             f"{len(judged) - significant - equal} stay open. With these seeds and {examples:,} test examples a true "
             f"difference has to be about {smallest:.1f} points to be seen in four of five cases, before any correction."
         )
-    rising = _still_rising(comparison, task)
-    cells = sum(key[0] == task for key in comparison.passed)
+    curves, cells = (frame[frame.task == task] for frame in (comparison.results.curves, comparison.results.cells))
+    last = curves.groupby(CELL).step.max()
+    rising = int((cells.set_index(CELL).best_step.reindex(last.index) == last).sum())
     if rising:
         yield (
-            f"{task}: {rising} of {counted(cells, 'cell')} were best at their last evaluation and may not have stopped "
-            "learning."
+            f"{task}: {rising} of {counted(len(last), 'cell')} were best at their last evaluation and may not have "
+            "stopped learning."
         )
 
 
-def _still_rising(comparison: Comparison, task: str) -> int:
-    frame = comparison.frame
-    best = frame[(frame.quantity == "best_step") & (frame.task == task)].dropna()
-    curves = frame[(frame.quantity == "curve_dev_accuracy") & (frame.task == task)]
-    last = curves.groupby(["attn", "dotf", "former", "seed"]).step.max()
-    keys = zip(best.attn, best.dotf, best.former, best.seed, strict=True)
-    return sum(step == last.get(key) for key, step in zip(keys, best.value, strict=True))
-
-
 def _in_general(comparison: Comparison) -> Iterator[str]:
-    setting = comparison.setting
-    seeds = len(setting.seeds)
+    results = comparison.results
+    seeds, cells = len(results.seeds), len(results.cells)
     if seeds < 2:
         yield "There is one seed: no difference can be tested."
     elif seeds < LEAST_SEEDS:
         yield f"{seeds} seeds are too few for p-values; intervals are wide, and what is not significant may yet differ."
-    confounded = _confounded(comparison)
+    others = comparison.others_of(results.reference)
+    confounded = [label(mechanism) for mechanism, other in others.items() if mechanism[2] != other[2]]
     if confounded:
         yield (
-            f"{setting.reference} did not run with the same ppSBN as {_listed(confounded)}: their difference from it "
+            f"{results.reference} did not run with the same ppSBN as {_joined(confounded)}: their difference from it "
             "is that of ppSBN, too."
         )
-    if setting.num_finished < setting.num_cells:
-        yield f"{setting.num_cells - setting.num_finished} of {counted(setting.num_cells, 'cell')} are not finished."
-    if setting.unavailable:
-        yield f"There are no prepared data, and so no results, for {', '.join(setting.unavailable)}."
-    if len(setting.tasks) == 1:
+    if results.num_finished < cells:
+        yield f"{cells - results.num_finished} of {counted(cells, 'cell')} are not finished."
+    if results.unavailable:
+        yield f"There are no prepared data, and so no results, for {', '.join(results.unavailable)}."
+    if len(results.tasks) == 1:
         yield "There is one task: nothing is said about others."
-    if not setting.bench.circumstances:
+    if results.bench.empty:
         yield "There is no benchmark: nothing is said about time and memory."
-    frame = comparison.frame
-    if setting.tasks and rows_of(frame[frame.quantity == "test_accuracy"], (setting.reference,)).empty:
-        yield f"{setting.reference}, which the others would be compared with, is not in the grid."
-
-
-def _confounded(comparison: Comparison) -> list[Mechanism]:
-    """Return mechanisms whose reference has another former than they have."""
-    found = comparison.others_of(comparison.setting.reference)
-    return [mechanism for mechanism, other in found.items() if has_ppsbn(mechanism[2]) != has_ppsbn(other[2])]
-
-
-def _listed(found: Sequence[Mechanism]) -> str:
-    names = [label(mechanism) for mechanism in found[:_NAMED]]
-    more = len(found) - len(names)
-    return _joined([*names, *([f"{more} more"] if more else [])])
+    if results.tasks and results.reference not in set(results.cells.attn):
+        yield f"{results.reference}, which the others would be compared with, is not in the grid."
 
 
 def _joined(words: Iterable[str]) -> str:
-    *first, last = words
+    """Return the first words as a list, and how many there are more."""
+    named = list(words)
+    if len(named) > _NAMED:
+        named[_NAMED:] = [f"{len(named) - _NAMED} more"]
+    *first, last = named
     return f"{', '.join(first)} and {last}" if first else last

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 
@@ -17,39 +18,35 @@ class Setup(Report):
     order = 95
 
     def make(self, comparison: Comparison) -> Iterator[Text | Table]:
-        setting = comparison.setting
+        results = comparison.results
         yield Text(
             "",
             (
-                f"Seeds: {', '.join(map(str, setting.seeds)) or 'none'}. At one seed all mechanisms start from the "
+                f"Seeds: {', '.join(map(str, results.seeds)) or 'none'}. At one seed all mechanisms start from the "
                 "same weights and see the same batches.",
-                f"Code: git revision {', '.join(setting.cells.revisions) or 'none yet'}.",
-                f"Device: {', '.join(setting.cells.devices) or 'none yet'}; "
-                f"torch {', '.join(setting.cells.torch) or 'none yet'}.",
-                f"To make it again: schoenbat-exp use {setting.profile} && schoenbat-exp run --grid",
-                f"All tables are computed from the files in runs/{setting.profile}.",
+                f"Code: git revision {results.revisions}.",
+                f"Device: {results.devices}; torch {results.torch}.",
+                f"To make it again: schoenbat-exp use {results.profile} && schoenbat-exp run --grid",
+                f"All tables are computed from the files in runs/{results.profile}.",
             ),
         )
-        sections = {task: setting.params.task[task] for task in setting.tasks}
-        written = {task: asdict(found.model) | asdict(found.training) for task, found in sections.items()}
-        names = dict.fromkeys(name for options in written.values() for name in options)
-        if written:
-            shown = [
-                {"option": name.replace("_", " ")}
-                | {task: _text(options.get(name)) for task, options in written.items()}
-                for name in names
-            ]
-            yield Table(
-                name="setup",
-                title="Model and training of each task",
-                values=pd.DataFrame([{"task": task, **options} for task, options in written.items()]),
-                shown=pd.DataFrame(shown),
-                caption="The section of a mechanism may replace options of training.",
-                provenance=setting.caption(),
-            )
+        sections = {task: results.params.task[task] for task in results.tasks}
+        if not sections:
+            return
+        options = {task: asdict(section.model) | asdict(section.training) for task, section in sections.items()}
+        values = pd.DataFrame.from_dict(options, orient="index", dtype=object)
+        shown = values.map(_text).T.rename(index=lambda name: name.replace("_", " "))
+        yield Table(
+            name="setup",
+            title="Model and training of each task",
+            values=values.infer_objects().rename_axis("task").reset_index(),
+            shown=shown.rename_axis("option").reset_index(),
+            caption="The section of a mechanism may replace options of training.",
+            provenance=results.caption(),
+        )
 
 
-def _text(value: object) -> str:
-    if value is None:
+def _text(value: Any) -> str:
+    if pd.isna(value):
         return MISSING
     return f"{value:,}" if isinstance(value, int) else str(value)

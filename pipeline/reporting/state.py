@@ -1,17 +1,20 @@
 """What a mechanism recalls against what it keeps of the tokens before."""
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._mechanisms import Mechanism, keyed, label, mechanisms, named, rows_of, style
-from pipeline.reporting._output import Figure, add_legend, keep_within_percent, new_canvas, set_log
-from pipeline.reporting._setting import Setting
-from pipeline.reporting._table import MISSING, Table
+from pipeline.reporting._figure import Figure, draw_accuracy
+from pipeline.reporting._mechanisms import Mechanism, keyed, label
+from pipeline.reporting._results import Results
+from pipeline.reporting._table import Table, show_number
 from schoenbat.registry import base_name
+
+Sizes = Mapping[Mechanism, float]
+_READING = "State: bytes that causal attention keeps of the tokens before, in all layers, at the length of the task."
 
 
 class State(Report):
@@ -21,67 +24,51 @@ class State(Report):
     order = 45
 
     def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
-        frame, setting = comparison.frame, comparison.setting
-        sizes = frame[frame.quantity == "state_bytes"].dropna()
-        tested = {task for task, _ in setting.scores}
-        tasks = [task for task in setting.tasks if task in tested & set(sizes.task)]
-        if not tasks:
-            return
-        yield _table(frame, sizes, tasks, setting)
-        for task in tasks:
-            yield _figure(frame, sizes[sizes.task == task], task, setting)
+        sizes = {task: found for task in comparison.tasks if (found := _sizes(comparison.results, task))}
+        if sizes:
+            yield _table(comparison, sizes)
+        for task, found in sizes.items():
+            yield _figure(comparison, task, found)
 
 
-_READING = "State: bytes that causal attention keeps of the tokens before, in all layers, at the length of the task."
+def _sizes(results: Results, task: str) -> Sizes:
+    """Return the size of the state of each mechanism that is tested on a task."""
+    cells = results.cells[results.cells.task == task].dropna(subset="state_bytes")
+    mechanisms = zip(cells.attn, cells.dotf, cells.former, strict=True)
+    sizes = dict(zip(mechanisms, cells.state_bytes, strict=True))
+    return {mechanism: size for mechanism, size in sizes.items() if results.scores_of(task, mechanism).seeds}
 
 
-def _table(frame: pd.DataFrame, sizes: pd.DataFrame, tasks: list[str], setting: Setting) -> Table:
+def _table(comparison: Comparison, sizes: Mapping[str, Sizes]) -> Table:
     values, shown = [], []
-    for mechanism in mechanisms(frame):
-        texts = {}
-        for task in tasks:
-            own = rows_of(sizes[sizes.task == task], mechanism).value
-            scores = setting.scores.get((task, mechanism))
-            found = {"task": task, **keyed(mechanism)}
-            texts[f"{task}: state"] = texts[f"{task}: accuracy"] = MISSING
-            if len(own) and scores is not None:
-                accuracy = float(scores.accuracies.mean())
-                texts |= {f"{task}: state": f"{own.iloc[0]:,.0f}", f"{task}: accuracy": f"{accuracy:.2f}"}
-                values.append(found | {"state_bytes": int(own.iloc[0]), "accuracy": accuracy})
-        shown.append(named(mechanism) | texts)
+    for mechanism in comparison.mechanisms:
+        shown.append({"mechanism": label(mechanism)})
+        for task, of_task in sizes.items():
+            size, accuracy = of_task.get(mechanism, math.nan), math.nan
+            if mechanism in of_task:
+                accuracy = comparison.results.scores_of(task, mechanism).mean
+                values.append({"task": task, **keyed(mechanism), "state_bytes": int(size), "accuracy": accuracy})
+            shown[-1] |= {f"{task}: state": show_number(size, ",.0f"), f"{task}: accuracy": show_number(accuracy)}
     return Table(
         name="state",
         title="Size of the state in bytes, and test accuracy in percent",
         values=pd.DataFrame(values),
         shown=pd.DataFrame(shown),
         caption=_READING,
-        provenance=setting.caption(tasks),
+        provenance=comparison.results.caption(list(sizes)),
     )
 
 
-def _figure(frame: pd.DataFrame, sizes: pd.DataFrame, task: str, setting: Setting) -> Figure:
-    canvas, (axes,) = new_canvas(7.5, 4)
-    lines: dict[Mechanism, tuple[dict[str, Any], list[tuple[float, float, float]]]] = {}
-    for mechanism in mechanisms(frame):
-        own, scores = rows_of(sizes, mechanism).value, setting.scores.get((task, mechanism))
-        if own.empty or scores is None:
-            continue
+def _figure(comparison: Comparison, task: str, sizes: Sizes) -> Figure:
+    lines: dict[Mechanism, list[tuple[float, Mechanism]]] = {}
+    for mechanism, size in sizes.items():
         attn, dotf, former = mechanism
-        _, points = lines.setdefault((base_name(attn), dotf, former), (style(frame, mechanism), []))
-        spread = scores.accuracies.std(ddof=1) if len(scores.accuracies) > 1 else 0.0
-        points.append((max(1.0, own.iloc[0]), float(scores.accuracies.mean()), float(spread)))
-    for mechanism, (look, points) in lines.items():
-        size, accuracy, spreads = zip(*sorted(points), strict=True)
-        look |= {"markersize": 6, "linewidth": 1, "elinewidth": 0.7, "capsize": 2}
-        axes.errorbar(size, accuracy, yerr=spreads if any(spreads) else None, label=label(mechanism), **look)
-    set_log(axes, "x")
-    axes.set(xlabel="bytes of state", ylabel="test accuracy (%)", title=setting.heading(task))
-    keep_within_percent(axes)
-    add_legend(axes)
+        lines.setdefault((base_name(attn), dotf, former), []).append((max(1.0, size), mechanism))
+    look = {"markersize": 6, "linewidth": 1, "elinewidth": 0.7, "capsize": 2}
     return Figure(
         name=f"state-{task}",
         title=f"Test accuracy of {task} against the size of the state",
-        canvas=canvas,
+        canvas=draw_accuracy(comparison, task, lines, "bytes of state", **look),
         caption=f"{_READING} Bars: sample standard deviation over seeds. Lines: variants of one mechanism.",
-        provenance=setting.caption([task]),
+        provenance=comparison.results.caption([task]),
     )

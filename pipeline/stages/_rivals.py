@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,18 @@ def installed_rivals(*, heads: int, head_dim: int, num_features: int, device: to
             )
             # The configuration takes no None here, though the attention does: an untrained convolution only adds noise.
             config.__dict__["conv_kernel_size"] = None
-            attend = _Nystromformer(NystromformerSelfAttention(config), heads * head_dim).to(device)
-            yield Rival("transformers-nystromformer", attend, multiple_of=num_features)
+            yield Rival("transformers-nystromformer", _attend_by(NystromformerSelfAttention(config)), num_features)
 
 
-class _Nystromformer(nn.Module):
-    """The attention between the projections, which are replaced by slices of what stands for the hidden states."""
+def _attend_by(attention: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the attention between the projections, in whose place parts of what stands for the hidden states go."""
+    for part, name in enumerate(("query", "key", "value")):
+        delattr(attention, name)
+        setattr(attention, name, lambda joined, part=part: joined.chunk(3, -1)[part])
 
-    def __init__(self, attention: Any, width: int) -> None:
-        super().__init__()
-        self.attention = attention
-        for part, name in enumerate(("query", "key", "value")):
-            setattr(attention, name, _Slice(part * width, width))
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attention.seq_len = query.shape[-2]
+        (attended,) = attention(torch.cat([x.transpose(1, 2).flatten(-2) for x in (query, key, value)], -1))
+        return torch.as_tensor(attended).unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.attention.seq_len = query.shape[-2]
-        joined = torch.cat([x.transpose(1, 2).flatten(-2) for x in (query, key, value)], -1)
-        (attended,) = self.attention(joined)
-        return attended.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
-
-
-class _Slice(nn.Module):
-    def __init__(self, start: int, width: int) -> None:
-        super().__init__()
-        self.start, self.width = start, width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., self.start : self.start + self.width]
+    return attend

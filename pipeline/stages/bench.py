@@ -28,9 +28,8 @@ import dataclasses
 import functools
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import timeit
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,30 +53,8 @@ from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.training import add_gradients, examples_at_once
 from schoenbat.norm import pre_sbn
 
-COLUMNS = (
-    "attn",
-    "dotf",
-    "length",
-    "direction",
-    "milliseconds",
-    "spread",
-    "peak_memory_mb",
-    "relative_error",
-    "speedup_vs_sdpa",
-    "threads",
-    "batch",
-    "heads",
-    "head_dim",
-    "dtype",
-    "num_features",
-    "repeats",
-    "device",
-    "torch",
-    "git_revision",
-)
 CHECKS = ("attn", "dotf", "length", "direction", "num_features", "threads", "relative_error")
 DOTF = "exp"
-SDPA = ("sdpa", None)
 EXACT = ("sdpa", "softmax", "kernelized")
 EXACT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 ESTIMATE_TOLERANCE = 1.0
@@ -86,9 +63,9 @@ SAMPLE_SECONDS = 0.02
 """A sample repeats a short call for about so long."""
 STEP_BATCH, STEP_LENGTH, STEP_VOCABULARY = 32, 4096, 257
 
-PASSES = ("forward", "forward+backward")
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Call = Callable[[], Any]
+Row = dict[str, Any]
 K = TypeVar("K")
 
 
@@ -122,17 +99,9 @@ class Contender:
     causal: Attend | None = None
     multiple_of: int = 1
 
-    @property
-    def key(self) -> tuple[str, int | None]:
-        return self.attn, self.num_features
-
     def can_bear(self, length: int, max_quadratic_length: int) -> bool:
-        affordable = not self.quadratic or self.key == SDPA or length <= max_quadratic_length
+        affordable = not self.quadratic or self.attn == "sdpa" or length <= max_quadratic_length
         return affordable and length % self.multiple_of == 0
-
-    def forms(self) -> dict[str, Attend]:
-        """Return what it can compute, by what stands before the names of `PASSES`."""
-        return {"": self.attend} if self.causal is None else {"": self.attend, "causal ": self.causal}
 
 
 def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
@@ -144,33 +113,32 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
         UserError: the device of `run.device` is not there.
         TrainingFailed: a mechanism is further from the exact result than it may be.
     """
-    device = get_device(params.run.device)
+    device, repeats = get_device(params.run.device), params.bench.repeats
     # The profiler's library would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    rows: list[dict[str, Any]] = []
+    timed: list[Row] = []
     contenders = list(_contenders(params, shape, device))
     for threads in params.bench.threads:
         prepare_host(threads)
         for length in params.bench.lengths:
             able = [c for c in contenders if c.can_bear(length, params.bench.max_quadratic_length)]
-            rows += _bench_length(able, shape, length, params.bench.repeats, device)
+            timed += _time(_passes(able, shape, length, device), "sdpa", repeats, device)
         if params.bench.step:
-            rows += _bench_step(params, device)
+            timed += _time(_training_steps(params, device), "softmax", repeats, device)
     setting = {
         "heads": shape.heads,
-        "repeats": params.bench.repeats,
         "head_dim": shape.head_dim,
         "dtype": str(shape.dtype).removeprefix("torch."),
+        "repeats": repeats,
         "device": describe_device(device),
         "torch": torch.__version__,
         "git_revision": git_revision(),
     }
-    complete = [setting | row for row in rows]
-    write_csv(out, COLUMNS, [["" if row[name] is None else row[name] for name in COLUMNS] for row in complete])
-    errors = [(row, row["relative_error"]) for row in rows if row["relative_error"] is not None]
-    checks = [row | {"relative_error": f"{error:.1e}"} for row, error in errors]
-    write_csv(out.with_name("bench-checks.csv"), CHECKS, [[row[name] for name in CHECKS] for row in checks])
-    print(f"{len(rows)} rows: {out}")
+    write_csv(out, [row | setting for row in timed])
+    errors = [(row, row["relative_error"]) for row in timed if row["relative_error"] is not None]
+    checks = [{name: row[name] for name in CHECKS} | {"relative_error": f"{error:.1e}"} for row, error in errors]
+    write_csv(out.with_name("bench-checks.csv"), checks)
+    print(f"{len(timed)} rows: {out}")
 
 
 def _contenders(params: Params, shape: Shape, device: torch.device) -> Iterator[Contender]:
@@ -207,59 +175,118 @@ def _inputs(shape: Shape, length: int, device: torch.device) -> tuple[Tensor, Te
     return query, key, value
 
 
-def _bench_length(
-    contenders: Sequence[Contender], shape: Shape, length: int, repeats: int, device: torch.device
-) -> list[dict[str, Any]]:
+def _passes(
+    contenders: Sequence[Contender], shape: Shape, length: int, device: torch.device
+) -> Iterator[tuple[Row, Call]]:
+    """Yield the passes to be timed at one length, as rows that say what each is, after a check of their results."""
     inputs = _inputs(shape, length, device)
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(length + 1)).to(device, shape.dtype)
 
-    def calls(attend: Attend) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        def forward() -> None:
-            with torch.no_grad():
-                attend(*inputs)
+    def forward(attend: Attend) -> None:
+        with torch.no_grad():
+            attend(*inputs)
 
-        def both() -> None:
-            torch.autograd.grad(attend(*inputs), inputs, weight, allow_unused=True)
+    def both(attend: Attend) -> None:
+        torch.autograd.grad(attend(*inputs), inputs, weight, allow_unused=True)
 
-        return forward, both
-
-    tasks, errors = {}, {}
     for contender in contenders:
-        for form, attend in contender.forms().items():
-            found = _errors(contender, form, inputs, weight)
-            for name, call, error in zip(PASSES, calls(attend), found, strict=True):
-                tasks[contender, form + name], errors[contender, form + name] = call, error
-    samples = _interleaved(tasks, repeats, device)
-    baselines = {direction: samples[contender, direction] for contender, direction in tasks if contender.key == SDPA}
-    rows = []
-    for (contender, direction), call in tasks.items():
-        row = {
-            "attn": contender.attn,
-            "dotf": contender.dotf,
-            "length": length,
-            "direction": direction,
-            "batch": shape.batch,
-            "num_features": contender.num_features,
-            "relative_error": errors[contender, direction],
-            "threads": torch.get_num_threads(),
-            "peak_memory_mb": _peak_memory_mb(call, device),
-            **_summary(samples[contender, direction], baselines[direction]),
+        for form, attend in (("", contender.attend), ("causal ", contender.causal)):
+            if attend is None:
+                continue
+            errors = _errors(contender, form, attend, inputs, weight)
+            for name, call, error in zip(("forward", "forward+backward"), (forward, both), errors, strict=True):
+                what = {
+                    "attn": contender.attn,
+                    "dotf": contender.dotf,
+                    "length": length,
+                    "direction": form + name,
+                    "relative_error": error,
+                    "batch": shape.batch,
+                    "num_features": contender.num_features,
+                }
+                yield what, functools.partial(call, attend)
+
+
+def _training_steps(params: Params, device: torch.device) -> Iterator[tuple[Row, Call]]:
+    """Yield an optimiser step of the LRA model on full-length Text batches, of softmax and of `bench.step`."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
+    labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)
+    key_mask = torch.ones_like(tokens, dtype=torch.bool)
+    size = examples_at_once(tokens, device)
+    split = zip(tokens.split(size), key_mask.split(size), labels.split(size), strict=True)
+    parts = [Batch(some, mask, truth, len(truth)) for some, mask, truth in split]
+
+    def step(model: Classifier, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.zero_grad()
+        add_gradients(model, parts, device)
+        optimiser.step()
+
+    for attn in dict.fromkeys(["softmax", *params.bench.step]):
+        found = ATTENTIONS.get(attn)
+        config: Any = build_config(found.Config, params.attention.get(attn), f"attention.{attn}")
+        what = {
+            "attn": attn,
+            "dotf": DOTF if found.needs_kernel else None,
+            "length": STEP_LENGTH,
+            "direction": "training step",
+            "relative_error": None,
+            "batch": STEP_BATCH,
+            "num_features": getattr(config, "num_features", None),
         }
-        rows.append(row)
+        model = _step_model(params, attn).to(device)
+        yield what, functools.partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+
+
+def _time(passes: Iterable[tuple[Row, Call]], reference: str, repeats: int, device: torch.device) -> Iterator[Row]:
+    """Yield a row with the times and the memory of each pass; speed-ups are over the same pass of `reference`."""
+    rows, calls = zip(*passes, strict=True)
+    samples = _interleaved(dict(enumerate(calls)), repeats, device)
+    quartiles = {number: np.percentile(times, (25, 50, 75)).tolist() for number, times in samples.items()}
+    baselines = {row["direction"]: quartiles[number][1] for number, row in enumerate(rows) if row["attn"] == reference}
+    for number, (what, call) in enumerate(zip(rows, calls, strict=True)):
+        low, median, high = quartiles[number]
+        memory, error = _peak_memory_mb(call, device), what["relative_error"]
         print(
-            f"{length:>6} {contender.attn:<12} {contender.num_features or '':>5} {direction:<24} "
-            f"{row['milliseconds']:10.3f} ms {row['peak_memory_mb']:9.2f} MB  error {row['relative_error']:.1e}",
+            f"{what['length']:>6} {what['attn']:<12} {what['num_features'] or '':>5} {what['direction']:<24} "
+            f"{median:10.3f} ms {memory:9.2f} MB{'' if error is None else f'  error {error:.1e}'}",
             flush=True,
         )
-    return rows
+        yield {
+            **what,
+            "milliseconds": median,
+            "spread": high - low,
+            "peak_memory_mb": memory,
+            "speedup_vs_sdpa": baselines[what["direction"]] / median,
+            "threads": torch.get_num_threads(),
+        }
 
 
-def _errors(contender: Contender, form: str, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[float, float]:
+def _step_model(params: Params, attn: str) -> Classifier:
+    dotf, former = (DOTF, "maclauformer") if ATTENTIONS.get(attn).needs_kernel else (None, "transformer")
+    return build_model(
+        vocab_size=STEP_VOCABULARY,
+        num_classes=2,
+        num_texts=1,
+        max_length=STEP_LENGTH,
+        model=ModelConfig(),
+        attn=attn,
+        attention=params.attention.get(attn),
+        dotf=dotf,
+        former=former,
+        former_config=params.former.get(former, FormerConfig()),
+        seed=0,
+    )
+
+
+def _errors(
+    contender: Contender, form: str, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor
+) -> tuple[float, float]:
     """Return relative errors of outputs and of gradients; raise TrainingFailed where they may not be timed."""
     length = inputs[0].shape[-2]
     picked = torch.linspace(0, length - 1, min(length, CHECKED_QUERIES), device=weight.device).long()
     weight = weight[..., picked, :]
-    output = contender.forms()[form](*inputs)[..., picked, :]
+    output = attend(*inputs)[..., picked, :]
     gradients = torch.autograd.grad(output, inputs, weight, allow_unused=True)
     query, key, value = (x.detach().double().requires_grad_() for x in inputs)
     allowed = torch.arange(length, device=weight.device) <= picked[:, None] if form else None
@@ -284,7 +311,7 @@ def _relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return (wrong / sum(float(b.square().sum()) for b in truth)) ** 0.5
 
 
-def _interleaved(tasks: Mapping[K, Callable[[], Any]], repeats: int, device: torch.device) -> dict[K, list[float]]:
+def _interleaved(tasks: Mapping[K, Call], repeats: int, device: torch.device) -> dict[K, list[float]]:
     """Return milliseconds per call, `repeats` samples of each; every other round runs the tasks backwards."""
     loops = {}
     for name, call in tasks.items():
@@ -298,34 +325,20 @@ def _interleaved(tasks: Mapping[K, Callable[[], Any]], repeats: int, device: tor
     return samples
 
 
-def _seconds(call: Callable[[], Any], loops: int, device: torch.device) -> float:
+def _seconds(call: Call, loops: int, device: torch.device) -> float:
     if device.type == "cuda":
-        stream = torch.cuda.current_stream(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        first.record(stream)
+        first.record(torch.cuda.current_stream(device))
         for _ in range(loops):
             call()
-        last.record(stream)
+        last.record(torch.cuda.current_stream(device))
         last.synchronize()
         return first.elapsed_time(last) / 1e3
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return time.perf_counter() - start
+    return timeit.timeit(call, number=loops)
 
 
-def _summary(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    median = statistics.median(samples)
-    low, high = np.percentile(samples, (25, 75))
-    return {
-        "milliseconds": median,
-        "spread": float(high - low),
-        "speedup_vs_sdpa": statistics.median(baseline) / median,
-    }
-
-
-def _peak_memory_mb(call: Callable[[], Any], device: torch.device) -> float:
+def _peak_memory_mb(call: Call, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -339,64 +352,3 @@ def _peak_memory_mb(call: Callable[[], Any], device: torch.device) -> float:
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(0, *np.cumsum(sizes)) / 2**20
-
-
-def _bench_step(params: Params, device: torch.device) -> list[dict[str, Any]]:
-    """Time an optimiser step of the LRA model on full-length Text batches: `bench.step` against softmax."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
-    labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)
-    key_mask = torch.ones_like(tokens, dtype=torch.bool)
-    size = examples_at_once(tokens, device)
-    split = zip(tokens.split(size), key_mask.split(size), labels.split(size), strict=True)
-    parts = [Batch(some, mask, truth, len(truth)) for some, mask, truth in split]
-
-    def step(attn: str) -> Callable[[], None]:
-        model = _step_model(params, attn).to(device)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-        def call() -> None:
-            optimiser.zero_grad()
-            add_gradients(model, parts, device)
-            optimiser.step()
-
-        return call
-
-    direction = "training step"
-    tasks = {attn: step(attn) for attn in dict.fromkeys(["softmax", *params.bench.step])}
-    samples = _interleaved(tasks, params.bench.repeats, device)
-    rows = []
-    for attn, call in tasks.items():
-        config: Any = build_config(ATTENTIONS.get(attn).Config, params.attention.get(attn), f"attention.{attn}")
-        row = {
-            "attn": attn,
-            "dotf": DOTF if ATTENTIONS.get(attn).needs_kernel else None,
-            "length": STEP_LENGTH,
-            "direction": direction,
-            "batch": STEP_BATCH,
-            "num_features": getattr(config, "num_features", None),
-            "relative_error": None,
-            "threads": torch.get_num_threads(),
-            "peak_memory_mb": _peak_memory_mb(call, device),
-            **_summary(samples[attn], samples["softmax"]),
-        }
-        rows.append(row)
-        print(f"{attn}: one training step {row['milliseconds']:.0f} ms, {row['peak_memory_mb']:.0f} MB", flush=True)
-    return rows
-
-
-def _step_model(params: Params, attn: str) -> Classifier:
-    dotf, former = (DOTF, "maclauformer") if ATTENTIONS.get(attn).needs_kernel else (None, "transformer")
-    return build_model(
-        vocab_size=STEP_VOCABULARY,
-        num_classes=2,
-        num_texts=1,
-        max_length=STEP_LENGTH,
-        model=ModelConfig(),
-        attn=attn,
-        attention=params.attention.get(attn),
-        dotf=dotf,
-        former=former,
-        former_config=params.former.get(former, FormerConfig()),
-        seed=0,
-    )

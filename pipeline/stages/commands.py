@@ -32,6 +32,7 @@ _OUTCOMES: dict[type[Exception], tuple[str, int]] = {
     DataUnavailable: ("unavailable", 3),
     UserError: ("usage", 2),
     OutOfMemory: ("memory", 1),
+    MemoryError: ("memory", 1),
     TrainingFailed: ("failed", 1),
     Stopped: ("stopped", STOPPED),
 }
@@ -57,6 +58,11 @@ def option(
 ) -> Any:
     """Return an option as `typer.Annotated` takes it; `names` completes its value in the shell."""
     return typer.Option(*flags, help=about, autocompletion=names, rich_help_panel=panel, **more)
+
+
+def argument(about: str, names: Callable[..., list[str]] | None = None, **more: Any) -> Any:
+    """Return an argument as `typer.Annotated` takes it; `names` completes it in the shell."""
+    return typer.Argument(help=about, autocompletion=names, **more)
 
 
 _CELL = "The cell"
@@ -135,7 +141,7 @@ def numerics(profile: Profile = None) -> None:
 
 @_add("golden golden.npz", "golden golden.npz --cell lra-text-softmax-transformer-42")
 def golden(
-    out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    out: Annotated[Path, argument("The .npz file to write.")],
     cell: Annotated[list[str] | None, option("Only this cell; repeat for more.", names=completion.cell)] = None,
     profile: Profile = None,
 ) -> None:
@@ -233,15 +239,24 @@ def exit_code(commands: Callable[..., Any], arguments: Sequence[str] | None) -> 
         return _fail("usage", " ".join(error.format_message().split()), error.exit_code)
     except tuple(_OUTCOMES) as error:
         return _fail(
-            *next((how, str(error), code) for kind, (how, code) in _OUTCOMES.items() if isinstance(error, kind))
+            *next(
+                (how, str(error) or kind.__name__, code)
+                for kind, (how, code) in _OUTCOMES.items()
+                if isinstance(error, kind)
+            )
         )
     except OSError as error:
         return _fail("crash", f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except Exception as error:  # noqa: BLE001 - of what nobody has foreseen, the place is told
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        told = f"{what} ({frame.f_code.co_filename}:{line}); {PROGRAM} --debug ... shows all of it"
+        return _fail("failed", told, 1, traced=OUTCOME_VARIABLE in os.environ)
 
 
-def _fail(kind: str, message: str, code: int) -> int:
+def _fail(kind: str, message: str, code: int, *, traced: bool = False) -> int:
     """Show the error, and hand it to the grid that started this command, if one did."""
-    if DEBUG_VARIABLE in os.environ:
+    if traced or DEBUG_VARIABLE in os.environ:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     outcome = os.environ.get(OUTCOME_VARIABLE)

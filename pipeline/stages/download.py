@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.grid.freshness import PROVENANCE, hash_file, named_files, raw_folder, read_provenance
-from pipeline.grid.params import Params, task_section
+from pipeline.grid.params import Params, section_of
 from pipeline.host.files import write_json
 from pipeline.host.progress import Meter
 from schoenbat.errors import DataUnavailable, UserError
@@ -21,7 +21,7 @@ def run(params: Params, task: str) -> None:
         DataUnavailable: no source could be reached, or the only one is too large; the message says what to do.
         UserError: an unknown task, or a mirror that is no folder.
     """
-    section = task_section(params, task)
+    section = section_of(params.task, "task", task)
     mirror = params.data.mirror_folder
     if mirror is not None and not mirror.is_dir():
         raise UserError(f"the data mirror {mirror} is not a folder")

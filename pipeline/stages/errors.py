@@ -15,7 +15,7 @@ without spreads. `benchmarks/estimators.py` measures the same figures on random 
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.grid.cells import Cell, data_meta
-from pipeline.grid.freshness import data_folder
+from pipeline.grid.cells import Cell, prepared_data, resolve
 from pipeline.grid.params import Params
 from pipeline.grid.results import CellResults
 from pipeline.host.devices import prepare_host
 from pipeline.host.files import git_revision, write_csv
-from pipeline.stages.train import model_of
 from schoenbat.attention import Attention, scale_and_widen
 from schoenbat.errors import UserError
 from schoenbat.estimate import Estimate
@@ -40,30 +38,13 @@ from schoenbat.features.positive import PositiveRandom
 from schoenbat.features.sketch import Sketch
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.lra.data.arrays import Dataset
+from schoenbat.lra.encoder import Classifier
 from schoenbat.lra.training import load_model
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import kernel_attention
 
 MEASURES = ("kernel_error", "output_error", "unexplained")
 SPREADS = ("kernel_spread", "output_spread", "unexplained_spread")
-COLUMNS = (
-    "points",
-    "argument",
-    "dotf",
-    "estimator",
-    "num_features",
-    "kernel_error",
-    "kernel_spread",
-    "output_error",
-    "output_spread",
-    "unexplained",
-    "unexplained_spread",
-    "tokens",
-    "draws",
-    "head_dim",
-    "torch",
-    "git_revision",
-)
 MAX_DEGREE = 20
 EXAMPLES = 4
 """Test examples that vectors are taken from."""
@@ -98,6 +79,7 @@ class Truth:
         return float(known[0]), float(known[1]), float(off / (self.output - self.uniform).norm())
 
 
+Row = dict[str, Any]
 Features = FeatureMap | Callable[[Tensor], Tensor]
 Draw = Callable[[torch.Generator], Features]
 """Draws features from a generator."""
@@ -117,7 +99,7 @@ def run(params: Params, cell: Cell, out: Path) -> None:
     query, key, _ = vectors
     largest = float((query @ key.mT).abs().max())
     units = all(bool((x.norm(dim=-1) < 1 + 1e-5).all()) for _, seen in layers for x in (seen.query, seen.key))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for dotf in KERNELS.names():
         kernel = KERNELS.get(dotf)()
         if largest >= kernel.radius:
@@ -127,16 +109,15 @@ def run(params: Params, cell: Cell, out: Path) -> None:
         if dotf == cell.dotf and isinstance(getattr(layers[0][0], "features", None), FeatureMap):
             rows.append(_measure_own(cell, kernel, layers, vectors))
         print(f"{dotf}: done", flush=True)
+    about = {"points": f"trained {cell.id}", "argument": "<q, k>/sqrt(d)"}
     setting = {
-        "points": f"trained {cell.id}",
-        "argument": "<q, k>/sqrt(d)",
         "tokens": query.shape[-2],
         "draws": params.errors.draws,
         "head_dim": query.shape[-1],
         "torch": torch.__version__,
         "git_revision": git_revision(),
     }
-    write_csv(out, COLUMNS, [[(setting | row)[name] for name in COLUMNS] for row in rows])
+    write_csv(out, [about | row | setting for row in rows])
     print(f"{len(rows)} rows: {out}")
 
 
@@ -145,10 +126,10 @@ def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
     best = CellResults(params.profile, cell.id).best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
-    model = model_of(cell, params, data_meta(cell, params))
+    data: Dataset = prepared_data(params.profile, cell.task)
+    model: Classifier = resolve(params, cell).build_model(data.meta)
     model.load_state_dict(load_model(best)[0])
-    dataset = Dataset(data_folder(params.profile, cell.task))
-    batch = dataset.batch("test", torch.arange(EXAMPLES).numpy())
+    batch = data.batch("test", torch.arange(EXAMPLES).numpy())
     tokens = min(params.errors.tokens, int(batch.key_mask.sum(-1).min()))
     if tokens < 2:
         raise UserError(f"the first test examples of {cell.task} are too short to measure errors on")
@@ -169,38 +150,28 @@ def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
 @torch.no_grad()
 def measure(
     dotf: str, kernel: Kernel, sets: list[Vectors], scale: float, budgets: Sequence[int], units: bool = True
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Yield one row per estimator and number of features; set i is for draw i.
 
     Args:
         scale: the largest argument of the kernel, if all vectors are `units` times its root.
         budgets: numbers of features.
     """
-    head_dim = sets[0].query.shape[-1]
     truths = [Truth.of(kernel, vectors) for vectors in sets]
     for num_features in budgets:
-        for name, draw in _estimators(dotf, kernel, head_dim, num_features, scale).items():
+        for name, draw in _estimators(dotf, kernel, sets[0].query.shape[-1], num_features, scale).items():
             found = []
             for seed, (vectors, truth) in enumerate(zip(sets, truths, strict=True)):
                 features = draw(torch.Generator().manual_seed(seed))
                 found.append(truth.errors(_weights(features, vectors), _output(features, vectors, units)))
             columns = list(zip(*found, strict=True))
-            yield {
-                "dotf": dotf,
-                "estimator": name,
-                "num_features": num_features,
-                **dict(zip(MEASURES, map(statistics.fmean, columns), strict=True)),
-                **dict(zip(SPREADS, map(statistics.stdev, columns), strict=True)),
-            }
+            yield _row(dotf, name, num_features, map(statistics.fmean, columns), map(statistics.stdev, columns))
 
 
 @torch.no_grad()
-def _measure_own(
-    cell: Cell, kernel: Kernel, layers: list[tuple[Attention, Vectors]], vectors: Vectors
-) -> dict[str, Any]:
+def _measure_own(cell: Cell, kernel: Kernel, layers: list[tuple[Attention, Vectors]], vectors: Vectors) -> Row:
     """Return the row of the draw that the cell was trained with, by its own mechanisms on their own vectors."""
-    weights, outputs = [], []
-    num_features = 0
+    weights, outputs, num_features = [], [], 0
     for module, (query, key, value) in layers:
         features = module.features
         assert isinstance(features, FeatureMap)
@@ -208,40 +179,41 @@ def _measure_own(
         weights.append(_weights(features, Vectors(*scale_and_widen(query, key, value))))
         outputs.append(module(query[None], key[None], value[None])[0])
     errors = Truth.of(kernel, vectors).errors(torch.cat(weights), torch.cat(outputs))
+    return _row(str(cell.dotf), f"{cell.attn} as trained", num_features, errors, [None] * len(errors))
+
+
+def _row(dotf: str, estimator: str, num_features: int, errors: Iterable[float], spreads: Iterable[float | None]) -> Row:
+    """Return a row with each error before its spread."""
+    named = zip(zip(MEASURES, errors, strict=True), zip(SPREADS, spreads, strict=True), strict=True)
     return {
-        "dotf": cell.dotf,
-        "estimator": f"{cell.attn} as trained",
-        "num_features": num_features,
-        **dict(zip(MEASURES, errors, strict=True)),
-        **dict.fromkeys(SPREADS),
+        **{"dotf": dotf, "estimator": estimator, "num_features": num_features},
+        **{name: value for pair in named for name, value in pair},
     }
 
 
 def _estimators(dotf: str, kernel: Kernel, head_dim: int, num_features: int, scale: float) -> Mapping[str, Draw]:
     """Return the estimators that exist at `num_features`, by name."""
     seed = torch.Generator()
-
-    def redrawn(features: Any) -> Draw:
-        def draw(generator: torch.Generator) -> Features:
-            features.resample(generator)
-            return features
-
-        return draw
-
-    def estimate(estimator: str) -> FeatureMap:
+    found: dict[str, Draw] = {}
+    for name, estimator in (("rmfa", "maclaurin"), ("rmfa-sketch", "sketch")):
         settings = Estimate(kernel, num_features, estimator, normalize=True, max_degree=MAX_DEGREE)
-        return settings.make(head_dim, scale, seed)
-
-    found = {"rmfa": redrawn(estimate("maclaurin")), "rmfa-sketch": redrawn(estimate("sketch"))}
+        found[name] = _redrawn(settings.make(head_dim, scale, seed))
     if num_features > head_dim and kernel.coefficient(0) > 0:
         found["taylor1"] = lambda _: _linear_features(kernel)
     if dotf == "exp":
-        found["FAVOR+"] = redrawn(PositiveRandom(head_dim=head_dim, num_features=num_features, generator=seed))
+        found["FAVOR+"] = _redrawn(PositiveRandom(head_dim=head_dim, num_features=num_features, generator=seed))
         if num_features % 2 == 0:
-            found["random Fourier"] = redrawn(
-                RandomFourier(head_dim=head_dim, num_features=num_features, generator=seed)
-            )
+            fourier = RandomFourier(head_dim=head_dim, num_features=num_features, generator=seed)
+            found["random Fourier"] = _redrawn(fourier)
     return found
+
+
+def _redrawn(features: Any) -> Draw:
+    def draw(generator: torch.Generator) -> Features:
+        features.resample(generator)
+        return features
+
+    return draw
 
 
 def _linear_features(kernel: Kernel) -> Features:

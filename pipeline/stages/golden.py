@@ -8,16 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.grid.axes import Cell
+from pipeline.grid.cells import Cell, prepared_data, resolve
 from pipeline.grid.code import check_code
-from pipeline.grid.freshness import data_folder
-from pipeline.grid.params import Params, cell_training
+from pipeline.grid.params import Params
 from pipeline.host.devices import get_device, prepare_host
-from pipeline.host.files import read_json
-from pipeline.stages.train import model_of
-from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
-from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.training import fit, load_model, predict, save_model
 
 STEPS = 4
@@ -48,18 +43,15 @@ def golden_record(params: Params, cell: Cell) -> dict[str, np.ndarray]:
 
     Everything but the number of steps is as the cell has it, and all that a cell runs is run: see the test of that.
     """
-    folder = data_folder(params.profile, cell.task)
-    if not (folder / "meta.json").is_file():
-        raise UserError(f"no prepared data for {cell.task} ({folder})")
-    config = replace(cell_training(params, cell), steps=STEPS, warmup_steps=STEPS // 2, eval_every=STEPS // 2)
-    dataset, device = Dataset(folder), get_device("cpu")
-    model = model_of(cell, params, read_json(folder / "meta.json"))
+    setup, data, device = resolve(params, cell), prepared_data(params.profile, cell.task), get_device("cpu")
+    config = replace(setup.training, steps=STEPS, warmup_steps=STEPS // 2, eval_every=STEPS // 2)
+    model = setup.build_model(data.meta)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, best = Path(scratch, "last.pt"), Path(scratch, "best.pt")
-        result = fit(model, dataset, config, seed=cell.seed, device=device, checkpoint=checkpoint)
+        result = fit(model, data, config, seed=cell.seed, device=device, checkpoint=checkpoint)
         save_model(best, model, {})
         model.load_state_dict(load_model(best)[0])
-    predictions = predict(model, dataset, "dev", batch_size=config.batch_size, device=device)
+    predictions = predict(model, data, "dev", batch_size=config.batch_size, device=device)
     weights = torch.cat([value.detach().flatten().double() for value in model.state_dict().values()])
     losses = [(row.train_loss, row.dev_loss, row.train_accuracy, row.dev_accuracy) for row in result.evaluations]
     outputs = np.append(predictions.log_probability, predictions.score().loss)

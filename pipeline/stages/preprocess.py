@@ -1,7 +1,7 @@
 """Stage `preprocess`: the arrays of one task that training reads."""
 
 from pipeline.grid.freshness import Freshness, data_folder, raw_folder, summary_file
-from pipeline.grid.params import Params, task_section
+from pipeline.grid.params import Params, section_of
 from pipeline.grid.settings import params_file, read_yaml
 from pipeline.host.files import write_json
 from schoenbat.errors import UserError
@@ -17,7 +17,7 @@ def run(params: Params, task: str) -> None:
     Raises:
         UserError: an unknown task, or raw files that have not been downloaded.
     """
-    section = task_section(params, task)
+    section = section_of(params.task, "task", task)
     raw = raw_folder(task)
     if not (raw / "provenance.json").is_file():
         raise UserError(f"no raw data for {task} in {raw}; get it with: schoenbat-exp download --task {task}")

@@ -21,5 +21,5 @@ def run(params: Params, *, reference: str, margin: float, force: bool) -> None:
     ATTENTIONS.get(reference)
     if not 0 < margin <= 100:
         raise UserError(f"--margin must lie between 0 and 100 points, not {margin:g}")
-    reporting.build(params.profile, params, Path(), reference=reference, margin=margin, force=force)
+    reporting.build(params, Path(), reference=reference, margin=margin, force=force)
     print(f"report: reports/{params.profile}/index.html")

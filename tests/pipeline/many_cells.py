@@ -100,7 +100,7 @@ def measure(recorded: bool) -> None:
 
     timed("results made up", make_up_results)
     timed("status", take_snapshot)
-    timed("report", lambda: reporting.build("tiny", params, Path()))
+    timed("report", lambda: reporting.build(params, Path()))
     print(f"{len(cells)} cells, {done} jobs")
     if recorded:
         for name in ("bench.csv", "bench-checks.csv"):

@@ -1,13 +1,15 @@
 """DVC's stages are those that the names, paths and fingerprints of cells stand for, and both find the same changes."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project_folder import Project, make_up_results
+from project_folder import ROOT, Project, make_up_results
 
 from pipeline.grid.axes import data_stage_names, stage_names
 from pipeline.grid.cells import expand
@@ -125,3 +127,40 @@ def test_a_change_concerns_only_what_depends_on_it_and_dvc_says_the_same(recorde
     weights.chmod(0o644)
     weights.write_text("others")
     assert set(json.loads(dvc("status", "--json"))) >= {softmax, softmax.replace("train", "evaluate")}
+
+
+def test_dvc_itself_works_in_a_project_without_git_once_a_grid_has_asked_it(
+    project: Project, invoke: Callable[..., tuple[int, str, str]]
+) -> None:
+    project.add_dvc()
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    Path(".dvc/config.local").write_text("[cache]\n    type = copy\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        dvc("status")
+    assert invoke("run", "--grid", "--dry-run")[0] == 0
+    assert "report@tiny" in dvc("status")
+    assert "type = copy" in Path(".dvc/config.local").read_text()
+
+
+def test_a_job_of_dvc_waits_for_another_process_of_dvc_and_says_for_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".dvc/tmp").mkdir(parents=True)
+    Path("job.json").write_text(json.dumps([{"name": "report", "command": "dvc --version"}]))
+    command = [sys.executable, "-c", "print(flush=True); input()", "dvc"]
+    pipes: Any = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, **pipes) as other:
+        # Before it runs it has no command yet.
+        other.stdout.readline()
+        holder = {"pid": other.pid, "cmd": "dvc repro"}
+        Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {"curves.csv": holder}}))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCHOENBAT_OUTCOME_FILE": str(tmp_path / "outcome.json")}
+        job = [sys.executable, "-m", "pipeline.launch.worker", "job.json"]
+        with subprocess.Popen(job, env=environment, **pipes) as worker:
+            assert worker.stdout.readline() == "> dvc --version\n"
+            assert worker.stdout.readline() == f"waits for the end of: dvc repro (process {other.pid})\n"
+            assert worker.poll() is None
+            other.communicate("\n")
+            said, _ = worker.communicate(timeout=60)
+    assert (worker.returncode, said.count(".")) == (0, 2), said

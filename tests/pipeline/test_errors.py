@@ -9,12 +9,12 @@ import torch
 from project_folder import Project
 
 from pipeline import reporting
-from pipeline.grid.cells import data_meta, expand, select
+from pipeline.grid.cells import expand, prepared_data, resolve, select
 from pipeline.grid.params import load_params
 from pipeline.grid.results import CellResults
 from pipeline.host.files import write_csv
+from pipeline.reporting._results import ERROR_SETTING
 from pipeline.stages import errors
-from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS, KernelAttention
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
@@ -87,7 +87,7 @@ def test_the_vectors_of_a_trained_cell_are_used_and_its_own_draw(project: Projec
         assert invoke(command, "--task", "lra-listops")[0] == 0
     params = load_params()
     trained, _ = select(expand(params), group=[group])
-    model = model_of(trained, params, data_meta(trained, params))
+    model = resolve(params, trained).build_model(prepared_data("tiny", trained.task).meta)
     save_model(CellResults("tiny", trained.id).best, model, {})
     code, _, err = invoke("errors", "--group", group)
     assert code == 0, err
@@ -112,7 +112,8 @@ def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Pro
     project.set("errors.trained", [measured, missing])
     rows = [
         {
-            **dict.fromkeys(errors.COLUMNS, "x"),
+            **dict.fromkeys(ERROR_SETTING, "x"),
+            "points": f"trained {measured}-0",
             "dotf": dotf,
             "estimator": estimator,
             "num_features": size,
@@ -126,8 +127,8 @@ def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Pro
         if (estimator, size) != ("rmfa", 16)
     ]
     path = Path(f"runs/tiny/errors/{measured}.csv")
-    write_csv(path, errors.COLUMNS, [[row[name] for name in errors.COLUMNS] for row in rows])
-    reporting.build("tiny", load_params(), Path())
+    write_csv(path, rows)
+    reporting.build(load_params(), Path())
     folder = Path("reports/tiny")
     table = (folder / "tables/errors.md").read_text()
     assert table.count("| rmfa-sketch ") == 2

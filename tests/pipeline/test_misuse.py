@@ -107,7 +107,7 @@ def test_what_nobody_foresaw_is_one_line_too_and_a_traceback_with_debug(tmp_path
     ):
         assert shown.returncode == 1
         assert shown.stderr.startswith("Traceback")
-        assert shown.stderr.endswith("AssertionError: no such luck\n")
+        assert f"\nAssertionError: no such luck\n{quiet.stderr}" in shown.stderr
 
 
 def test_debug_shows_where_an_error_of_the_user_was_found(

@@ -21,7 +21,7 @@ from small_grid import MEAN, RMFA, make_small, start_grid
 
 from pipeline.grid import numerics
 from pipeline.grid.axes import stage_names
-from pipeline.grid.cells import expand
+from pipeline.grid.cells import expand, resolve
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.numerics import component_digests, digest, write_numerics
 from pipeline.grid.params import cell_training, load_params
@@ -29,7 +29,6 @@ from pipeline.grid.results import CellResults
 from pipeline.host.files import read_json
 from pipeline.stages import download, preprocess
 from pipeline.stages.golden import golden_record
-from pipeline.stages.train import model_of
 from schoenbat.attention import ATTENTIONS
 from schoenbat.kernels import KERNELS
 from schoenbat.lra.data.arrays import Dataset
@@ -385,10 +384,10 @@ def test_every_function_that_runs_for_a_cell_is_in_its_digests(
         if meta["causal"] and not ATTENTIONS.get(name).has_causal_form:
             continue
         # For what is imported meanwhile.
-        model_of(cell, params, meta)
+        resolve(params, cell).build_model(meta)
         executed, device = Executed(), torch.device("cpu")
         with executed:
-            dataset, model = Dataset(folder), model_of(cell, params, meta)
+            dataset, model = Dataset(folder), resolve(params, cell).build_model(meta)
             config, checkpoint = cell_training(params, cell), tmp_path / f"{cell.id}.pt"
             fit(model, dataset, config, seed=0, device=device, checkpoint=checkpoint, on_step=lambda report: None)
             save_model(tmp_path / "best.pt", model, {})
@@ -438,7 +437,7 @@ def test_golden_steps_run_what_a_cell_runs(
     config = dataclasses.replace(cell_training(params, cell), steps=12, eval_every=4)
 
     def whole() -> None:
-        dataset, model = Dataset(folder), model_of(cell, params, read_json(folder / "meta.json"))
+        dataset, model = Dataset(folder), resolve(params, cell).build_model(read_json(folder / "meta.json"))
         fit(model, dataset, config, seed=0, device=device, checkpoint=tmp_path / "a.pt", on_step=lambda report: None)
         save_model(tmp_path / "best.pt", model, {})
         model.load_state_dict(load_model(tmp_path / "best.pt")[0])

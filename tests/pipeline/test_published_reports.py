@@ -22,7 +22,7 @@ def test_every_number_of_a_published_report_follows_from_its_raw_files(profile: 
 def test_a_published_report_is_what_its_results_give_when_it_is_built_again(tmp_path: Path) -> None:
     """Tables and texts have the same bytes; of figures, whose drawing may differ, the texts are the same."""
     (tmp_path / "runs").symlink_to(ROOT / "runs")
-    reporting.build(SMALLEST, load_params(ROOT / f"profiles/{SMALLEST}.yaml"), tmp_path)
+    reporting.build(load_params(ROOT / f"profiles/{SMALLEST}.yaml"), tmp_path)
     kept, built = ROOT / "reports" / SMALLEST, tmp_path / "reports" / SMALLEST
     names = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
     assert names == {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}

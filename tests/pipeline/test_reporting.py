@@ -20,11 +20,10 @@ from pipeline.grid.cells import Cell, expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import Params, load_params
 from pipeline.grid.results import CellResults, Fingerprint
-from pipeline.reporting._collect import collect
 from pipeline.reporting._comparison import Comparison, OnTask
-from pipeline.reporting._latex import escape_latex
-from pipeline.reporting._output import Figure
-from pipeline.reporting._table import Table, Text, show_interval, show_number
+from pipeline.reporting._figure import Figure
+from pipeline.reporting._results import collect
+from pipeline.reporting._table import Table, Text, escape_latex, show_interval, show_number
 from pipeline.reporting.accuracy import Accuracy
 from pipeline.reporting.cost import leads_from
 from pipeline.reporting.differences import Differences
@@ -150,7 +149,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "params.yaml").write_text(PARAMS)
     params = load_params(root / "params.yaml")
     write_everything(root, params)
-    reporting.build("cpu", params, root)
+    reporting.build(params, root)
     return root
 
 
@@ -158,7 +157,7 @@ def test_a_complete_report_is_the_same_when_built_again(complete: Path, tmp_path
     first = read_all(complete / "reports")
     shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
     (tmp_path / "reports/cpu/stale.txt").write_text("from an earlier report")
-    reporting.build("cpu", params, tmp_path)
+    reporting.build(params, tmp_path)
     assert read_all(tmp_path / "reports") == first
     assert set(first) == {
         "index.md",
@@ -182,12 +181,11 @@ def test_what_the_numbers_show_is_a_file_to_quote(complete: Path) -> None:
 
 def test_the_figure_of_pairs_shows_what_the_table_of_pairs_says(complete: Path) -> None:
     params = load_params(complete / "params.yaml")
-    frame, setting = collect("cpu", params, complete)
-    comparison = Comparison(frame, dataclasses.replace(setting, margin=20.0))
+    comparison = Comparison(collect(params, complete, margin=20.0))
     made = {each.name: each for each in Differences().make(comparison)}
     pairs = made["pairs"]
     assert isinstance(pairs, Table)
-    for task in setting.tasks:
+    for task in params.grid.tasks:
         figure = made[f"pairs-{task}"]
         assert isinstance(figure, Figure)
         (axes,) = figure.canvas.axes
@@ -206,7 +204,7 @@ def test_the_figure_of_pairs_shows_what_the_table_of_pairs_says(complete: Path) 
 def test_letters_stand_in_a_table_only_where_they_can_be_read() -> None:
     def on_task(letters: str) -> OnTask:
         groups = {(letter, "", "transformer"): letter for letter in letters}
-        return OnTask("lra-text", dict.fromkeys(groups, 50.0), {}, {}, groups)
+        return OnTask(dict.fromkeys(groups, 50.0), [], groups)
 
     assert on_task("abcdef").marks == on_task("abcdef").groups
     assert on_task("abcdefg").marks == {}
@@ -271,7 +269,7 @@ def test_a_mechanism_leads_from_where_it_is_no_longer_overtaken(ratios: list[flo
 
 
 def parts_of(report: reporting.Report, params: Params, root: Path) -> list[Text | Table | Figure]:
-    return list(report.make(Comparison(*collect("cpu", params, root))))
+    return list(report.make(Comparison(collect(params, root))))
 
 
 def test_accuracy_is_mean_and_sample_deviation_over_seeds(complete: Path) -> None:
@@ -303,7 +301,7 @@ def test_every_table_says_how_it_came_about(complete: Path, name: str) -> None:
 def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
     params = dataclasses.replace(params, grid=dataclasses.replace(params.grid, seeds=[42]))
     write_everything(tmp_path, params)
-    reporting.build("cpu", params, tmp_path)
+    reporting.build(params, tmp_path)
     assert "±" not in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "There is one seed: no difference can be tested." in index
@@ -314,7 +312,7 @@ def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
 
 
 def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Params) -> None:
-    reporting.build("cpu", params, tmp_path)
+    reporting.build(params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "0 of 24 cells are finished" in index
     assert "No prepared data, so no results, for lra-text" in index
@@ -328,7 +326,7 @@ def test_what_is_missing_is_named_and_spoils_what_is_over_all_tasks(tmp_path: Pa
     cells = [cell for cell in expand(params) if cell.task == "lra-listops"]
     for cell in cells[1:]:
         write_cell(tmp_path, cell, params)
-    reporting.build("cpu", params, tmp_path)
+    reporting.build(params, tmp_path)
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "11 of 24 cells are finished" in index
     page = (tmp_path / "reports/cpu/index.html").read_text()
@@ -352,9 +350,9 @@ def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, param
     wider["task"][first.task]["model"]["width"] = 32
     write_cell(tmp_path, first, dataclasses.replace(params, written=wider))
     write_cell(tmp_path, second, params, test_code="other code")
-    _, setting = collect("cpu", params, tmp_path)
-    assert f"Left out because they are out of date: {first.id}." in setting.status()
-    assert f"Not finished: {second.id}." in setting.status()
+    status = collect(params, tmp_path).status()
+    assert f"Left out because they are out of date: {first.id}." in status
+    assert f"Not finished: {second.id}." in status
 
 
 DAMAGES = {"json": ["", "{", "[1, 2]", '{"a": 1}'], "csv": ["attn,length\nx", "step,loss\n1,x\n"]}
@@ -373,15 +371,15 @@ def test_a_damaged_result_is_one_line_that_names_it(tmp_path: Path, params: Para
     folder = tmp_path / "runs/cpu" / ("" if name == "bench.csv" else expand(params)[0].group)
     (folder / name).write_text(damage)
     with pytest.raises(UserError, match=f"{name} is damaged"):
-        reporting.build("cpu", params, tmp_path)
+        reporting.build(params, tmp_path)
 
 
 def test_cells_outside_the_grid_are_left_out(tmp_path: Path, params: Params) -> None:
     write_everything(tmp_path, params)
     smaller = dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"]))
-    frame, setting = collect("cpu", smaller, tmp_path)
-    assert set(frame[frame.quantity == "test_accuracy"].task) == {"lra-text"}
-    assert {task for task, _ in setting.scores} == {"lra-text"}
+    results = collect(smaller, tmp_path)
+    assert set(results.cells.task) == {"lra-text"}
+    assert {task for task, _ in results.scores} == {"lra-text"}
 
 
 def test_the_overview_lists_every_profile(tmp_path: Path, params: Params) -> None:
@@ -389,7 +387,7 @@ def test_the_overview_lists_every_profile(tmp_path: Path, params: Params) -> Non
     (tmp_path / "reports/quick/index.md").write_text("# Profile quick\n\nAnother.\n")
     (tmp_path / "reports/short").mkdir(parents=True)
     (tmp_path / "reports/short/index.md").write_text("# Profile short\n")
-    reporting.build("cpu", params, tmp_path)
+    reporting.build(params, tmp_path)
     lines = (tmp_path / "reports/index.md").read_text().splitlines()
     assert lines[2].startswith("- [cpu](cpu/index.md): A note")
     assert lines[3] == "- [quick](quick/index.md): Another."
@@ -411,7 +409,7 @@ def test_a_report_is_not_replaced_by_one_that_shows_fewer_cells(complete: Path, 
     before = read_all(tmp_path / "reports")
     message = r"reports/cpu shows 24 finished cells, a new report would show 0; pass --force to replace it"
     with pytest.raises(UserError, match=message):
-        reporting.build("cpu", params, tmp_path)
+        reporting.build(params, tmp_path)
     assert read_all(tmp_path / "reports") == before
 
 
@@ -463,7 +461,7 @@ def test_cells_that_are_trained_and_not_tested_give_a_report(tmp_path: Path, rec
     for cell in expand(recall):
         CellResults("cpu", cell.id, tmp_path).files()[4].unlink()
     assert parts_of(State(), recall, tmp_path) == []
-    reporting.build("cpu", recall, tmp_path)
+    reporting.build(recall, tmp_path)
     assert "0 of 18 cells are finished" in (tmp_path / "reports/cpu/index.md").read_text()
 
 

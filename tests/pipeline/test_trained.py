@@ -211,14 +211,14 @@ def test_the_card_states_results_data_seed_revision_and_its_code_runs(
 
 
 def test_the_settings_of_an_export_are_a_grid_of_that_cell_alone(trained: Path, invoke: Invoke, tmp_path: Path) -> None:
-    from pipeline.grid.cells import expand, settings
+    from pipeline.grid.cells import expand, resolve
     from pipeline.grid.params import load_params
 
     assert invoke("export", MEAN, str(tmp_path / "exported"))[0] == 0
     params = load_params(tmp_path / "exported/params.yaml")
     (cell,) = expand(params)
     assert cell.id == MEAN
-    assert settings(cell, params) == settings(cell, load_params())
+    assert resolve(params, cell).settings() == resolve(load_params(), cell).settings()
 
 
 def test_an_export_is_refused_where_it_could_not_be_made_again(trained: Path, invoke: Invoke, tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from project_folder import ROOT, Project
 
 from pipeline.grid.axes import Cell, stage_names
-from pipeline.grid.cells import expand, make_cells, settings
+from pipeline.grid.cells import expand, make_cells, resolve
 from pipeline.grid.checked import load_checked
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import cell_training, load_params
-from pipeline.reporting._collect import collect
+from pipeline.reporting._results import collect
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
@@ -61,7 +61,7 @@ def test_a_variant_is_a_point_of_its_axis_with_a_section_of_its_own(varied: Proj
         "lra-listops-rmfa+4-exp-maclauformer+gain2-0",
     ]
     assert make_cells(params, "lra-listops", "rmfa+4", "exp", "maclauformer+gain2", 0) == [SMALL]
-    found = settings(SMALL, params)
+    found = resolve(params, SMALL).settings()
     assert (found["attention"], found["former"]["gain"]) == ({"num_features": 4}, 2.0)
 
 
@@ -81,9 +81,9 @@ def test_a_training_of_its_own_replaces_what_it_names_and_nothing_else(varied: P
 
 def test_captions_name_the_steps_of_what_has_a_training_of_its_own(varied: Project) -> None:
     params = load_params()
-    _, setting = collect(params.profile, params, Path())
+    caption = collect(params, Path()).caption()
     usual = params.task["lra-listops"].training.steps
-    assert f"; steps: lra-listops {usual} (mean+fast transformer 4); " in setting.caption()
+    assert f"; steps: lra-listops {usual} (mean+fast transformer 4); " in caption
 
 
 def test_the_model_of_a_variant_is_that_of_its_settings() -> None:

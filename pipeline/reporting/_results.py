@@ -1,0 +1,253 @@
+"""What the stages of a profile have left, as DataFrames; and how it came about, as captions and status say."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.grid.cells import expand
+from pipeline.grid.freshness import Freshness, summary_file
+from pipeline.grid.params import Params, cell_training
+from pipeline.grid.results import CellResults, Metrics, read_rows
+from pipeline.host.files import read_json
+from pipeline.host.text import counted
+from pipeline.reporting._mechanisms import Mechanism
+from pipeline.reporting._statistics import MARGIN, Scores
+from schoenbat.lra.tasks import TASKS
+from schoenbat.lra.training import Evaluation, Predictions
+
+CELL = ["task", "attn", "dotf", "former", "seed"]
+CELL_VALUES = ["num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"]
+BENCH_TEXTS = ["attn", "dotf", "direction"]
+BENCH_COUNTS = ["num_features", "threads", "length"]
+BENCH_VALUES = ["milliseconds", "peak_memory_mb", "relative_error", "speedup_vs_sdpa", "spread"]
+BENCH_SETTING = ["batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision"]
+ERROR_VALUES = ["kernel_error", "kernel_spread", "output_error", "output_spread", "unexplained", "unexplained_spread"]
+ERROR_SETTING = ["tokens", "draws", "head_dim", "torch", "git_revision"]
+_NO_SCORES = Scores((), np.empty((0, 1)))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of a profile.
+
+    Attributes:
+        cells: one row per cell of the grid: CELL, with "" for no kernel, and CELL_VALUES, NaN until it is finished.
+        curves: one row per evaluation: CELL and the columns of curves/SEED.csv.
+        bench: one row per timing, with the columns of bench.csv; 0 features where a mechanism has none.
+        errors: one row per estimate in a trained cell, with the columns of errors/GROUP.csv and the id as `cell`.
+        data: of each prepared task, the summary of its data.
+        scores: by (task, mechanism), what a mechanism gets right.
+        missing, outdated: ids of cells without current results.
+        trained: what is known of the training of the others.
+        reference: the mechanism that the others are compared with.
+        margin: points of accuracy within which two mechanisms count as equal.
+    """
+
+    params: Params
+    cells: pd.DataFrame
+    curves: pd.DataFrame
+    bench: pd.DataFrame
+    errors: pd.DataFrame
+    data: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[tuple[str, Mechanism], Scores]
+    missing: Sequence[str]
+    outdated: Sequence[str]
+    trained: Sequence[Metrics]
+    reference: str
+    margin: float
+
+    @property
+    def profile(self) -> str:
+        return self.params.profile
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.params.grid.tasks
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.params.grid.seeds
+
+    @property
+    def num_finished(self) -> int:
+        return len(self.cells) - len(self.missing) - len(self.outdated)
+
+    @property
+    def is_check(self) -> bool:
+        """Whether the profile shows that everything works, and no more."""
+        return self.profile.startswith("quick") or len(self.seeds) < 2
+
+    @property
+    def unavailable(self) -> list[str]:
+        """The tasks without prepared data."""
+        return [task for task in self.tasks if task not in self.data]
+
+    def scores_of(self, task: str, mechanism: Mechanism) -> Scores:
+        """Return the scores of all seeds that are finished, which may be none."""
+        return self.scores.get((task, mechanism), _NO_SCORES)
+
+    def first_timings(self) -> pd.DataFrame:
+        """Return the timings at the first of `bench.threads` and, where there are several, of `bench.num_features`."""
+        bench = self.bench
+        firsts = bench.groupby("attn").num_features.transform("first")
+        return bench[(bench.threads == bench.threads.iloc[:1].max()) & (bench.num_features == firsts)]
+
+    def heading(self, task: str) -> str:
+        """Return the task with the first two parts of its data's label, one of which names a subset."""
+        label = self.data[task]["label"] if task in self.data else "no data"
+        return f"{task}: {', '.join(label.split(', ')[:2])}"
+
+    @property
+    def devices(self) -> str:
+        return _listed(f"{metrics.device}, {counted(metrics.threads, 'thread')}" for metrics in self.trained)
+
+    @property
+    def revisions(self) -> str:
+        return _listed(metrics.git_revision for metrics in self.trained)
+
+    @property
+    def torch(self) -> str:
+        return _listed(metrics.torch for metrics in self.trained)
+
+    def caption(self, tasks: Sequence[str] | None = None) -> str:
+        """Describe the circumstances of results on `tasks` (all of them by default) in one line."""
+        tasks = self.tasks if tasks is None else tasks
+        labels = {task: self.data[task]["label"] if task in self.data else "not available" for task in tasks}
+        parts = [
+            self._profile(),
+            "data: " + ", ".join(f"{task} = {label}" for task, label in labels.items()),
+            "steps: " + ", ".join(map(self._steps, tasks)),
+            "seeds: " + ", ".join(map(str, self.seeds)),
+            f"device: {self.devices}",
+            f"git revision: {self.revisions}",
+        ]
+        return "; ".join(parts) + "."
+
+    def bench_caption(self) -> str:
+        """Describe the circumstances of the timings in one line."""
+        return self._circumstances(self.bench, BENCH_SETTING)
+
+    def errors_caption(self) -> str:
+        """Describe the circumstances of the errors of estimates in one line."""
+        groups = {cell.rpartition("-")[0] for cell in self.errors.cell}
+        missing = [group for group in self.params.errors.trained if group not in groups]
+        note = f" Not trained yet, so left out: {', '.join(missing)}." if missing else ""
+        return self._circumstances(self.errors, ERROR_SETTING) + note
+
+    def _circumstances(self, measured: pd.DataFrame, names: Sequence[str]) -> str:
+        values = {name: ", ".join(str(value) for value in measured[name].unique() if value) for name in names}
+        parts = [self._profile(), *(f"{name.replace('_', ' ')}: {found}" for name, found in values.items())]
+        return "; ".join(parts) + "."
+
+    def _profile(self) -> str:
+        return f"Profile {self.profile}: {self.params.note}".rstrip(": .")
+
+    def _steps(self, task: str) -> str:
+        """Return the steps of a task, and of each mechanism and former that has others."""
+        usual = self.params.task[task].training.steps
+        found = {
+            " ".join(filter(None, (cell.attn, cell.dotf, cell.former))): cell_training(self.params, cell).steps
+            for cell in expand(self.params)
+            if cell.task == task
+        }
+        own = "; ".join(f"{name} {steps:,}" for name, steps in found.items() if steps != usual)
+        return f"{task} {usual:,}" + (f" ({own})" if own else "")
+
+    def status(self) -> list[str]:
+        """Return what the report covers and what is missing, as paragraphs of Markdown."""
+        check = ["**This is a check, not a result.**"] if self.is_check else []
+        finished = f"{self.num_finished} of {len(self.cells)} cells are finished."
+        return [self.params.note or "No note.", finished, *check, *self.gaps()]
+
+    def gaps(self) -> list[str]:
+        """Return what is missing and why, as sentences."""
+        sentences = [
+            f"No prepared data, so no results, for {task}: "
+            f"{TASKS.get(task).how_to_get or 'made by schoenbat-exp run --grid.'}"
+            for task in self.unavailable
+        ]
+        without_data = tuple(f"{task}-" for task in self.unavailable)
+        for title, cells in (("Not finished", self.missing), ("Left out because they are out of date", self.outdated)):
+            named = [cell for cell in cells if not cell.startswith(without_data)]
+            if named:
+                sentences.append(f"{title}: {', '.join(named)}.")
+        if self.num_finished and self.bench.empty:
+            sentences.append("No benchmark.")
+        return sentences
+
+
+def collect(params: Params, root: Path, reference: str = "softmax", margin: float = MARGIN) -> Results:
+    """Read the results of the cells of the grid, and what was measured beside them.
+
+    Args:
+        reference, margin: see `Results`.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    folder = root / "runs" / params.profile
+    summaries = {task: root / summary_file(params.profile, task) for task in params.grid.tasks}
+    data = {task: read_json(path) for task, path in summaries.items() if path.is_file()}
+    freshness = Freshness(params.written)
+    cells: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    missing: list[str] = []
+    outdated: list[str] = []
+    trained: list[Metrics] = []
+    predictions: dict[tuple[str, Mechanism], dict[int, Predictions]] = {}
+    for cell in expand(params):
+        results = CellResults(params.profile, cell.id, root)
+        metrics, test = results.metrics(), results.test()
+        mechanism = (cell.attn, cell.dotf or "", cell.former)
+        row: dict[str, Any] = dict(zip(CELL, (cell.task, *mechanism, cell.seed), strict=True))
+        cells.append(row)
+        if metrics is None:
+            missing.append(cell.id)
+            continue
+        wanted = (freshness.settings(cell), data.get(cell.task, {}).get("fingerprint"))
+        if (metrics.fingerprint.settings, metrics.fingerprint.data) != wanted:
+            outdated.append(cell.id)
+            continue
+        trained.append(metrics)
+        curves += [row | evaluation for evaluation in results.curve()]
+        row |= {name: getattr(metrics, name) for name in ("num_parameters", "state_bytes", "best_step")}
+        row |= {"dev_accuracy": metrics.best_dev_accuracy, "dev_loss": metrics.best_dev_loss}
+        found = results.predictions() if test is not None and test.fingerprint == metrics.fingerprint else None
+        if test is None or found is None:
+            missing.append(cell.id)
+            continue
+        row |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
+        predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
+    bench = _read_table([folder / "bench.csv"], [*BENCH_TEXTS, *BENCH_SETTING], BENCH_COUNTS, BENCH_VALUES)
+    paths = [folder / "errors" / f"{group}.csv" for group in params.errors.trained]
+    errors = _read_table(paths, ["points", "dotf", "estimator", *ERROR_SETTING], ["num_features"], ERROR_VALUES)
+    return Results(
+        params,
+        cells=pd.DataFrame(cells, columns=[*CELL, *CELL_VALUES]).astype(dict.fromkeys(CELL_VALUES, float)),
+        curves=pd.DataFrame(curves, columns=[*CELL, *(field.name for field in dataclasses.fields(Evaluation))]),
+        bench=bench,
+        errors=errors.assign(cell=errors.points.str.removeprefix("trained ")),
+        data=data,
+        scores={key: Scores.of(by_seed) for key, by_seed in predictions.items()},
+        missing=missing,
+        outdated=outdated,
+        trained=trained,
+        reference=reference,
+        margin=margin,
+    )
+
+
+def _read_table(paths: Iterable[Path], texts: list[str], counts: list[str], values: list[str]) -> pd.DataFrame:
+    """Return the rows of all files that are there; a count that is empty is 0."""
+    rows = [row for path in paths if path.is_file() for row in read_rows(path, [*counts, *values])]
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys([*texts, *counts, *values])))
+    return table.fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values))) or "none yet"
