@@ -438,6 +438,10 @@ def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calib
             handle.remove()
     if not done:
         raise UserError(f"{type(model).__name__} called no attention layer that schoenbat can calibrate")
+    if not layers:
+        from schoenbat.integrations.layers import record
+
+        record(model)
     return done
 
 

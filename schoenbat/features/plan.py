@@ -114,6 +114,7 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.kernel = kernel
         self._origin = generator.get_state()
+        self._packed: list[Tensor] = []
         self.register_buffer("projection_bits", None, persistent=False)
         self.register_buffer("weight_bits", None, persistent=False)
         self.register_load_state_dict_post_hook(_pack_again)
@@ -143,6 +144,18 @@ class FeatureMap(nn.Module):
         self.projection_bits = self._pack().contiguous().view(torch.int32)
         weights = torch.tensor(self.plan.weights, dtype=torch.float32, device=self.projection_bits.device)
         self.weight_bits = weights.view(torch.int32)
+        self._packed = self._drawn()
+
+    def _drawn(self) -> list[Tensor]:
+        """Return the buffers that hold the draw."""
+        skipped = self._non_persistent_buffers_set
+        return [buffer for name, buffer in self.named_buffers(recurse=False) if name not in skipped]
+
+    def follow_buffers(self) -> None:
+        """Pack again if buffers were exchanged without `load_state_dict`, as loaders of other libraries do."""
+        drawn = self._drawn()
+        if len(drawn) != len(self._packed) or any(x is not y for x, y in zip(drawn, self._packed, strict=True)):
+            self._store()
 
     def projection(self, dtype: torch.dtype) -> Tensor:
         """Return P in `dtype`."""

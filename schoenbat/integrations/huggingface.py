@@ -16,10 +16,10 @@ go through the interface: when it is built with one of our names, when it does a
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
-from schoenbat.calibration import CALIBRATOR, KEPT_AS, Calibrated
+from schoenbat.calibration import CALIBRATOR, Calibrated
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
-from schoenbat.ops.linear import State, attend, extend
+from schoenbat.integrations.layers import assign, estimate_of, features_of, give, kernels_of, record, serves, take_away
+from schoenbat.ops import sparse
+from schoenbat.ops.linear import attend, extend
 from schoenbat.ops.reference import AttentionInputs
+from schoenbat.ops.sparse import HeadKernels
 
 _HARMLESS = {
     "cache_position",
@@ -63,6 +66,7 @@ _OF_ONE_SEQUENCE = {
 }
 
 
+EXACT = Estimate(num_features=None)
 _ESTIMATES: dict[str, Estimate] = {}
 
 
@@ -79,35 +83,91 @@ def register(name: str, estimate: Estimate) -> None:
         raise UserError(f"attn_implementation {name!r} is registered already, with {_ESTIMATES[name]}")
     estimate.check_defined(0.0)
     _ESTIMATES[name] = estimate
-    AttentionInterface.register(name, _implementation(estimate))
+    AttentionInterface.register(name, _implementation(name, estimate))
     AttentionMaskInterface.register(name, _make_mask)
 
 
-def install(model: PreTrainedModel, name: str = "schoenbat") -> PreTrainedModel:
-    """Give each attention layer its own draw of features, as buffers in the state_dict, and switch to `name`.
+def registered(name: str | None) -> Estimate | None:
+    """Return the settings of an attention implementation of ours; None for another one."""
+    return None if name is None else _ESTIMATES.get(name)
 
-    Draws of the layers follow each other from the seed of the implementation. Loading a checkpoint of such a model
-    needs the same call first.
+
+def install(model: PreTrainedModel, name: str = "schoenbat", layers: Sequence[str] | None = None) -> PreTrainedModel:
+    """Give attention layers their own draws of features, as part of the state_dict, and switch to `name`.
+
+    Draws of the layers follow each other from the seed of the implementation. They are saved with the model (see
+    `schoenbat.integrations.layers`); `uninstall` takes them away.
+
+    Args:
+        layers: names of attention layers as in `named_modules`, or of modules that contain some; the other layers stay
+            exact. None for all.
+
+    Raises:
+        UserError: a model whose attention does not go through the interface, or names that are not those of layers.
     """
     if name not in _ESTIMATES:
         raise unknown_name("attn_implementation", name, list(_ESTIMATES))
-    estimate = _ESTIMATES[name]
+    estimate, generator = _ESTIMATES[name], None
+    if estimate.num_features is not None:
+        generator = torch.Generator().manual_seed(estimate.seed)
+    chosen = attention_layers(model, name)
+    served = set(chosen) if layers is None else _named(chosen, layers)
+    for path, layer in chosen.items():
+        give_drawn(layer, estimate if path in served else EXACT, generator)
+    switch(model, name)
+    return model
+
+
+def uninstall(model: PreTrainedModel, implementation: str = "sdpa") -> PreTrainedModel:
+    """Undo `install`, `schoenbat.replace` and what was fitted since: the weights were never touched.
+
+    Args:
+        implementation: the attention of transformers that the model goes back to.
+    """
+    for layer in model.modules():
+        take_away(layer)
+    switch(model, implementation)
+    return model
+
+
+def attention_layers(model: PreTrainedModel, name: str = "schoenbat") -> dict[str, nn.Module]:
+    """Return the layers that go through the attention interface, by name.
+
+    Raises:
+        UserError: there are none, or a part of the model computes attention itself.
+    """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             _check_goes_through_interface(part, name)
-    layers = [module for module in model.modules() if _calls_interface(module)]
-    if not layers:
+    found = {path: module for path, module in model.named_modules() if _calls_interface(module)}
+    if not found:
         raise UserError(f"{type(model).__name__} has no attention layer that goes through the attention interface")
+    return found
+
+
+def give_drawn(layer: nn.Module, estimate: Estimate, generator: torch.Generator | None) -> None:
+    """Give a layer settings of its own, with the next draw of `generator`; None for that of the settings' seed."""
+    features = None
     if estimate.num_features is not None:
-        with torch.device("cpu"):
-            generator = torch.Generator().manual_seed(estimate.seed)
-            for layer in layers:
-                scale = getattr(layer, "scaling", None)
-                features = estimate.make(_head_dim(layer), scale if isinstance(scale, float) else None, generator)
-                layer.add_module(KEPT_AS, features.to(next(layer.parameters()).device))
-                layer.kernel_estimate = estimate
-    model.set_attn_implementation(name)
-    return model
+        scale = getattr(layer, "scaling", None)
+        features = estimate.make(head_dim_of(layer), scale if isinstance(scale, float) else None, generator)
+    give(layer, estimate, features)
+
+
+def switch(model: PreTrainedModel, implementation: str) -> None:
+    """Choose the attention implementation, and write down for `save_pretrained` what layers have of their own."""
+    model.set_attn_implementation(implementation)
+    record(model, implementation)
+
+
+def _named(layers: dict[str, nn.Module], names: Sequence[str]) -> set[str]:
+    served: set[str] = set()
+    for name in names:
+        own = {path for path in layers if path == name or path.startswith(f"{name}.")}
+        if not own:
+            raise unknown_name("layer", name, list(layers))
+        served |= own
+    return served
 
 
 class KernelCache(Cache):
@@ -131,6 +191,22 @@ class KernelCache(Cache):
     has_previous_state = update_indexer = _other_state
 
 
+class Grown(NamedTuple):
+    """The state of a layer that is exact: all its keys, values and masks, of a size that grows with the text."""
+
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Grown":
+        """Apply `function` to each tensor; all have the batch as their first dimension."""
+        return Grown(*map(function, self))
+
+    def join(self, other: "Grown") -> "Grown":
+        """Put the tokens of `other` after these."""
+        return Grown(*(torch.cat(pair, -1 if pair[0].ndim == 2 else 2) for pair in zip(self, other, strict=True)))
+
+
 class NotReadable(UserError, AttributeError):
     """A model read what only our attention function can use; to `hasattr` it is not there."""
 
@@ -147,7 +223,7 @@ class _StateLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         del self.keys, self.values
-        self.state: State | None = None
+        self.state: Any = None
         self.seen = 0
         self.is_taken = True
 
@@ -172,6 +248,14 @@ class _StateLayer(CacheLayerMixin):
         self.is_taken, self.is_initialized = False, True
         self.seen += key_states.shape[-2]
         return key_states, value_states
+
+    def take(self, causal: bool) -> None:
+        """Claim the tokens of the last `update` for the attention of this call."""
+        if not causal:
+            raise UserError("KernelCache is for causal attention alone; leave the cache of this model to transformers")
+        if self.is_taken:
+            raise UserError("a layer of this model attends twice over the same tokens; use it without KernelCache")
+        self.is_taken = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, self.seen
@@ -206,11 +290,11 @@ class _StateLayer(CacheLayerMixin):
     prefetch = offload
 
 
-def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
+def _implementation(name: str, estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
     """Make the function that transformers calls from every attention layer."""
-    settings = estimate
+    default = estimate
     # torch.compile cannot look a kernel up by its name.
-    estimate = replace(estimate, kernel=estimate.function)
+    fast = replace(estimate, kernel=estimate.function)
 
     def kernel_attention_forward(
         module: nn.Module,
@@ -228,29 +312,33 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
         key_mask, causal = _read_mask(attention_mask, module, query, key, is_causal)
         if isinstance(attention_mask, KeyMask):
             _refuse_packed(attention_mask, kwargs.get("position_ids"))
-        if estimate.num_features is None:
-            if kernel_state is not None:
-                raise UserError("exact attention (num_features None) has no state of fixed size; use no KernelCache")
-            out = _exact(estimate, query, key, value, key_mask, causal, scaling)
+        itself = _attends_to_itself(module)
+        whole = kernel_state is None and (not causal or query.shape[2] == key.shape[2])
+        given = (query, key, value, key_mask, causal)
+        own = estimate_of(module)
+        fit = None if torch.compiler.is_compiling() else CALIBRATOR.get()
+        if fit is not None and whole:
+            settings = own if own is not None and serves(module, name, default) else default
+            fit(module, settings, *given, scale=scaling, self_attention=itself)
+            if (own := estimate_of(module)) is not None:
+                assign(module, name)
+        if own is not None and not serves(module, name, default):
+            raise UserError(
+                f"this layer has features of its own for {own}, and its attn_implementation is now {name!r}; call "
+                "install or calibrate with the new name"
+            )
+        settings = default if own is None else own
+        estimate = fast if own is None else own
+        if settings.num_features is None:
+            out = _exact(estimate, query, key, value, key_mask, causal, scaling, kernel_state)
         else:
-            itself = _attends_to_itself(module)
-            whole = kernel_state is None and (not causal or query.shape[2] == key.shape[2])
-            given = (query, key, value, key_mask, causal)
-            fit = None if torch.compiler.is_compiling() else CALIBRATOR.get()
-            if fit is not None and whole:
-                fit(module, settings, *given, scale=scaling, self_attention=itself)
-            features = getattr(module, KEPT_AS, None)
-            if features is not None and module.kernel_estimate != settings:
-                raise UserError(
-                    f"this layer has features of its own for {module.kernel_estimate}, and its attn_implementation now "
-                    f"asks for {settings}; call install or calibrate with the new name"
-                )
+            features = features_of(module)
             inputs = estimate.prepare(*given, scale=scaling, self_attention=itself)
             if features is None:
                 features = estimate.draw(query.shape[-1], inputs.scale, query.device)
             elif isinstance(features, Calibrated):
                 inputs, features = features.turn(inputs), features.features
-            out = _through(features, inputs, kernel_state)
+            out = _through(estimate, features, inputs, kernel_state, kernels_of(module))
             if whole:
                 estimate.observe(out, inputs, features)
         return out.transpose(1, 2).contiguous(), None
@@ -258,16 +346,26 @@ def _implementation(estimate: Estimate) -> Callable[..., tuple[Tensor, None]]:
     return kernel_attention_forward
 
 
-def _through(features: FeatureMap, inputs: AttentionInputs, layer: _StateLayer | None) -> Tensor:
+def _through(
+    estimate: Estimate,
+    features: FeatureMap,
+    inputs: AttentionInputs,
+    layer: _StateLayer | None,
+    kernels: HeadKernels | None,
+) -> Tensor:
     query, key, value, key_mask, causal, scale, _ = inputs
+    sparsity = estimate.sparsity
     if layer is not None:
-        if not causal:
-            raise UserError("KernelCache is for causal attention alone; leave the cache of this model to transformers")
-        if layer.is_taken:
-            raise UserError("a layer of this model attends twice over the same tokens; use it without KernelCache")
-        layer.is_taken = True
-        out, layer.state = extend(features, layer.state, query, key, value, key_mask, scale)
+        layer.take(causal)
+        if sparsity is not None:
+            out, layer.state = sparse.extend(features, layer.state, inputs, sparsity, kernels)
+        else:
+            out, layer.state = extend(features, layer.state, query, key, value, key_mask, scale)
         return out
+    if sparsity is not None:
+        if causal and key.shape[2] > query.shape[2]:
+            raise UserError("heavy keys are chosen by all queries: generate with KernelCache, or use_cache=False")
+        return sparse.attend(features, inputs, sparsity, kernels)
     if causal and key.shape[2] > query.shape[2]:
         # Keys and values of earlier tokens come from a cache of transformers: the queries are the last ones.
         return extend(features, None, query, key, value, key_mask, scale)[0]
@@ -288,7 +386,20 @@ def _exact(
     key_mask: Tensor | None,
     causal: bool,
     scaling: float | None,
+    layer: _StateLayer | None,
 ) -> Tensor:
+    if layer is not None:
+        layer.take(causal)
+        mask = (
+            torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+            if key_mask is None
+            else key_mask
+        )
+        before = layer.state
+        now = Grown(key, value, mask)
+        assert before is None or isinstance(before, Grown)
+        now = now if before is None else before.join(now)
+        layer.state, (key, value, key_mask) = now, now
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past:
         query = nn.functional.pad(query, (0, 0, past, 0))
@@ -493,7 +604,7 @@ def _calls_interface(layer: nn.Module) -> bool:
     return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in code.co_names)
 
 
-def _head_dim(layer: nn.Module) -> int:
+def head_dim_of(layer: nn.Module) -> int:
     """Return the width of the queries of a layer."""
     for name in (
         "qk_head_dim",
