@@ -328,9 +328,6 @@ def test_masks_of_pairs_and_fixed_caches_are_refused() -> None:
             model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.bool))
     with pytest.raises(UserError, match="a cache of fixed length"):
         model(input_ids=ids, cache=StaticCache(config=model.config, max_cache_len=30))
-    exact = model_of("llama", "schoenbat-test-exact", head=True)
-    with pytest.raises(UserError, match="no state of fixed size"):
-        exact(input_ids=ids, cache=KernelCache())
 
 
 def test_targets_of_a_loss_are_not_for_the_attention() -> None:
