@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.host.files import peek
 from pipeline.host.heartbeat import GRACE_SECONDS, HEARTBEAT_VARIABLE, OUTCOME_VARIABLE, STOPPED, Heartbeat
 from pipeline.launch._job import Attempt, Backend, Ended, Event, Job, Kind, State
 from pipeline.launch._placement import Load, place
@@ -274,7 +275,7 @@ class _Engine:
 
     def _why(self, task: _Task, how: Ended) -> tuple[Kind, str, str]:
         """Why an attempt did not succeed: kind, reason, and the stage in which it happened."""
-        told = self._told(task.job.name)
+        told = peek(self._outcome(task.job.name)) or {}
         stage = told.get("stage") or task.job.stages[-1].name
         if task.timed_out:
             assert task.job.timeout_seconds is not None
@@ -290,12 +291,6 @@ class _Engine:
         if how.code < 0:
             return "crash", f"ended by {signal.Signals(-how.code).name}", stage
         return told.get("kind", "crash"), told.get("message") or _last_line(self._log(task.job.name)), stage
-
-    def _told(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads(self._outcome(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
 
     def _log(self, name: str) -> Path:
         return self._options.logs / f"{name}.log"

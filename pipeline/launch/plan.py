@@ -1,5 +1,7 @@
 """What there is to do, as jobs: stages that are due, what they will probably take, and the devices they may have."""
 
+import contextlib
+import functools
 import os
 import shlex
 import statistics
@@ -132,44 +134,27 @@ class _Measured:
 
     def __init__(self, params: Params, cells: Sequence[Cell], device: str) -> None:
         self._params, self._device = params, device
-        self._of_cell = {cell: taken for cell in cells if (taken := _taken(cell, params.profile)) is not None}
-        self._of_kind: dict[tuple[str, ...], list[Resources]] = {}
-        self._guessed: dict[tuple[str, ...], float] = {}
-        for cell, taken in self._of_cell.items():
-            self._of_kind.setdefault(_kind(cell), []).append(taken)
+        self._guess = functools.cache(self._guess_seconds)
+        self._taken: dict[str, dict[int, Resources]] = {}
+        for cell in cells:
+            # A damaged file is none: it decides nothing but the order.
+            with contextlib.suppress(UserError):
+                if taken := CellResults(params.profile, cell.id).resources():
+                    self._taken.setdefault(cell.group, {})[cell.seed] = taken
 
     def expected(self, cell: Cell) -> tuple[float, float | None]:
         """Seconds, and MB or None: from the cell's own last run, else from its like with another seed, else a guess."""
-        alike = [self._of_cell[cell]] if cell in self._of_cell else self._of_kind.get(_kind(cell), [])
+        alike = self._taken.get(cell.group)
         if not alike:
-            if _kind(cell) not in self._guessed:
-                self._guessed[_kind(cell)] = self._guess(cell)
-            return self._guessed[_kind(cell)], None
-        memory = [taken.peak_memory_mb for taken in alike if _kind_of_device(taken) == self._device]
-        steps = cell_training(self._params, cell).steps
-        seconds = statistics.fmean(1 / taken.steps_per_second for taken in alike) * steps
-        return seconds, max(memory, default=None)
+            return self._guess(replace(cell, seed=0)), None
+        found = [alike[cell.seed]] if cell.seed in alike else alike.values()
+        memory = [taken.peak_memory_mb for taken in found if taken.device.startswith(self._device)]
+        seconds = statistics.fmean(1 / taken.steps_per_second for taken in found)
+        return seconds * cell_training(self._params, cell).steps, max(memory, default=None)
 
-    def _guess(self, cell: Cell) -> float:
+    def _guess_seconds(self, cell: Cell) -> float:
         task, training = self._params.task[cell.task], cell_training(self._params, cell)
         length = task.data.max_length
         tokens = training.steps * training.batch_size * length
         pairs = tokens * length if ATTENTIONS.get(cell.attn).cost == "quadratic" else 0
         return task.model.num_layers * (tokens / _TOKENS_PER_SECOND + pairs / _PAIRS_PER_SECOND)
-
-
-def _kind(cell: Cell) -> tuple[str, ...]:
-    return cell.task, cell.attn, cell.dotf or "", cell.former
-
-
-def _taken(cell: Cell, profile: str) -> Resources | None:
-    try:
-        return CellResults(profile, cell.id).resources()
-    except UserError:
-        # It decides nothing but the order.
-        return None
-
-
-def _kind_of_device(taken: Resources) -> str:
-    """ "cpu" or "cuda"."""
-    return taken.device.partition(":")[0].partition(" ")[0]
