@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.grid.axes import Cell, check_id, expand_grid
+from pipeline.grid.axes import Cell, check_ids, expand_grid
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import MAX_SEED, Params, cell_training, section_of
 from pipeline.grid.settings import PARAMS_FILE
@@ -35,9 +35,7 @@ def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: s
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must lie between 0 and {MAX_SEED}, not {seed}")
     cells = [Cell(task, attn, dotf, former, each) for each in (params.grid.seeds if seed is None else [seed])]
-    by_id = {cell.id: cell for cell in cells}
-    for other in expand(params):
-        check_id(by_id.get(other.id, other), other)
+    check_ids([*expand(params), *cells])
     return cells
 
 
@@ -58,15 +56,13 @@ def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
     """
     chosen = list(cells)
     for attribute, values in wanted.items():
-        if not values:
-            continue
-        choices = list(dict.fromkeys(getattr(cell, attribute) for cell in cells))
-        for value in values:
+        choices = {getattr(cell, attribute): None for cell in cells}
+        for value in values or ():
             if value not in choices:
                 known = list_choices(value, [choice for choice in choices if choice is not None])
                 option = "cell" if attribute == "id" else attribute
                 raise UserError(f"the grid has no {option} {value!r}; choose from: {known}")
-        chosen = [cell for cell in chosen if getattr(cell, attribute) in values]
+        chosen = [cell for cell in chosen if not values or getattr(cell, attribute) in values]
     if cells and not chosen:
         raise UserError("no cell of the grid has this combination of values")
     return chosen

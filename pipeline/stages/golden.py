@@ -1,5 +1,6 @@
 """Golden records: the outcome of the first training steps of a cell, to compare two revisions of the code."""
 
+import io
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,10 +33,9 @@ def run(params: Params, cells: Sequence[Cell], out: Path) -> None:
     for cell in cells:
         content |= {f"{cell.id}/{name}": value for name, value in golden_record(params, cell).items()}
         print(f"{cell.id}: {STEPS} steps", flush=True)
-    with tempfile.TemporaryFile() as file:
-        np.savez_compressed(file, **content)  # type: ignore[arg-type]
-        file.seek(0)
-        write_bytes(out, file.read())
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **content)  # type: ignore[arg-type]
+    write_bytes(out, packed.getvalue())
 
 
 def golden_record(params: Params, cell: Cell) -> dict[str, np.ndarray]:
