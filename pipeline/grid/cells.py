@@ -1,5 +1,6 @@
 """Cells: one training run each, with its settings and its data."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from pipeline.grid.axes import Cell, check_ids, expand_grid
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import MAX_SEED, Params, cell_training, section_of
+from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
@@ -83,6 +85,22 @@ class Setup:
     attention: dict[str, Any]
     former: FormerConfig
 
+    @property
+    def results(self) -> CellResults:
+        return CellResults(self.profile, self.cell.id)
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The prepared data of its task; raises UserError where there is none."""
+        task = self.cell.task
+        folder = data_folder(self.profile, task)
+        if not (folder / "meta.json").is_file():
+            raise UserError(
+                f"no prepared data for {task} ({folder}); make it with: schoenbat-exp download --task {task}"
+                f" && schoenbat-exp preprocess --task {task}"
+            )
+        return Dataset(folder)
+
     def build_model(self, data: Mapping[str, Any]) -> Classifier:
         """Return the model with its initial weights, for data of this description."""
         cell, needed = self.cell, ("vocab_size", "num_classes", "num_texts", "max_length", "per_position", "causal")
@@ -106,10 +124,10 @@ class Setup:
             "former": asdict(self.former),
         }
 
-    def description(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Return what a file of weights says about itself: the cell, its settings and its data."""
-        known = {key: data[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
-        return {**asdict(self.cell), **self.settings(), "data": known}
+        known = ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")
+        return {**asdict(self.cell), **self.settings(), "data": {key: self.data.meta[key] for key in known}}
 
 
 def resolve(params: Params, cell: Cell) -> Setup:
@@ -142,14 +160,3 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
         except UserError as error:
             where = " ".join(filter(None, (cell.attn, cell.dotf, cell.former)))
             raise UserError(f"{PARAMS_FILE}: task {cell.task} with {where}: {error}") from None
-
-
-def prepared_data(profile: str, task: str) -> Dataset:
-    """Return the prepared data of a task; raises UserError where there is none."""
-    folder = data_folder(profile, task)
-    if not (folder / "meta.json").is_file():
-        raise UserError(
-            f"no prepared data for {task} ({folder}); make it with: schoenbat-exp download --task {task}"
-            f" && schoenbat-exp preprocess --task {task}"
-        )
-    return Dataset(folder)
