@@ -4,6 +4,7 @@ One thread, one loop. All that it knows is also in a file (`GridState`), from wh
 """
 
 import json
+import math
 import signal
 import time
 from bisect import insort
@@ -111,8 +112,9 @@ class _Engine:
         self._kill_at = float("inf")
 
     def run(self, stops: Callable[[], int]) -> Generator[Event | None, None, None]:
-        for name in self._tasks:
-            self._state.set(name, "queued")
+        for name, task in self._tasks.items():
+            known = math.isfinite(task.job.seconds)
+            self._state.set(name, "queued", expected=max(task.job.seconds, 0.0) if known else 0.0)
             yield Event(name, "queued")
         yield from self._turn(stops)
 
@@ -215,7 +217,7 @@ class _Engine:
         if isinstance(task.handle, Ended):
             return task.handle
         waits = self._backend.waits(task.handle)
-        if waits != (self._state.jobs()[task.job.name]["state"] == "waiting"):
+        if waits != (self._state.jobs[task.job.name]["state"] == "waiting"):
             self._state.set(task.job.name, "waiting" if waits else "running")
         if waits:
             task.began = time.monotonic()

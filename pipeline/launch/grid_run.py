@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -211,8 +210,6 @@ class _Run:
         write_bytes(fixed, PARAMS_FILE.read_bytes())
         heartbeat = Heartbeat(_LOGS)
         state = GridState(folder / status.STATE_FILE, heartbeat.path)
-        for job in self.jobs:
-            state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
         environment = {PARAMS_VARIABLE: str(fixed.absolute())}
         options = Options(folder, environment, at_once, params.run.retries, self.typed.fail_fast, self._holds)
         with session.counted_stops() as stops:

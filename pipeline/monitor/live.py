@@ -46,7 +46,7 @@ def show_grid(profile: str, cells: Sequence[str], state: GridState) -> Iterator[
     """Give a function to be called with every event of a grid, which shows the grid."""
 
     def snapshot() -> status.Snapshot:
-        jobs = state.jobs()
+        jobs = state.jobs
         return status.assemble(profile, True, [status.job_row(profile, c, jobs[c]) for c in cells if c in jobs], jobs)
 
     screen = _Screen()
