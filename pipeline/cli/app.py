@@ -44,12 +44,8 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _begin(
-    version: Annotated[
-        bool, option("Show the version and exit.", "--version", callback=_show_version, is_eager=True)
-    ] = False,
-    debug: Annotated[
-        bool, option("Show errors with their tracebacks.", "--debug", envvar=commands.DEBUG_VARIABLE)
-    ] = False,
+    version: Annotated[bool, option("Show the version.", "--version", callback=_show_version, is_eager=True)] = False,
+    debug: Annotated[bool, option("Show tracebacks of errors.", "--debug", envvar=commands.DEBUG_VARIABLE)] = False,
 ) -> None:
     """Go to the root of the project before any command."""
     if debug:
@@ -65,9 +61,7 @@ def _begin(
 )
 def run(
     grid: Annotated[bool, _filter("All cells of params.yaml.", "--grid")] = False,
-    task: Annotated[
-        Strings, _filter("Only cells of this task; repeat for more, as all below.", names=completion.grid_task)
-    ] = None,
+    task: Annotated[Strings, _filter("Only cells of this task; repeat for more.", names=completion.grid_task)] = None,
     attn: Annotated[Strings, _filter("Only cells with this mechanism.", names=completion.grid_attn)] = None,
     dotf: Annotated[Strings, _filter("Only cells with this kernel.", names=completion.grid_dotf)] = None,
     former: Annotated[Strings, _filter("Only cells with this former.", names=completion.grid_former)] = None,
@@ -123,9 +117,7 @@ def status(
 @_grid("carry v1.2", "carry HEAD~3 --tolerance 1e-6")
 def carry(
     revision: Annotated[str, argument("The git revision whose code has made the results.")],
-    tolerance: Annotated[
-        float, option("The largest relative difference of weights, losses and outputs. Default: the same bits.")
-    ] = 0.0,
+    tolerance: Annotated[float, option("Largest relative difference of the numbers. Default: the same bits.")] = 0.0,
 ) -> None:
     """Carry results over from a revision whose code computes the same, as golden records of both show."""
     from pipeline.launch.grid_run import recording
@@ -257,9 +249,7 @@ def predict(
         Strings,
         argument("In pairs where the task compares two. Default: standard input, a text a line.", metavar="TEXT"),
     ] = None,
-    file: Annotated[
-        Path | None, option("A text a line; two with a tab between them where the task compares two.")
-    ] = None,
+    file: Annotated[Path | None, option("A text a line; two with a tab between where the task compares two.")] = None,
     top: Annotated[int, option("So many classes of each text, the likeliest first.")] = 3,
     device: Annotated[str, option("cpu, cuda or cuda:N.", envvar="SCHOENBAT_DEVICE")] = "cpu",
     profile: OfProfile = None,
@@ -284,10 +274,7 @@ def export(
 
 @_trained("compare quick cpu", "compare HEAD~1", "compare CELL OTHER-CELL", "compare v1 v2 --json")
 def compare(
-    a: Annotated[
-        str,
-        argument("A profile, the id of a trained cell (or PROFILE/CELL), or a git revision.", completion.comparable),
-    ],
+    a: Annotated[str, argument("A profile, trained cell (or PROFILE/CELL) or git revision.", completion.comparable)],
     b: Annotated[str, argument("Another of them; . is the working folder as it is.", completion.comparable)] = ".",
     as_json: Json = False,
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from pipeline.launch.session import stop_requests
+from pipeline.launch.session import counted_stops
 from pipeline.mlflow import tracking
 from pipeline.models.trained import current_profile
 from schoenbat.errors import UserError
@@ -39,7 +39,7 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
         return
     address, shown = f"http://127.0.0.1:{port}", False
     give_up = time.monotonic() + _STARTING_SECONDS
-    with stop_requests() as stopped, _served(uri, port) as server:
+    with counted_stops() as stopped, _served(uri, port) as server:
         while not stopped():
             if server.poll() is not None or (not shown and time.monotonic() > give_up):
                 what = "has ended" if shown else "does not start"

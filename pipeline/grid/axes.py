@@ -7,7 +7,7 @@ The id of a cell joins its axes, in the order in which dvc.yaml lists them in th
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,19 +107,20 @@ def expand_grid(grid: GridParams) -> list[Cell]:
         for attn, dotf, former in itertools.product(*half)
         for seed in grid.seeds
     ]
-    by_id: dict[str, Cell] = {}
-    for cell in cells:
-        check_id(cell, by_id.setdefault(cell.id, cell))
+    check_ids(cells)
     return cells
 
 
-def check_id(cell: Cell, other: Cell) -> None:
+def check_ids(cells: Iterable[Cell]) -> None:
     """Raise UserError if two different cells have the same id, as hyphens in names allow."""
-    if cell.id == other.id and cell != other:
-        raise UserError(
-            f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
-            f"{' '.join(cell.arguments())}; leave one of them out"
-        )
+    by_id: dict[str, Cell] = {}
+    for cell in cells:
+        other = by_id.setdefault(cell.id, cell)
+        if other != cell:
+            raise UserError(
+                f"{PARAMS_FILE}: grid: two cells have the id {cell.id}: {' '.join(other.arguments())} and "
+                f"{' '.join(cell.arguments())}; leave one of them out"
+            )
 
 
 def stage_names(profile: str, cell: Cell) -> tuple[str, str]:

@@ -1,12 +1,14 @@
 """Cells: one training run each, with its settings and its data."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.grid.axes import Cell, check_id, expand_grid
+from pipeline.grid.axes import Cell, check_ids, expand_grid
 from pipeline.grid.freshness import data_folder
 from pipeline.grid.params import MAX_SEED, Params, cell_training, section_of
+from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE
 from schoenbat.attention import check_kernel
 from schoenbat.errors import UserError, list_choices
@@ -35,9 +37,7 @@ def make_cells(params: Params, task: str, attn: str, dotf: str | None, former: s
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must lie between 0 and {MAX_SEED}, not {seed}")
     cells = [Cell(task, attn, dotf, former, each) for each in (params.grid.seeds if seed is None else [seed])]
-    by_id = {cell.id: cell for cell in cells}
-    for other in expand(params):
-        check_id(by_id.get(other.id, other), other)
+    check_ids([*expand(params), *cells])
     return cells
 
 
@@ -58,15 +58,13 @@ def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
     """
     chosen = list(cells)
     for attribute, values in wanted.items():
-        if not values:
-            continue
-        choices = list(dict.fromkeys(getattr(cell, attribute) for cell in cells))
-        for value in values:
+        choices = {getattr(cell, attribute): None for cell in cells}
+        for value in values or ():
             if value not in choices:
                 known = list_choices(value, [choice for choice in choices if choice is not None])
                 option = "cell" if attribute == "id" else attribute
                 raise UserError(f"the grid has no {option} {value!r}; choose from: {known}")
-        chosen = [cell for cell in chosen if getattr(cell, attribute) in values]
+        chosen = [cell for cell in chosen if not values or getattr(cell, attribute) in values]
     if cells and not chosen:
         raise UserError("no cell of the grid has this combination of values")
     return chosen
@@ -86,6 +84,22 @@ class Setup:
     training: TrainingConfig
     attention: dict[str, Any]
     former: FormerConfig
+
+    @property
+    def results(self) -> CellResults:
+        return CellResults(self.profile, self.cell.id)
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The prepared data of its task; raises UserError where there is none."""
+        task = self.cell.task
+        folder = data_folder(self.profile, task)
+        if not (folder / "meta.json").is_file():
+            raise UserError(
+                f"no prepared data for {task} ({folder}); make it with: schoenbat-exp download --task {task}"
+                f" && schoenbat-exp preprocess --task {task}"
+            )
+        return Dataset(folder)
 
     def build_model(self, data: Mapping[str, Any]) -> Classifier:
         """Return the model with its initial weights, for data of this description."""
@@ -110,10 +124,10 @@ class Setup:
             "former": asdict(self.former),
         }
 
-    def description(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Return what a file of weights says about itself: the cell, its settings and its data."""
-        known = {key: data[key] for key in ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")}
-        return {**asdict(self.cell), **self.settings(), "data": known}
+        known = ("vocab_size", "num_classes", "num_texts", "max_length", "fingerprint")
+        return {**asdict(self.cell), **self.settings(), "data": {key: self.data.meta[key] for key in known}}
 
 
 def resolve(params: Params, cell: Cell) -> Setup:
@@ -146,14 +160,3 @@ def check_models(params: Params, cells: Sequence[Cell]) -> None:
         except UserError as error:
             where = " ".join(filter(None, (cell.attn, cell.dotf, cell.former)))
             raise UserError(f"{PARAMS_FILE}: task {cell.task} with {where}: {error}") from None
-
-
-def prepared_data(profile: str, task: str) -> Dataset:
-    """Return the prepared data of a task; raises UserError where there is none."""
-    folder = data_folder(profile, task)
-    if not (folder / "meta.json").is_file():
-        raise UserError(
-            f"no prepared data for {task} ({folder}); make it with: schoenbat-exp download --task {task}"
-            f" && schoenbat-exp preprocess --task {task}"
-        )
-    return Dataset(folder)

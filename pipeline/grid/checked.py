@@ -5,15 +5,13 @@ does. What was found right is therefore remembered as a digest in logs/params-ch
 the check, which is the code of this project and what is installed. A checkout that may only be read is checked anew.
 """
 
-import contextlib
-import errno
 import hashlib
-import importlib.util
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.grid.numerics import PACKAGES, package_folder
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from schoenbat.errors import UserError, list_choices
 from schoenbat.files import write_bytes
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from pipeline.grid.params import Params
 
 _RECORD = Path("logs", "params-checked")
-_PACKAGES = ("schoenbat", "pipeline")
 _METADATA = ("*.dist-info", "*.egg-info")
 """The folders that say which distributions are installed."""
 
@@ -42,9 +39,9 @@ def load_checked(path: Path = PARAMS_FILE) -> "Params":
                 choices = list_choices(name, groups)
                 raise UserError(f"{path}: errors.trained: the grid has no {name!r}; choose from: {choices}")
         check_models(params, cells)
-        if path == PARAMS_FILE:
-            with _unless_read_only():
-                write_bytes(_RECORD, digest.encode())
+        # Where the checkout may only be read, the next command checks it anew.
+        if path == PARAMS_FILE and os.access(_RECORD.parent if _RECORD.parent.exists() else ".", os.W_OK):
+            write_bytes(_RECORD, digest.encode())
     return params
 
 
@@ -60,29 +57,12 @@ def _is_recorded(digest: str) -> bool:
     return _RECORD.is_file() and _RECORD.read_text(encoding="utf-8", errors="replace") == digest
 
 
-@contextlib.contextmanager
-def _unless_read_only() -> Iterator[None]:
-    """Leave out what cannot be written because the checkout may only be read."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
-    roots = [Path(root) for name in _PACKAGES for root in _folders(name)]
-    code = [file for root in roots for file in root.rglob("*.py")]
+    code = [file for name in PACKAGES for file in Path(package_folder(name)).rglob("*.py")]
     installed = [file for folder in map(Path, sys.path) for kind in _METADATA for file in folder.glob(kind)]
     for file in sorted({*code, *installed}):
         if file.exists():
             known = file.stat()
             digest.update(f"{file} {known.st_mtime_ns} {known.st_size}\n".encode())
     return digest.hexdigest()
-
-
-def _folders(package: str) -> list[str]:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    return list(spec.submodule_search_locations or [])

@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
+from pipeline.grid.numerics import PACKAGES, package_folder
 from schoenbat.errors import UserError
-
-_PACKAGES = ("schoenbat", "pipeline")
 
 
 def check_code() -> None:
@@ -14,22 +13,15 @@ def check_code() -> None:
     Raises:
         UserError: a module that was imported has other contents than the file of this checkout.
     """
-    if Path("schoenbat").is_dir():
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if name.partition(".")[0] in _PACKAGES and file is not None:
-                _compare(Path(file), name)
-
-
-def _compare(file: Path, name: str) -> None:
-    parts = name.split(".")
-    # The folder above the package: a module of depth n lies n folders below, and a package's file one deeper.
-    root = file.parents[len(parts) - (file.name != "__init__.py")]
-    ours = file.relative_to(root)
-    if ours.absolute() == file or not file.is_file():
-        return
-    if not ours.is_file() or ours.read_bytes() != file.read_bytes():
-        raise UserError(
-            f"the code that runs is that of {root}, and its {ours} is not the one of this checkout; use the "
-            f"environment of this checkout (make setup), or set PYTHONPATH={Path.cwd()}"
-        )
+    packages = PACKAGES if Path("schoenbat").is_dir() else ()
+    for name, module in list(sys.modules.items()):
+        package, file = name.partition(".")[0], Path(getattr(module, "__file__", None) or "")
+        if package not in packages or not file.is_file():
+            continue
+        root = Path(package_folder(package)).parent
+        ours = file.relative_to(root)
+        if ours.absolute() != file and (not ours.is_file() or ours.read_bytes() != file.read_bytes()):
+            raise UserError(
+                f"the code that runs is that of {root}, and its {ours} is not the one of this checkout; use the "
+                f"environment of this checkout (make setup), or set PYTHONPATH={Path.cwd()}"
+            )

@@ -104,11 +104,11 @@ class Freshness:
 
     def is_trained(self, cell: Cell) -> bool:
         """Return whether the cell's training is up to date; its weights may be missing, as in a clone."""
-        return self._has(cell)[0]
+        return CellResults(self.profile, cell.id).fingerprints()[0] == str(self.fingerprint(cell))
 
     def is_finished(self, cell: Cell) -> bool:
         """Return whether training and test of the cell are up to date."""
-        return all(self._has(cell))
+        return CellResults(self.profile, cell.id).fingerprints() == [str(self.fingerprint(cell))] * 2
 
     def cell_stages(self, cells: Iterable[Cell]) -> dict[str, bool]:
         """Return of the stages of DVC that train and test `cells` whether all of these are up to date."""
@@ -118,11 +118,6 @@ class Freshness:
             stages[train] = stages.get(train, True) and self.is_trained(cell)
             stages[test] = stages.get(test, True) and self.is_finished(cell)
         return stages
-
-    def _has(self, cell: Cell) -> list[bool]:
-        wanted = self.fingerprint(cell)
-        found = CellResults(self.profile, cell.id).fingerprints()
-        return [wanted is not None and each == str(wanted) for each in found]
 
 
 def check_folders() -> None:
@@ -134,11 +129,6 @@ def check_folders() -> None:
                 f"{folder} is a link to {folder.resolve()}, out of the checkout, where DVC records nothing; "
                 "make it a folder, or put the whole checkout there"
             )
-
-
-def recorded_digests(kind: str, name: str) -> Any:
-    """Return the numerics of a component as the stage `numerics` has written them, for DVC."""
-    return read_json(numerics.numerics_file(kind, name))
 
 
 def named_files(settings: Any) -> Iterator[str]:

@@ -15,10 +15,9 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.host.files import write_json
 from schoenbat.registry import VARIANT_MARK, Registry, base_name
@@ -45,7 +44,7 @@ _STAGES: Mapping[str, str] = {
     "errors": "pipeline.stages.errors",
     "report": "pipeline.reporting",
 }
-_PACKAGES = ("schoenbat", "pipeline")
+PACKAGES = ("schoenbat", "pipeline")
 _NO_NUMERICS = (
     "schoenbat.errors",
     "schoenbat.files",
@@ -65,11 +64,11 @@ def component_digests(kind: str, name: str) -> dict[str, str]:
         name: of the component, variants included, or of the stage.
     """
     if kind == "stage":
-        return _reachable(((_STAGES[name], None),))
+        return _reachable({_STAGES[name]: None})
     registry = _REGISTRIES[kind]
     entry = registry.external().get(base_name(name))
     own = f"{registry.package}.{base_name(name)}" if entry is None else entry.module
-    return _reachable(((own, None), *_ENTRY_POINTS[kind].items()))
+    return _reachable({own: None, **_ENTRY_POINTS[kind]})
 
 
 def write_numerics(named: Mapping[str, Iterable[str]], folder: Path = FOLDER) -> None:
@@ -103,8 +102,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Definition:
+class _Definition(NamedTuple):
     """A statement of a module: its digest, and the names that it uses as the modules that define them know them."""
 
     name: str
@@ -112,24 +110,17 @@ class _Definition:
     uses: frozenset[str]
 
 
-@dataclass(frozen=True)
-class _Module:
-    """A module of this project.
+class _Module(NamedTuple):
+    """A module of this project: its definitions by name, "" for what only runs on import, and what it imports."""
 
-    Attributes:
-        definitions: by name; what defines nothing but runs on import has the name "".
-        imports: the modules of this project that it imports.
-    """
-
-    definitions: Mapping[str, tuple[_Definition, ...]]
-    imports: tuple[str, ...]
+    definitions: Mapping[str, Sequence[_Definition]]
+    imports: Sequence[str]
 
 
-def _reachable(roots: Iterable[tuple[str, tuple[str, ...] | None]]) -> dict[str, str]:
+def _reachable(roots: Mapping[str, Iterable[str] | None]) -> dict[str, str]:
     """Return the digests of `roots`, modules with the names that count (None for all), and of whatever they use."""
-    roots = tuple(roots)
     modules: dict[str, _Module] = {}
-    waiting = [name for name, _ in roots]
+    waiting = list(roots)
     while waiting:
         name = waiting.pop()
         if name not in modules and not name.startswith(_NO_NUMERICS):
@@ -139,17 +130,15 @@ def _reachable(roots: Iterable[tuple[str, tuple[str, ...] | None]]) -> dict[str,
     for module in modules.values():
         for name, definitions in module.definitions.items():
             by_name.setdefault(name, []).extend(definitions)
-    found = set(by_name.get("", ()))
-    for name, chosen in roots:
-        for defined in modules[name].definitions if chosen is None else chosen:
-            found |= set(modules[name].definitions[defined])
-    names: set[str] = set()
-    new = {used for definition in found for used in definition.uses}
+    found: set[_Definition] = set()
+    new = set(by_name.get("", ()))
+    for name, chosen in roots.items():
+        known = modules[name].definitions
+        new.update(*(known[each] for each in (known if chosen is None else chosen)))
     while new:
-        names |= new
-        reached = {definition for name in new for definition in by_name.get(name, ())} - found
-        found |= reached
-        new = {used for definition in reached for used in definition.uses} - names
+        found |= new
+        uses = {name for definition in new for name in definition.uses}
+        new = {definition for name in uses for definition in by_name.get(name, ())} - found
     grouped: dict[str, list[str]] = {}
     for definition in found:
         grouped.setdefault(definition.name or "on import", []).append(definition.digest)
@@ -159,9 +148,9 @@ def _reachable(roots: Iterable[tuple[str, tuple[str, ...] | None]]) -> dict[str,
 def _source(module: str) -> Path:
     """Return the file of a module, without importing it."""
     package, *below = module.split(".")
-    if package in _PACKAGES:
+    if package in PACKAGES:
         # Modules such as `rmfa-sketch` are files of this project whose names are no identifiers.
-        path = Path(_folder(package), *below)
+        path = Path(package_folder(package), *below)
         file = path.with_name(f"{path.name}.py")
         return file if file.is_file() else path / "__init__.py"
     spec = importlib.util.find_spec(module)
@@ -171,7 +160,7 @@ def _source(module: str) -> Path:
 
 
 @functools.cache
-def _folder(package: str) -> str:
+def package_folder(package: str) -> str:
     """Return where the import system finds a package of this project."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
@@ -191,23 +180,22 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> _Module:
     aliases: dict[str, str] = {}
     imports: list[str] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in _PACKAGES:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in PACKAGES:
             imports += [node.module, *_submodules(node)]
             aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.Import):
-            imports += [alias.name for alias in node.names if alias.name.partition(".")[0] in _PACKAGES]
+            imports += [alias.name for alias in node.names if alias.name.partition(".")[0] in PACKAGES]
     definitions: dict[str, list[_Definition]] = {}
     for statement in tree.body:
-        names = list(_defined(statement))
-        if (names == [""] and isinstance(statement, ast.Import | ast.ImportFrom | ast.Assert | ast.If)) or _is_text(
-            statement
-        ):
+        names = _defined(statement)
+        only_runs = not names and isinstance(statement, ast.Import | ast.ImportFrom | ast.Assert | ast.If)
+        if only_runs or _is_text(statement):
             continue
         uses = frozenset(aliases.get(used, used) for used in _used(statement))
         hashed = hashlib.sha256(_canonical(statement).encode()).hexdigest()[:12]
-        for name in names:
+        for name in names or [""]:
             definitions.setdefault(name, []).append(_Definition(name, hashed, uses))
-    return _Module({name: tuple(found) for name, found in definitions.items()}, tuple(dict.fromkeys(imports)))
+    return _Module(definitions, tuple(dict.fromkeys(imports)))
 
 
 def _submodules(node: ast.ImportFrom) -> list[str]:
@@ -219,15 +207,14 @@ def _submodules(node: ast.ImportFrom) -> list[str]:
     return [name for name in names if _source(name).is_file()]
 
 
-def _defined(statement: ast.stmt) -> Iterator[str]:
-    """Yield the names that a statement of a module defines, "" if it only runs."""
+def _defined(statement: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module defines."""
     named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     if isinstance(statement, named):
-        yield statement.name
-        return
+        return [statement.name]
     nodes = list(ast.walk(statement))
     stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    yield from sorted(stored | {node.name for node in nodes if isinstance(node, named)}) or [""]
+    return sorted(stored | {node.name for node in nodes if isinstance(node, named)})
 
 
 def _is_text(statement: ast.stmt) -> bool:
@@ -279,20 +266,19 @@ def _local_names(function: ast.AST) -> dict[str, str]:
     A name that also stands somewhere as a string, such as that of an argument or of `except ... as`, keeps its text.
     """
     stored: dict[str, str] = {}
-    kept: set[str] = set()
+    kept: set[str | None] = set()
     for node in ast.walk(function):
-        if isinstance(node, ast.ClassDef):
-            return {}
-        if isinstance(node, ast.arg):
-            kept.add(node.arg)
-        elif isinstance(node, ast.Global | ast.Nonlocal):
-            kept.update(node.names)
-        elif isinstance(node, ast.alias):
-            kept.add(node.asname or node.name.partition(".")[0])
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            kept.add(node.name)
-        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
-            kept.add(node.name or "")
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            stored.setdefault(node.id, f"v{len(stored)}")
+        match node:
+            case ast.ClassDef():
+                return {}
+            case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                kept.add(name)
+            case ast.ExceptHandler(name=name) | ast.MatchAs(name=name) | ast.MatchStar(name=name):
+                kept.add(name)
+            case ast.Global(names=names) | ast.Nonlocal(names=names):
+                kept.update(names)
+            case ast.alias(name=name, asname=alias):
+                kept.add(alias or name.partition(".")[0])
+            case ast.Name(id=name, ctx=ast.Store()):
+                stored.setdefault(name, f"v{len(stored)}")
     return {name: number for name, number in stored.items() if name not in kept}

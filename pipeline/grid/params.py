@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pipeline.grid.axes import Cell, GridParams
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS, MAX_FEATURES
-from schoenbat.errors import UserError, list_choices, shorten
+from schoenbat.errors import UserError, shorten, unknown_name
 from schoenbat.kernels import KERNELS
 from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig
@@ -238,9 +238,9 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
             f"{path}: profile must be 1 to 64 lower-case letters, digits, - and _, not {shorten(raw.profile)}"
         )
     _check_grid(raw, path)
-    for kind, names in (("task", raw.task), ("attention", raw.attention), ("former", raw.former)):
-        _check_names(names, f"{path}: {kind}: unknown {_KINDS[kind][0]}", kind)
-    _check_names(raw.bench.step, f"{path}: bench.step: unknown attn", "attention")
+    for kind in ("task", "attention", "former"):
+        _check_names(getattr(raw, kind), kind, f"{path}: {kind}: ")
+    _check_names(raw.bench.step, "attention", f"{path}: bench.step: ")
     own, attention = {}, {name: dict(section or {}) for name, section in raw.attention.items()}
     former = {name: dict(section or {}) for name, section in raw.former.items()}
     for kind, sections in (("attention", attention), ("former", former)):
@@ -262,7 +262,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 
 def section_of(sections: Mapping[str, T], kind: str, name: str) -> T:
     """Return the options of a task, an attention or a former; raises UserError if it is unknown or has no section."""
-    _check_names([name], f"unknown {_KINDS[kind][0]}", kind)
+    _check_names([name], kind)
     if name not in sections:
         defaults = "" if kind == "task" else f" (`{name}: {{}}` takes the defaults)"
         raise UserError(f"{PARAMS_FILE}: missing section {kind}.{name}{defaults}")
@@ -300,7 +300,7 @@ def _check_grid(raw: _Written, path: Path) -> None:
     for axis, values, kind in axes:
         where, sections = f"{path}: grid.{axis}", getattr(raw, kind, None)
         if kind in _KINDS:
-            _check_names(values, f"{where}: unknown {_KINDS[kind][0]}", kind)
+            _check_names(values, kind, f"{where}: ")
         for value, count in Counter(values).items():
             if count > 1:
                 raise UserError(f"{where} lists {value!r} more than once")
@@ -337,13 +337,12 @@ def _replaced(training: TrainingConfig, own: Any, where: str) -> TrainingConfig:
     return build_config(TrainingConfig, asdict(training) | own, where)
 
 
-def _check_names(values: Iterable[str], what: str, kind: str) -> None:
-    """Raise UserError, which begins with `what`, for a name that no component of the kind has."""
-    choices = _KINDS[kind][1]()
+def _check_names(values: Iterable[str], kind: str, where: str = "") -> None:
+    """Raise UserError, which begins with `where`, for a name that no component of the kind has."""
+    noun, known = _KINDS[kind][0], _KINDS[kind][1]()
     for value in values:
         try:
-            base = value if kind == "dotf" else base_name(value)
+            if (value if kind == "dotf" else base_name(value)) not in known:
+                raise unknown_name(noun, value, known)
         except UserError as error:
-            raise UserError(f"{what} {error}") from None
-        if base not in choices:
-            raise UserError(f"{what} {shorten(value)}; choose one of: {list_choices(base, choices)}")
+            raise UserError(f"{where}{error}") from None

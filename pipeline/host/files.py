@@ -28,6 +28,14 @@ def read_json(path: Path) -> Any:
         raise damaged(path, error) from None
 
 
+def peek(path: Path) -> Any:
+    """Return the content of a JSON file; None where there is none, or somebody is writing it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged ({error}); delete it, and run again")
 

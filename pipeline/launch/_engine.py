@@ -4,6 +4,7 @@ One thread, one loop. All that it knows is also in a file (`GridState`), from wh
 """
 
 import json
+import math
 import signal
 import time
 from bisect import insort
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.host.files import peek
 from pipeline.host.heartbeat import GRACE_SECONDS, HEARTBEAT_VARIABLE, OUTCOME_VARIABLE, STOPPED, Heartbeat
 from pipeline.launch._job import Attempt, Backend, Ended, Event, Job, Kind, State
 from pipeline.launch._placement import Load, place
@@ -110,8 +112,9 @@ class _Engine:
         self._kill_at = float("inf")
 
     def run(self, stops: Callable[[], int]) -> Generator[Event | None, None, None]:
-        for name in self._tasks:
-            self._state.set(name, "queued")
+        for name, task in self._tasks.items():
+            known = math.isfinite(task.job.seconds)
+            self._state.set(name, "queued", expected=max(task.job.seconds, 0.0) if known else 0.0)
             yield Event(name, "queued")
         yield from self._turn(stops)
 
@@ -214,7 +217,7 @@ class _Engine:
         if isinstance(task.handle, Ended):
             return task.handle
         waits = self._backend.waits(task.handle)
-        if waits != (self._state.jobs()[task.job.name]["state"] == "waiting"):
+        if waits != (self._state.jobs[task.job.name]["state"] == "waiting"):
             self._state.set(task.job.name, "waiting" if waits else "running")
         if waits:
             task.began = time.monotonic()
@@ -274,7 +277,7 @@ class _Engine:
 
     def _why(self, task: _Task, how: Ended) -> tuple[Kind, str, str]:
         """Why an attempt did not succeed: kind, reason, and the stage in which it happened."""
-        told = self._told(task.job.name)
+        told = peek(self._outcome(task.job.name)) or {}
         stage = told.get("stage") or task.job.stages[-1].name
         if task.timed_out:
             assert task.job.timeout_seconds is not None
@@ -290,12 +293,6 @@ class _Engine:
         if how.code < 0:
             return "crash", f"ended by {signal.Signals(-how.code).name}", stage
         return told.get("kind", "crash"), told.get("message") or _last_line(self._log(task.job.name)), stage
-
-    def _told(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads(self._outcome(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
 
     def _log(self, name: str) -> Path:
         return self._options.logs / f"{name}.log"

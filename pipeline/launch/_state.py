@@ -27,24 +27,16 @@ class GridState:
     def __init__(self, path: Path, heartbeat: Path) -> None:
         self._path = path
         self._head = {"pid": os.getpid(), "heartbeat": str(heartbeat), "started": time.time()}
-        self._jobs: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[str, dict[str, Any]] = {}
         self._changed = False
         self._due = 0.0
 
-    def expect(self, name: str, **facts: Any) -> None:
-        """Note what is known of a job beforehand."""
-        self._jobs[name] = {"state": "queued", **facts}
-
     def set(self, name: str, state: str, **facts: Any) -> None:
-        job = self._jobs.setdefault(name, {})
-        job.update(state=state, since=time.time(), **facts)
+        self.jobs.setdefault(name, {}).update(state=state, since=time.time(), **facts)
         self._changed = True
 
     def is_open(self, name: str) -> bool:
-        return self._jobs[name]["state"] in OPEN
-
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        return self._jobs
+        return self.jobs[name]["state"] in OPEN
 
     def save_now_and_then(self) -> None:
         if self._changed and time.monotonic() >= self._due:
@@ -54,7 +46,7 @@ class GridState:
         began = time.monotonic()
         # A full disk is no reason to end a grid, and after a power cut nothing of it is running.
         with contextlib.suppress(OSError):
-            write_bytes(self._path, json.dumps({**self._head, "jobs": self._jobs}).encode(), durable=False)
+            write_bytes(self._path, json.dumps({**self._head, "jobs": self.jobs}).encode(), durable=False)
             self._changed = False
         ended = time.monotonic()
         self._due = ended + max(SAVE_SECONDS, (ended - began) / SAVE_SHARE)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -88,7 +87,7 @@ def run_grid(params: Params, typed: RunOptions) -> int:
             asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
             print(f"nothing to do: {asked} up to date, and so is the report; see: schoenbat-exp results")
             if tracking.is_due(params.profile):
-                with session.stop_requests() as stops:
+                with session.counted_stops() as stops:
                     _log_rest(tracking.Tracker(params.profile, [cell.id for cell in chosen]), "FINISHED", stops)
             return _show_unrecorded(recorder)
         print(title)
@@ -211,11 +210,9 @@ class _Run:
         write_bytes(fixed, PARAMS_FILE.read_bytes())
         heartbeat = Heartbeat(_LOGS)
         state = GridState(folder / status.STATE_FILE, heartbeat.path)
-        for job in self.jobs:
-            state.expect(job.name, expected=max(job.seconds, 0.0) if math.isfinite(job.seconds) else 0.0)
         environment = {PARAMS_VARIABLE: str(fixed.absolute())}
         options = Options(folder, environment, at_once, params.run.retries, self.typed.fail_fast, self._holds)
-        with session.stop_requests() as stops:
+        with session.counted_stops() as stops:
             try:
                 with (
                     show_grid(params.profile, [cell.id for cell in self.chosen], state) as show,

@@ -74,7 +74,6 @@ class LocalBackend:
             heartbeat.unlink(missing_ok=True)
 
     def start(self, job: Job, device: str, attempt: Attempt) -> _Worker:
-        attempt.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **attempt.environment, **_device_environment(device)}
         process = self._context.Process(target=work, args=(attempt.file, environment, attempt.log), daemon=True)
         started = self._starter.submit(self._start, process, attempt.environment.get(HEARTBEAT_VARIABLE, ""))

@@ -1,9 +1,11 @@
 """What there is to do, as jobs: stages that are due, what they will probably take, and the devices they may have."""
 
+import contextlib
+import functools
 import os
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import psutil
@@ -40,58 +42,38 @@ def plan_jobs(
         force: train and test again what is up to date.
         device: the kind of device they run on, "cpu" or "cuda": memory is known for the kind it was measured on.
     """
-    tasks = [task for task in dict.fromkeys(cell.task for cell in due) if not freshness.has_arrays(task)]
-    jobs = [_data_job(params, task) for task in tasks]
+    profile, minutes = params.profile, params.run.timeout_minutes
+    jobs = []
+    for task in dict.fromkeys(cell.task for cell in due):
+        if not freshness.has_arrays(task):
+            stages = dict(zip(data_stage_names(profile, task), ("download", "preprocess"), strict=True))
+            work = _work(stages, ["--profile", profile, "--task", task])
+            jobs.append(Job(f"data-{task}", work, seconds=float("inf")))
     known = _Measured(params, expand(params), device)
     for cell in due:
+        # Its commands leave out by themselves what is up to date.
+        options = ["--profile", profile, *cell.arguments(), *(["--force"] if force else [])]
+        stages = dict(zip(stage_names(profile, cell), ("train", "eval"), strict=True))
+        work = _work(stages, options, {CODE_VARIABLE: freshness.code(cell.attn, cell.dotf)})
         seconds, memory = known.expected(cell)
-        jobs.append(
-            Job(
-                cell.id,
-                _cell_work(params.profile, cell, freshness, force),
-                needs=(data_job_name(cell.task),),
-                seconds=seconds,
-                memory_mb=memory,
-                saves=True,
-            )
-        )
-    jobs += [
-        Job(
-            name,
-            # DVC reads params.yaml itself, so the command has to read the same.
-            (Work(name, f"dvc repro --single-item {shlex.quote(name)}", {PARAMS_VARIABLE: str(PARAMS_FILE)}),),
-            needs=tuple(cell.id for cell in due if name == f"errors@{params.profile}-{cell.group}"),
-            seconds=-float(position),
-            exclusive=True,
-        )
-        for position, name in enumerate(others)
-    ]
-    minutes = params.run.timeout_minutes
+        data = (f"data-{cell.task}",)
+        jobs.append(Job(cell.id, work, needs=data, seconds=seconds, memory_mb=memory, saves=True))
+    for position, name in enumerate(others):
+        # DVC reads params.yaml itself, so the command has to read the same.
+        command = f"dvc repro --single-item {shlex.quote(name)}"
+        work = (Work(name, command, {PARAMS_VARIABLE: str(PARAMS_FILE)}),)
+        needs = tuple(cell.id for cell in due if name == f"errors@{profile}-{cell.group}")
+        jobs.append(Job(name, work, needs=needs, seconds=-float(position), exclusive=True))
     return [replace(job, timeout_seconds=None if minutes is None else minutes * 60) for job in jobs]
 
 
-def _data_job(params: Params, task: str) -> Job:
-    fetch, prepare = data_stage_names(params.profile, task)
-    options = f"--profile {params.profile} --task {shlex.quote(task)}"
-    work = (
-        Work(fetch, f"schoenbat-exp download {options}"),
-        Work(prepare, f"schoenbat-exp preprocess {options}"),
-    )
-    return Job(data_job_name(task), work, seconds=float("inf"))
-
-
-def data_job_name(task: str) -> str:
-    """Return the name of the job that makes the data of a task."""
-    return f"data-{task}"
-
-
-def _cell_work(profile: str, cell: Cell, freshness: Freshness, force: bool) -> tuple[Work, ...]:
-    """Return the commands of a cell, which themselves leave out what is up to date."""
-    options = shlex.join(["--profile", profile, *cell.arguments(), *(["--force"] if force else [])])
-    environment = {CODE_VARIABLE: freshness.code(cell.attn, cell.dotf)}
-    train, test = stage_names(profile, cell)
-    return Work(train, f"schoenbat-exp train {options}", environment), Work(
-        test, f"schoenbat-exp eval {options}", environment
+def _work(
+    stages: Mapping[str, str], options: Sequence[str], environment: Mapping[str, str] | None = None
+) -> tuple[Work, ...]:
+    """Return the work of stages that are commands of this project, with the same options."""
+    return tuple(
+        Work(stage, shlex.join(["schoenbat-exp", command, *options]), environment or {})
+        for stage, command in stages.items()
     )
 
 
@@ -132,44 +114,27 @@ class _Measured:
 
     def __init__(self, params: Params, cells: Sequence[Cell], device: str) -> None:
         self._params, self._device = params, device
-        self._of_cell = {cell: taken for cell in cells if (taken := _taken(cell, params.profile)) is not None}
-        self._of_kind: dict[tuple[str, ...], list[Resources]] = {}
-        self._guessed: dict[tuple[str, ...], float] = {}
-        for cell, taken in self._of_cell.items():
-            self._of_kind.setdefault(_kind(cell), []).append(taken)
+        self._guess = functools.cache(self._guess_seconds)
+        self._taken: dict[str, dict[int, Resources]] = {}
+        for cell in cells:
+            # A damaged file is none: it decides nothing but the order.
+            with contextlib.suppress(UserError):
+                if taken := CellResults(params.profile, cell.id).resources():
+                    self._taken.setdefault(cell.group, {})[cell.seed] = taken
 
     def expected(self, cell: Cell) -> tuple[float, float | None]:
         """Seconds, and MB or None: from the cell's own last run, else from its like with another seed, else a guess."""
-        alike = [self._of_cell[cell]] if cell in self._of_cell else self._of_kind.get(_kind(cell), [])
+        alike = self._taken.get(cell.group)
         if not alike:
-            if _kind(cell) not in self._guessed:
-                self._guessed[_kind(cell)] = self._guess(cell)
-            return self._guessed[_kind(cell)], None
-        memory = [taken.peak_memory_mb for taken in alike if _kind_of_device(taken) == self._device]
-        steps = cell_training(self._params, cell).steps
-        seconds = statistics.fmean(1 / taken.steps_per_second for taken in alike) * steps
-        return seconds, max(memory, default=None)
+            return self._guess(replace(cell, seed=0)), None
+        found = [alike[cell.seed]] if cell.seed in alike else alike.values()
+        memory = [taken.peak_memory_mb for taken in found if taken.device.startswith(self._device)]
+        seconds = statistics.fmean(1 / taken.steps_per_second for taken in found)
+        return seconds * cell_training(self._params, cell).steps, max(memory, default=None)
 
-    def _guess(self, cell: Cell) -> float:
+    def _guess_seconds(self, cell: Cell) -> float:
         task, training = self._params.task[cell.task], cell_training(self._params, cell)
         length = task.data.max_length
         tokens = training.steps * training.batch_size * length
         pairs = tokens * length if ATTENTIONS.get(cell.attn).cost == "quadratic" else 0
         return task.model.num_layers * (tokens / _TOKENS_PER_SECOND + pairs / _PAIRS_PER_SECOND)
-
-
-def _kind(cell: Cell) -> tuple[str, ...]:
-    return cell.task, cell.attn, cell.dotf or "", cell.former
-
-
-def _taken(cell: Cell, profile: str) -> Resources | None:
-    try:
-        return CellResults(profile, cell.id).resources()
-    except UserError:
-        # It decides nothing but the order.
-        return None
-
-
-def _kind_of_device(taken: Resources) -> str:
-    """ "cpu" or "cuda"."""
-    return taken.device.partition(":")[0].partition(" ")[0]

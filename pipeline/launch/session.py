@@ -45,7 +45,7 @@ def only_grid(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], int]]:
+def counted_stops() -> Iterator[Callable[[], int]]:
     """Count SIGINT, SIGTERM and SIGHUP inside the block: one asks to stop, a second to stop at once."""
     received: list[int] = []
     # `nohup` ignores SIGHUP, and that is to stay so.

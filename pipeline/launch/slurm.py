@@ -72,7 +72,7 @@ class _Attempt:
         link: its heartbeat.
         submitted: the time at which sbatch has taken it.
         waits: Slurm has not started it yet.
-        withdrawn: since when its link is deleted.
+        stopped: since when its heartbeat has ended.
     """
 
     job: Job
@@ -82,7 +82,7 @@ class _Attempt:
     link: Path
     submitted: "Future[float]"
     waits: bool = True
-    withdrawn: float | None = None
+    stopped: float | None = None
     ended: Ended | None = None
 
 
@@ -121,10 +121,8 @@ class SlurmBackend:
     def __init__(self, run: RunParams, devices: Sequence[Device], logs: Path) -> None:
         self.devices = devices
         self._run, self._logs = run, logs.absolute()
-        self._heartbeat = Path()
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="slurm")
         self._count = 0
-        self._stopped: float | None = None
         self._looking: Future[tuple[float, dict[Path, _SlurmJob]]] | None = None
         self._jobs: dict[Path, _SlurmJob] = {}
         self._silence = ""
@@ -145,8 +143,6 @@ class SlurmBackend:
         LocalBackend((), self._logs).clear()
 
     def start(self, job: Job, device: str, attempt: Attempt) -> _Attempt:
-        self._heartbeat = Path(attempt.environment[HEARTBEAT_VARIABLE])
-        attempt.log.parent.mkdir(parents=True, exist_ok=True)
         now = time.monotonic()
         return _Attempt(job, attempt, now, now, *self._submit(job, attempt))
 
@@ -163,9 +159,7 @@ class SlurmBackend:
 
     def kill(self, handle: _Attempt) -> None:
         # The worker stops without it, and the next look at the queue cancels its job.
-        if handle.withdrawn is None:
-            handle.link.unlink(missing_ok=True)
-            handle.withdrawn = time.monotonic()
+        handle.link.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._caller.shutdown(cancel_futures=True)
@@ -175,8 +169,9 @@ class SlurmBackend:
     def _submit(self, job: Job, attempt: Attempt) -> tuple[Path, "Future[float]"]:
         """Hand an attempt to sbatch, with a new link: had it been taken before after all, that job would do nothing."""
         self._count += 1
-        link = self._heartbeat.with_name(f"{self._heartbeat.name}-{self._count}")
-        link.symlink_to(self._heartbeat.name)
+        heartbeat = Path(attempt.environment[HEARTBEAT_VARIABLE])
+        link = heartbeat.with_name(f"{heartbeat.name}-{self._count}")
+        link.symlink_to(heartbeat.name)
         output = str(attempt.log.absolute()).replace("%", "%%")
         options = [f"--job-name={job.name}", f"--comment={_COMMENT}{link}", f"--output={output}", "--open-mode=append"]
         device = {DEVICE_VARIABLE: "cuda:0"} if self._run.device.startswith("cuda") else {}
@@ -200,7 +195,10 @@ class SlurmBackend:
 
         Slurm calls a job on a lost node ended though it may run on, and forgets ended jobs after some minutes.
         """
-        now, stopped = time.monotonic(), handle.withdrawn or self._stopped
+        now = time.monotonic()
+        if handle.stopped is None and not handle.link.exists():
+            handle.stopped = now
+        stopped = handle.stopped
         if not handle.submitted.done():
             return Ended(-signal.SIGKILL) if stopped is not None and handle.submitted.cancel() else None
         if refusal := handle.submitted.exception():
@@ -240,8 +238,6 @@ class SlurmBackend:
             except UserError as error:
                 self._silence = str(error)
             self._looking, self._refreshed = None, time.monotonic()
-            if self._stopped is None and not self._heartbeat.exists():
-                self._stopped = time.monotonic()
 
     def _look(self) -> tuple[float, dict[Path, _SlurmJob]]:
         """Return the jobs of this checkout and when that was, and cancel those that are not wanted any more."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.host.files import read_json
+from pipeline.host.files import peek, read_json
 from pipeline.host.heartbeat import OUTCOME_VARIABLE, STAGE_VARIABLE, STOPPED, watch
 from pipeline.launch._job import Work
 
@@ -109,9 +109,7 @@ def _interrupt(number: int, frame: object) -> None:
 def _tell(kind: str, message: str, stage: str) -> None:
     """Add to what the stage's own command said, if it said anything, which of the stages it was."""
     path = Path(os.environ[OUTCOME_VARIABLE])
-    told = {"kind": kind, "message": message}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        told = json.loads(path.read_text(encoding="utf-8"))
+    told = peek(path) or {"kind": kind, "message": message}
     path.write_text(json.dumps({**told, "stage": stage}), encoding="utf-8")
 
 

@@ -8,8 +8,9 @@ metrics of equal time, step and value are one to MLflow. MLflow is for browsing:
 """
 
 import contextlib
+import functools
+import logging
 import os
-import posixpath
 import re
 import tempfile
 import threading
@@ -28,7 +29,6 @@ from pipeline.grid.settings import flat
 from pipeline.host.heartbeat import HEARTBEAT_VARIABLE
 from pipeline.host.text import counted
 from pipeline.mlflow import database
-from pipeline.mlflow.quiet import import_mlflow
 from pipeline.models.trained import TrainedCell, load_trained
 from schoenbat.errors import UserError
 
@@ -84,8 +84,8 @@ class Tracker:
             One line about what is not logged; empty if all is.
         """
         self._status = status
+        self._beat = time.monotonic()
         self._wake.set()
-        self._tick()
         while self._thread.is_alive():
             self._stopped = bool(stops())
             if time.monotonic() - self._beat > (_STOPPING_SECONDS if self._stopped else PATIENCE_SECONDS):
@@ -96,8 +96,8 @@ class Tracker:
         if not missing and not self._problem:
             _due_file(self._profile).unlink(missing_ok=True)
             return ""
-        why = self._problem or "stopped"
-        return f"not logged: {counted(missing, 'cell')}: {why}; the next run or `schoenbat-exp log` logs them"
+        cells, why = counted(missing, "cell"), self._problem or "stopped"
+        return f"not logged: {cells}: {why}; the next run or `schoenbat-exp log` logs them"
 
     def _work(self) -> None:
         while True:
@@ -117,6 +117,7 @@ class Tracker:
     def _log_some(self, status: str) -> bool:
         """Log a batch of cells; return whether there may be more."""
         with self._open() as runs:
+            self._beat = time.monotonic()
             if runs.parent != self._parent:
                 # Of another database, where the one before was deleted.
                 self._parent, self._logged = runs.parent, set()
@@ -124,7 +125,7 @@ class Tracker:
             for cell in due if not self._stopped else ():
                 runs.log(cell)
                 self._logged.add(cell)
-                self._tick()
+                self._beat = time.monotonic()
             if (not due or self._stopped) and status:
                 runs.client.set_terminated(runs.parent, status)
             return bool(due) and not self._stopped
@@ -136,10 +137,8 @@ class Tracker:
         path = database.file_of(uri)
         lock = FileLock(f"{path}.lock" if path else "logs/mlflow.lock", timeout=PATIENCE_SECONDS)
         with _usable(uri) as mlflow, lock:
-            self._tick()
             if path and database.is_absent(uri):
                 database.create(path, lambda new: mlflow.MlflowClient(new).search_experiments(max_results=1))
-                self._tick()
             client = mlflow.MlflowClient(uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
@@ -149,16 +148,11 @@ class Tracker:
                 client.restore_experiment(experiment.experiment_id)
             runs = _Runs(client, experiment.experiment_id, self._profile)
             tags = {"kind": "grid", "profile": self._profile, "checkout": _checkout_id(Path("logs/mlflow-checkout"))}
-            run = next(iter(runs.find(tags)), None) or client.create_run(
-                runs.experiment, None, tags, f"grid {self._profile}"
-            )
+            (run,) = runs.find(tags)[:1] or [client.create_run(runs.experiment, None, tags, f"grid {self._profile}")]
             if run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
             runs.parent = run.info.run_id
             yield runs
-
-    def _tick(self) -> None:
-        self._beat = time.monotonic()
 
 
 def log_by_hand(profile: str, cell: str) -> None:
@@ -187,14 +181,15 @@ def find_experiment() -> str | None:
     Raises:
         UserError: it was deleted, or the tracking server or database cannot be used.
     """
-    uri = store_uri()
-    if database.is_absent(uri):
+    uri, experiment = store_uri(), None
+    if not database.is_absent(uri):
+        with _usable(uri) as mlflow:
+            experiment = mlflow.MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
         return None
-    with _usable(uri) as mlflow:
-        experiment = mlflow.MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
-    if experiment is not None and experiment.lifecycle_stage == "deleted":
+    if experiment.lifecycle_stage == "deleted":
         raise UserError(f"experiment {EXPERIMENT} in {shown(uri)} is deleted; `schoenbat-exp log` restores it")
-    return None if experiment is None else str(experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 @dataclass
@@ -299,9 +294,7 @@ def _params(metrics: Metrics, trained: TrainedCell | None) -> dict[str, str]:
     params = axes | {"dotf": metrics.dotf or "none"}
     for name, value in (flat(trained.description) if trained else {}).items():
         if name not in (*axes, "best_step") and value is not None:
-            fit = re.sub(r"[^\w\-.:/ ]", "_", f"settings.{name}")[:250]
-            # A name has to be a path without detours.
-            params[fit if posixpath.normpath(fit) == fit else fit.replace("/", "_")] = value
+            params[re.sub(r"[^\w\-.: ]", "_", f"settings.{name}")[:250]] = value
     return {name: str(value) for name, value in params.items()}
 
 
@@ -326,6 +319,24 @@ def _usable(uri: str) -> Iterator[ModuleType]:
             cause = deeper
         reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
         raise UserError(f"MLflow cannot use {shown(uri)}: {reason}") from error
+
+
+@functools.cache
+def import_mlflow() -> ModuleType:
+    """Return MLflow, which neither reports home nor chats; importing it takes seconds."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    # A connection that is kept writes into a database that has been deleted, without an error.
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    import mlflow
+
+    # It logs an error with its traceback before it raises it; the message says what matters.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return mlflow
 
 
 def shown(uri: str) -> str:

@@ -4,7 +4,6 @@ import json
 import shutil
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -74,6 +73,7 @@ def card(trained: TrainedCell, note: str) -> str:
     needed = f" with kernel `{cell.dotf}` in it" if cell.dotf else ""
     revision = metrics.git_revision.removesuffix("+")
     changes = ", with the changes that were not committed then," if revision != metrics.git_revision else ""
+    threads = counted(metrics.threads, "thread")
     about = [
         ("task", f"`{cell.task}`: {paper.partition(chr(10))[0]}"),
         ("data", f"{meta['label']}; {meta['source']}"),
@@ -86,11 +86,7 @@ def card(trained: TrainedCell, note: str) -> str:
         ("profile", f"`{trained.profile}`: {note}"),
         ("git revision", f"`{metrics.git_revision}`"),
         ("fingerprint of code, settings, data", f"`{metrics.fingerprint}`"),
-        (
-            "made with",
-            f"torch {metrics.torch}, schoenbat {schoenbat.__version__}, {metrics.device}, "
-            f"{counted(metrics.threads, 'thread')}",
-        ),
+        ("made with", f"torch {metrics.torch}, schoenbat {schoenbat.__version__}, {metrics.device}, {threads}"),
     ]
     head = {"license": "mit", "library_name": "schoenbat", "pipeline_tag": "text-classification"}
     front = "".join(f"{key}: {value}\n" for key, value in head.items())
@@ -147,15 +143,11 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 def _settings_of(trained: TrainedCell) -> str:
     """Return params.yaml for this one cell: its own sections, and a grid of nothing else."""
     cell, written = trained.cell, read_yaml(PARAMS_FILE)
-    axes: dict[str, Any] = {
-        "tasks": [cell.task],
-        "seeds": [cell.seed],
-        "plain": {"attn": [], "former": []},
-        "kernel": {"attn": [], "dotf": [], "former": []},
-    }
-    axes["kernel" if cell.dotf else "plain"] |= {"attn": [cell.attn], "former": [cell.former]}
-    if cell.dotf:
-        axes["kernel"]["dotf"] = [cell.dotf]
+    own: dict[str, list[str]] = {"attn": [cell.attn], "former": [cell.former]}
+    none: dict[str, list[str]] = {"attn": [], "former": []}
+    plain, kernel = (none, own) if cell.dotf else (own, none)
+    dotf = {"dotf": [cell.dotf] if cell.dotf else []}
+    axes = {"tasks": [cell.task], "seeds": [cell.seed], "plain": plain, "kernel": kernel | dotf}
     kept = {
         section: {name: written[section][name]}
         for section, name in (("task", cell.task), ("attention", cell.attn), ("former", cell.former))

@@ -9,7 +9,7 @@ from pipeline.host.devices import get_device
 from pipeline.models.trained import TrainedCell, load_trained
 from schoenbat.errors import UserError
 
-Example = str | tuple[str, str]
+Example = str | tuple[str, ...]
 
 
 def run(
@@ -62,30 +62,27 @@ def _examples(trained: TrainedCell, texts: Sequence[str], file: Path | None) -> 
         if len(texts) % 2:
             raise UserError(f"{trained.cell.task} compares two texts: give them in pairs")
         return list(zip(texts[::2], texts[1::2], strict=True))
-    name, lines = _lines(file)
+    name = "standard input" if file is None else str(file)
     examples: list[Example] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read(file).split("\n"), start=1):
+        first, *others = line.split("\t") if pairs else [line]
         if not line.strip():
             continue
-        fields = line.split("\t")
-        if not pairs:
-            examples.append(line)
-        elif len(fields) == 2:
-            examples.append((fields[0], fields[1]))
-        else:
+        if len(others) != pairs:
             raise UserError(f"{name}, line {number}: {trained.cell.task} compares two texts, with a tab between them")
+        examples.append((first, *others) if pairs else first)
     if not examples:
         raise UserError(f"{name} holds no text")
     return examples
 
 
-def _lines(file: Path | None) -> tuple[str, list[str]]:
+def _read(file: Path | None) -> str:
     if file is None:
         if sys.stdin.isatty():
             print("a text a line, then Ctrl-D:", file=sys.stderr)
-        return "standard input", sys.stdin.read().split("\n")
+        return sys.stdin.read()
     try:
-        return str(file), file.read_text(encoding="utf-8").split("\n")
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x})") from None
     except (FileNotFoundError, IsADirectoryError):

@@ -1,6 +1,6 @@
 """Trained cells as their own folders describe them, whatever params.yaml says by now."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.grid.axes import Cell
@@ -10,8 +10,6 @@ from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.host.files import read_json
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.config import build_config
-from schoenbat.lra.encoder import ModelConfig
-from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.pretrained import PretrainedClassifier, PretrainedConfig, model_data
 from schoenbat.lra.training import load_model
 
@@ -60,44 +58,28 @@ def load_trained(cell: str, profile: str | None = None) -> TrainedCell:
         UserError: no such cell is trained, its files are damaged, or its data has changed since.
     """
     profile = profile or current_profile()
-    results = CellResults(profile, cell)
-    metrics = results.metrics()
+    results, again = CellResults(profile, cell), f"schoenbat-exp run --cell {cell}"
+    best, metrics = results.best, results.metrics()
     if metrics is None:
         known = list_choices(cell, trained_cells(profile))
         raise UserError(f"no trained cell {cell!r} in runs/{profile}; choose one of: {known}")
-    if not results.best.is_file():
-        raise UserError(
-            f"no {results.best}; train it: schoenbat-exp run --cell {cell}, or where a remote has it: "
-            f"dvc pull {results.best}"
-        )
-    state, described = load_model(results.best)
+    if not best.is_file():
+        raise UserError(f"no {best}; train it: {again}, or where a remote has it: dvc pull {best}")
+    state, described = load_model(best)
     axes = Cell(metrics.task, metrics.attn, metrics.dotf, metrics.former, metrics.seed)
     summary = summary_file(profile, axes.task)
     if not summary.is_file():
-        raise UserError(
-            f"no {summary}, the description of the cell's data; make it: schoenbat-exp preprocess --task {axes.task}"
-        )
+        made_by = f"schoenbat-exp preprocess --task {axes.task}"
+        raise UserError(f"no {summary}, the description of the cell's data; make it: {made_by}")
     meta = read_json(summary)
     if meta["fingerprint"] != described["data"]["fingerprint"]:
-        raise UserError(
-            f"the data of {axes.task} is another one than {cell} was trained on; train it again: "
-            f"schoenbat-exp run --cell {cell}"
-        )
-    config = PretrainedConfig(
-        task=axes.task,
-        attn=axes.attn,
-        dotf=axes.dotf,
-        former=axes.former,
-        seed=axes.seed,
-        model=build_config(ModelConfig, described["model"], f"{results.best}: model"),
-        attention=described["attention"],
-        former_options=build_config(FormerConfig, described["former"], f"{results.best}: former"),
-        data=model_data(meta),
-    )
+        raise UserError(f"the data of {axes.task} is another one than {cell} was trained on; train it again: {again}")
+    options = {"model": described["model"], "attention": described["attention"], "former_options": described["former"]}
+    config = build_config(PretrainedConfig, asdict(axes) | options | {"data": model_data(meta)}, str(best))
     model = config.build()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{results.best} does not fit the code of today ({reason}); train again") from None
+        raise UserError(f"{best} does not fit the code of today ({reason}); train again") from None
     return TrainedCell(profile, axes, results, metrics, described, meta, PretrainedClassifier(config, model))

@@ -17,31 +17,28 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class _Screen:
-    """Shows snapshots, not more often than they can be read; `live` is to be entered."""
+    """Shows snapshots, not more often than they can be read, while `live` is entered."""
 
     def __init__(self) -> None:
-        console = Console()
-        self.terminal = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self.live = self.terminal or contextlib.nullcontext()
-        self.seconds = _SECONDS_BETWEEN_LINES if self.terminal is None else _DRAW_SECONDS
+        self._console = Console()
+        self.is_terminal = self._console.is_terminal
+        self.live = Live(console=self._console, auto_refresh=False) if self.is_terminal else contextlib.nullcontext()
+        self.seconds = _DRAW_SECONDS if self.is_terminal else _SECONDS_BETWEEN_LINES
         self.shown = time.monotonic()
 
     def show(self, snapshot: status.Snapshot) -> None:
         """Draw the table anew; or print the cells that run, and the summary."""
-        if self.terminal is None:
+        if isinstance(self.live, Live):
+            size = self._console.size
+            self.live.update(Group(*view.screen(snapshot, size.width, size.height)), refresh=True)
+        else:
             running = [row for row in snapshot.cells if row.state == "running" and row.progress]
             print(*view.table(running), view.summary(snapshot), sep="\n", flush=True)
-        else:
-            size = self.terminal.console.size
-            self.terminal.update(Group(*view.screen(snapshot, size.width, size.height)), refresh=True)
         self.shown = time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        if self.terminal is None:
-            print(line, flush=True)
-        else:
-            self.terminal.console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -49,7 +46,7 @@ def show_grid(profile: str, cells: Sequence[str], state: GridState) -> Iterator[
     """Give a function to be called with every event of a grid, which shows the grid."""
 
     def snapshot() -> status.Snapshot:
-        jobs = state.jobs()
+        jobs = state.jobs
         return status.assemble(profile, True, [status.job_row(profile, c, jobs[c]) for c in cells if c in jobs], jobs)
 
     screen = _Screen()
@@ -58,13 +55,13 @@ def show_grid(profile: str, cells: Sequence[str], state: GridState) -> Iterator[
         def show(event: Event | None) -> None:
             # Of jobs that were never started there may be hundreds; the end of the run counts them.
             of_interest = ("failed", "unavailable", "retried")
-            if event is not None and (event.log is not None if screen.terminal is None else event.state in of_interest):
+            if event is not None and (event.state in of_interest if screen.is_terminal else event.log is not None):
                 screen.say(f"{event.job}: {event.state}{' (' + event.text + ')' if event.text else ''}")
             if time.monotonic() - screen.shown >= screen.seconds:
                 screen.show(snapshot())
 
         yield show
-        if screen.terminal is not None:
+        if screen.is_terminal:
             screen.show(snapshot())
 
 

@@ -4,7 +4,6 @@ It imports neither torch nor mlflow nor dvc, so that asking costs nothing, and i
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pipeline.grid.checked import ensure_checked
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.results import CellResults
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.host.files import peek
 from pipeline.host.heartbeat import EXPIRY_SECONDS, TOUCH_SECONDS
 
 STATE_FILE = "grid.json"
@@ -74,7 +74,7 @@ def read_grid() -> tuple[str, list[Cell], dict[str, Any]]:
 def take_snapshot() -> Snapshot:
     """Return the state of every cell of params.yaml."""
     profile, cells, settings = read_grid()
-    state = _read_json(Path("logs", profile, STATE_FILE)) or {}
+    state = peek(Path("logs", profile, STATE_FILE)) or {}
     running = "heartbeat" in state and _is_alive(Path(state["heartbeat"]))
     jobs: Mapping[str, Mapping[str, Any]] = state["jobs"] if running else {}
     freshness = Freshness(settings)
@@ -98,7 +98,7 @@ def assemble(profile: str, running: bool, rows: list[Row], jobs: Mapping[str, Ma
 
 def job_row(profile: str, name: str, job: Mapping[str, Any]) -> Row:
     """Return what the engine and the cell say of a job of the running grid."""
-    progress = _read_json(Path("checkpoints", profile, name, "progress.json")) if job["state"] == "running" else None
+    progress = peek(Path("checkpoints", profile, name, "progress.json")) if job["state"] == "running" else None
     if progress and progress.get("updated", 0.0) < job.get("since", 0.0):
         progress = None
     left = None
@@ -111,7 +111,7 @@ def job_row(profile: str, name: str, job: Mapping[str, Any]) -> Row:
 def _idle_row(profile: str, cell: Cell) -> Row:
     """Return the row of a cell that is not finished and that no grid is running."""
     for name in (cell.id, f"data-{cell.task}"):
-        outcome = _read_json(Path("logs", profile, f"{name}.outcome.json"))
+        outcome = peek(Path("logs", profile, f"{name}.outcome.json"))
         if outcome and outcome["kind"] != "stopped":
             state = "unavailable" if outcome["kind"] == "unavailable" else "failed"
             return Row(cell.id, state, outcome["message"], str(Path("logs", profile, f"{name}.log")))
@@ -152,11 +152,3 @@ def _is_alive(heartbeat: Path) -> bool:
             if heartbeat.stat().st_mtime != first:
                 return True
     return False
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a file; None where there is none, or somebody is writing it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None

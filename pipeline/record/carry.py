@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +101,11 @@ def take_over(params: Params, folder: Path) -> None:
 
 
 def _is_of_other_code(cell: Cell, freshness: Freshness) -> bool:
-    results, wanted = CellResults(freshness.profile, cell.id), freshness.fingerprint(cell)
-    metrics, test = results.metrics(), results.test()
-    if wanted is None or metrics is None or test is None or metrics.fingerprint != test.fingerprint:
+    wanted = freshness.fingerprint(cell)
+    trained, tested = CellResults(freshness.profile, cell.id).fingerprints()
+    if wanted is None or trained is None or trained != tested:
         return False
-    return metrics.fingerprint != wanted and replace(metrics.fingerprint, code=wanted.code) == wanted
+    return trained != str(wanted) and trained.endswith(f"-{wanted.settings}-{wanted.data}")
 
 
 @contextlib.contextmanager

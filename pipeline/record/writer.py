@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pipeline.grid.axes import data_stage_names, read_cells
-from pipeline.grid.freshness import Freshness, raw_folder, recorded_digests, sources_have_changed
+from pipeline.grid.freshness import Freshness, raw_folder, sources_have_changed
+from pipeline.grid.numerics import numerics_file
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
+from pipeline.host.files import read_json
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
@@ -96,38 +98,38 @@ class Recorder:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._waiting: list[str] = []
         self._batch: Future[dict[str, str]] | None = None
-        self._next = 0.0
+        self._began = self._next = 0.0
         self.failed: dict[str, str] = {}
 
     def add(self, names: Iterable[str]) -> None:
         """Let stages be recorded whose outputs are complete."""
         self._waiting += names
 
-    def poll(self) -> list[str]:
-        """Begin what is due, without waiting; the stages that have got on record since it was last asked."""
-        done = self._take_back() if self._batch is not None and self._batch.done() else []
+    def poll(self) -> None:
+        """Begin what is due, without waiting for it."""
+        if self._batch is not None and self._batch.done():
+            self._take_back(self._batch.result())
+            self._next = time.monotonic() + max(_LEAST_PAUSE_SECONDS, _PAUSE_FACTOR * (time.monotonic() - self._began))
         if self._waiting and self._batch is None and time.monotonic() >= self._next:
             names, self._waiting = self._waiting, []
-            self._batch = self._executor.submit(_timed, names)
-        return done
+            self._began, self._batch = time.monotonic(), self._executor.submit(record, names)
 
     def is_idle(self) -> bool:
-        """Whether nothing is left to record; if something is, it is begun at the next `poll`."""
+        """Return whether nothing is left to record; if something is, it is begun at the next `poll`."""
         self._next = 0.0
         return self._batch is None and not self._waiting
 
     def finish(self, *, patient: bool) -> list[str]:
-        """Record everything that is left; the stages that have got on record. `failed` has the others, with why.
+        """Record everything that is left; return the stages that get on record. `failed` has the others, with why.
 
         Args:
             patient: wait for another process of DVC.
         """
-        end, done = time.monotonic() + _LOCKED_SECONDS * patient, []
-        while self._batch is not None or self._waiting or (self.failed and time.monotonic() < end and self._retry()):
-            self._next = 0.0
-            done += self.poll()
-            if self._batch is not None:
-                done += self._take_back()
+        end = time.monotonic() + _LOCKED_SECONDS * patient
+        done = [] if self._batch is None else self._take_back(self._batch.result())
+        while self._waiting or (time.monotonic() < end and self._retry()):
+            names, self._waiting = self._waiting, []
+            done += self._take_back(record(names))
         return done
 
     def _retry(self) -> bool:
@@ -137,22 +139,13 @@ class Recorder:
             del self.failed[name]
         return bool(self._waiting)
 
-    def _take_back(self) -> list[str]:
-        assert self._batch is not None
-        results = self._batch.result()
+    def _take_back(self, results: dict[str, str]) -> list[str]:
         self._batch = None
-        took = float(results.pop("", "0"))
-        self._next = time.monotonic() + max(_LEAST_PAUSE_SECONDS, _PAUSE_FACTOR * took)
         self.failed |= {name: why for name, why in results.items() if why}
         return [name for name, why in results.items() if not why]
 
 
 _LOCKED = "another process of DVC has locked the project"
-
-
-def _timed(names: Sequence[str]) -> dict[str, str]:
-    began = time.monotonic()
-    return {**record(names), "": str(time.monotonic() - began)}
 
 
 def record(names: Sequence[str]) -> dict[str, str]:
@@ -211,7 +204,8 @@ def _commit(stage: "PipelineStage") -> None:
 def _current_stages() -> set[str]:
     """Return the stages whose outputs are what params.yaml, the numerics and the data make as they are now."""
     settings = read_yaml(PARAMS_FILE)
-    recorded, here = Freshness(settings, recorded_digests), Freshness(settings)
+    recorded = Freshness(settings, lambda kind, name: read_json(numerics_file(kind, name)))
+    here = Freshness(settings)
     cells = read_cells(settings)
     stages = recorded.cell_stages(cells)
     for task in settings["grid"]["tasks"]:
@@ -222,11 +216,10 @@ def _current_stages() -> set[str]:
     return {name for name, current in stages.items() if current}
 
 
-def _reason(error: Exception) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause) or type(cause).__name__
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return str(text).splitlines()[0]
 
 

@@ -4,8 +4,7 @@ One attention is batch 1, 2 heads of 32, in float32, or of another `Shape`, on q
 pre-SBN gives) and Gaussian values, with the kernel exp where one is needed. It is timed forward, and forward and
 backward; and the causal form as well, if there is one, against torch's with is_causal. In each round every mechanism is
 timed once, in turn, so that what disturbs the machine disturbs all alike; a row holds the median over rounds and the
-interquartile range, per call. On CUDA the time is what the GPU takes from the first kernel to the last, by its own
-events.
+interquartile range, per call. On CUDA a sample ends when the GPU has done all of its calls.
 
 Mechanisms with the option `num_features` are timed at each of `bench.num_features`, all of them at each of
 `bench.threads`.
@@ -24,13 +23,12 @@ not seen. Mechanisms of quadratic cost are left out above `bench.max_quadratic_l
 speed-ups refer to.
 """
 
-import dataclasses
 import functools
 import math
 import os
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.benchmark import timer
 
 from pipeline.grid.params import Params
 from pipeline.host.devices import describe_device, get_device, prepare_host
@@ -55,7 +54,7 @@ from schoenbat.norm import pre_sbn
 
 CHECKS = ("attn", "dotf", "length", "direction", "num_features", "threads", "relative_error")
 DOTF = "exp"
-EXACT = ("sdpa", "softmax", "kernelized")
+EXACT = ("softmax", "kernelized")
 EXACT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 ESTIMATE_TOLERANCE = 1.0
 CHECKED_QUERIES = 128
@@ -63,7 +62,7 @@ SAMPLE_SECONDS = 0.02
 """A sample repeats a short call for about so long."""
 STEP_BATCH, STEP_LENGTH, STEP_VOCABULARY = 32, 4096, 257
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
 Call = Callable[[], Any]
 Row = dict[str, Any]
 K = TypeVar("K")
@@ -81,27 +80,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Contender:
-    """One mechanism.
+    """One mechanism, in which every query sees every key, or with `is_causal` those up to its own.
 
     Attributes:
         num_features: None where it has no such option.
-        attend: every query sees every key.
-        quadratic: whether its cost is, in the length.
-        causal: a query sees the keys up to its own; None where there is no such form.
-        multiple_of: what lengths must be.
+        tolerance: of its relative errors.
+        longest, multiple_of: what lengths may be.
     """
 
     attn: str
     dotf: str | None
     num_features: int | None
     attend: Attend
-    quadratic: bool
-    causal: Attend | None = None
+    tolerance: float
+    is_causal: bool = False
+    longest: float = math.inf
     multiple_of: int = 1
-
-    def can_bear(self, length: int, max_quadratic_length: int) -> bool:
-        affordable = not self.quadratic or self.attn == "sdpa" or length <= max_quadratic_length
-        return affordable and length % self.multiple_of == 0
 
 
 def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
@@ -121,7 +115,7 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
     for threads in params.bench.threads:
         prepare_host(threads)
         for length in params.bench.lengths:
-            able = [c for c in contenders if c.can_bear(length, params.bench.max_quadratic_length)]
+            able = [c for c in contenders if length <= c.longest and length % c.multiple_of == 0]
             timed += _time(_passes(able, shape, length, device), "sdpa", repeats, device)
         if params.bench.step:
             timed += _time(_training_steps(params, device), "softmax", repeats, device)
@@ -143,28 +137,36 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
 
 def _contenders(params: Params, shape: Shape, device: torch.device) -> Iterator[Contender]:
     """Yield torch's attention, every registered one with its section of params.yaml or its defaults, and rivals."""
-    exact = F.scaled_dot_product_attention
-    yield Contender("sdpa", None, None, exact, quadratic=True, causal=functools.partial(exact, is_causal=True))
+    exact = EXACT_TOLERANCE[shape.dtype]
+    sdpa = Contender("sdpa", None, None, F.scaled_dot_product_attention, exact)
+    yield from (sdpa, _causal(sdpa))
     for name in ATTENTIONS.names():
         found = ATTENTIONS.get(name)
         written: Any = build_config(found.Config, params.attention.get(name), f"attention.{name}")
         if found.needs_max_length:
-            written = dataclasses.replace(written, max_length=max([written.max_length, *params.bench.lengths]))
+            written = replace(written, max_length=max([written.max_length, *params.bench.lengths]))
         counted = hasattr(written, "num_features")
         for num_features in params.bench.num_features if counted else [None]:
-            config = dataclasses.replace(written, num_features=num_features) if counted else written
+            config = replace(written, num_features=num_features) if counted else written
             kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
             generator = torch.Generator().manual_seed(0)
             module = found(config, head_dim=shape.head_dim, kernel=kernel, generator=generator).to(device)
             if isinstance(module, KernelAttention):
                 module.gets_units = True
-            causal = functools.partial(module, is_causal=True) if found.has_causal_form else None
-            yield Contender(name, DOTF if kernel else None, num_features, module, found.cost == "quadratic", causal)
+            tolerance = exact if name in EXACT else ESTIMATE_TOLERANCE if kernel else math.inf
+            longest = params.bench.max_quadratic_length if found.cost == "quadratic" else math.inf
+            dotf = DOTF if kernel else None
+            contender = Contender(name, dotf, num_features, module, tolerance, longest=longest)
+            yield from (contender, _causal(contender)) if found.has_causal_form else (contender,)
     for num_features in params.bench.num_features if shape.dtype == torch.float32 else []:
-        for rival in installed_rivals(
-            heads=shape.heads, head_dim=shape.head_dim, num_features=num_features, device=device
-        ):
-            yield Contender(rival.name, None, num_features, rival.attend, False, multiple_of=rival.multiple_of)
+        sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "num_features": num_features}
+        for rival in installed_rivals(**sizes, device=device):
+            multiple_of = rival.multiple_of
+            yield Contender(rival.name, None, num_features, rival.attend, ESTIMATE_TOLERANCE, multiple_of=multiple_of)
+
+
+def _causal(contender: Contender) -> Contender:
+    return replace(contender, attend=functools.partial(contender.attend, is_causal=True), is_causal=True)
 
 
 def _inputs(shape: Shape, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,21 +192,18 @@ def _passes(
         torch.autograd.grad(attend(*inputs), inputs, weight, allow_unused=True)
 
     for contender in contenders:
-        for form, attend in (("", contender.attend), ("causal ", contender.causal)):
-            if attend is None:
-                continue
-            errors = _errors(contender, form, attend, inputs, weight)
-            for name, call, error in zip(("forward", "forward+backward"), (forward, both), errors, strict=True):
-                what = {
-                    "attn": contender.attn,
-                    "dotf": contender.dotf,
-                    "length": length,
-                    "direction": form + name,
-                    "relative_error": error,
-                    "batch": shape.batch,
-                    "num_features": contender.num_features,
-                }
-                yield what, functools.partial(call, attend)
+        errors = _errors(contender, inputs, weight)
+        for name, call, error in zip(("forward", "forward+backward"), (forward, both), errors, strict=True):
+            what = {
+                "attn": contender.attn,
+                "dotf": contender.dotf,
+                "length": length,
+                "direction": f"causal {name}" if contender.is_causal else name,
+                "relative_error": error,
+                "batch": shape.batch,
+                "num_features": contender.num_features,
+            }
+            yield what, functools.partial(call, contender.attend)
 
 
 def _training_steps(params: Params, device: torch.device) -> Iterator[tuple[Row, Call]]:
@@ -223,25 +222,38 @@ def _training_steps(params: Params, device: torch.device) -> Iterator[tuple[Row,
         optimiser.step()
 
     for attn in dict.fromkeys(["softmax", *params.bench.step]):
-        found = ATTENTIONS.get(attn)
-        config: Any = build_config(found.Config, params.attention.get(attn), f"attention.{attn}")
+        found, options = ATTENTIONS.get(attn), params.attention.get(attn)
+        dotf, former = (DOTF, "maclauformer") if found.needs_kernel else (None, "transformer")
+        model = build_model(
+            vocab_size=STEP_VOCABULARY,
+            num_classes=2,
+            num_texts=1,
+            max_length=STEP_LENGTH,
+            model=ModelConfig(),
+            attn=attn,
+            attention=options,
+            dotf=dotf,
+            former=former,
+            former_config=params.former.get(former, FormerConfig()),
+            seed=0,
+        ).to(device)
+        config: Any = build_config(found.Config, options, f"attention.{attn}")
         what = {
             "attn": attn,
-            "dotf": DOTF if found.needs_kernel else None,
+            "dotf": dotf,
             "length": STEP_LENGTH,
             "direction": "training step",
             "relative_error": None,
             "batch": STEP_BATCH,
             "num_features": getattr(config, "num_features", None),
         }
-        model = _step_model(params, attn).to(device)
         yield what, functools.partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-4))
 
 
 def _time(passes: Iterable[tuple[Row, Call]], reference: str, repeats: int, device: torch.device) -> Iterator[Row]:
     """Yield a row with the times and the memory of each pass; speed-ups are over the same pass of `reference`."""
     rows, calls = zip(*passes, strict=True)
-    samples = _interleaved(dict(enumerate(calls)), repeats, device)
+    samples = _interleaved(dict(enumerate(calls)), repeats)
     quartiles = {number: np.percentile(times, (25, 50, 75)).tolist() for number, times in samples.items()}
     baselines = {row["direction"]: quartiles[number][1] for number, row in enumerate(rows) if row["attn"] == reference}
     for number, (what, call) in enumerate(zip(rows, calls, strict=True)):
@@ -262,46 +274,25 @@ def _time(passes: Iterable[tuple[Row, Call]], reference: str, repeats: int, devi
         }
 
 
-def _step_model(params: Params, attn: str) -> Classifier:
-    dotf, former = (DOTF, "maclauformer") if ATTENTIONS.get(attn).needs_kernel else (None, "transformer")
-    return build_model(
-        vocab_size=STEP_VOCABULARY,
-        num_classes=2,
-        num_texts=1,
-        max_length=STEP_LENGTH,
-        model=ModelConfig(),
-        attn=attn,
-        attention=params.attention.get(attn),
-        dotf=dotf,
-        former=former,
-        former_config=params.former.get(former, FormerConfig()),
-        seed=0,
-    )
-
-
-def _errors(
-    contender: Contender, form: str, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor
-) -> tuple[float, float]:
+def _errors(contender: Contender, inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor) -> tuple[float, float]:
     """Return relative errors of outputs and of gradients; raise TrainingFailed where they may not be timed."""
     length = inputs[0].shape[-2]
     picked = torch.linspace(0, length - 1, min(length, CHECKED_QUERIES), device=weight.device).long()
     weight = weight[..., picked, :]
-    output = attend(*inputs)[..., picked, :]
+    output = contender.attend(*inputs)[..., picked, :]
     gradients = torch.autograd.grad(output, inputs, weight, allow_unused=True)
     query, key, value = (x.detach().double().requires_grad_() for x in inputs)
-    allowed = torch.arange(length, device=weight.device) <= picked[:, None] if form else None
+    allowed = torch.arange(length, device=weight.device) <= picked[:, None] if contender.is_causal else None
     scores = query[..., picked, :] @ key.mT * query.shape[-1] ** -0.5
     truth = KERNELS.get(DOTF)().normalise(scores, allowed) @ value
     true_gradients = torch.autograd.grad(truth, (query, key, value), weight.double())
     found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
     errors = _relative_error([output.detach()], [truth.detach()]), _relative_error(found, true_gradients)
-    tolerance = EXACT_TOLERANCE[inputs[0].dtype] if contender.attn in EXACT else ESTIMATE_TOLERANCE
-    if contender.attn in ATTENTIONS.names() and contender.dotf is None and contender.attn not in EXACT:
-        tolerance = math.inf
-    if not all(math.isfinite(error) and error <= tolerance for error in errors):
+    if not all(math.isfinite(error) and error <= contender.tolerance for error in errors):
+        form = "causal " if contender.is_causal else ""
         raise TrainingFailed(
             f"{form}{contender.attn} at length {length} is not timed: its relative error is {errors[0]:.2g} (outputs) "
-            f"and {errors[1]:.2g} (gradients), and may be {tolerance:g}"
+            f"and {errors[1]:.2g} (gradients), and may be {contender.tolerance:g}"
         )
     return errors
 
@@ -311,31 +302,20 @@ def _relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return (wrong / sum(float(b.square().sum()) for b in truth)) ** 0.5
 
 
-def _interleaved(tasks: Mapping[K, Call], repeats: int, device: torch.device) -> dict[K, list[float]]:
+def _interleaved(tasks: Mapping[K, Call], repeats: int) -> dict[K, list[float]]:
     """Return milliseconds per call, `repeats` samples of each; every other round runs the tasks backwards."""
     loops = {}
     for name, call in tasks.items():
-        first = _seconds(call, 1, device)
+        first = timeit.timeit(call, timer=timer, number=1)
         # The first call of a short one is slower than the others.
-        loops[name] = 1 if first > 1 else max(1, round(SAMPLE_SECONDS / _seconds(call, 1, device)))
+        again = first if first > 1 else timeit.timeit(call, timer=timer, number=1)
+        loops[name] = max(1, round(SAMPLE_SECONDS / again))
     samples: dict[K, list[float]] = {name: [] for name in tasks}
     for number in range(repeats):
         for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
-            samples[name].append(1e3 * _seconds(tasks[name], loops[name], device) / loops[name])
+            seconds = timeit.timeit(tasks[name], timer=timer, number=loops[name])
+            samples[name].append(1e3 * seconds / loops[name])
     return samples
-
-
-def _seconds(call: Call, loops: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        first.record(torch.cuda.current_stream(device))
-        for _ in range(loops):
-            call()
-        last.record(torch.cuda.current_stream(device))
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
-    return timeit.timeit(call, number=loops)
 
 
 def _peak_memory_mb(call: Call, device: torch.device) -> float:

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.grid.cells import Cell, prepared_data, resolve
+from pipeline.grid.cells import Cell, resolve
 from pipeline.grid.params import Params
-from pipeline.grid.results import CellResults
 from pipeline.host.devices import prepare_host
 from pipeline.host.files import git_revision, write_csv
 from schoenbat.attention import Attention, scale_and_widen
@@ -123,11 +122,12 @@ def run(params: Params, cell: Cell, out: Path) -> None:
 
 def _trained(params: Params, cell: Cell) -> list[tuple[Attention, Vectors]]:
     """Return the mechanism of each layer of the trained model and its inputs for all examples and heads, not scaled."""
-    best = CellResults(params.profile, cell.id).best
+    setup = resolve(params, cell)
+    best = setup.results.best
     if not best.is_file():
         raise UserError(f"no {best}; train first: schoenbat-exp train {' '.join(cell.arguments())}")
-    data: Dataset = prepared_data(params.profile, cell.task)
-    model: Classifier = resolve(params, cell).build_model(data.meta)
+    data: Dataset = setup.data
+    model: Classifier = setup.build_model(data.meta)
     model.load_state_dict(load_model(best)[0])
     batch = data.batch("test", torch.arange(EXAMPLES).numpy())
     tokens = min(params.errors.tokens, int(batch.key_mask.sum(-1).min()))

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.grid.cells import Cell, prepared_data, resolve
+from pipeline.grid.cells import Cell, resolve
 from pipeline.grid.code import check_code
 from pipeline.grid.params import Params
-from pipeline.grid.results import CellResults, TestScore
+from pipeline.grid.results import TestScore
 from pipeline.grid.settings import flat
 from pipeline.host.devices import get_device, prepare_host
 from pipeline.host.progress import Meter, ProgressFile
@@ -25,25 +25,23 @@ def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
     Raises:
         UserError: the cell has not been trained, or its weights belong to other settings, data or code than today's.
     """
-    device, results = get_device(device_name), CellResults(params.profile, cell.id)
-    data = prepared_data(params.profile, cell.task)
-    made_from = identify(cell, data)
+    device, setup = get_device(device_name), resolve(params, cell)
+    made_from, results = identify(setup), setup.results
     if not force and results.fingerprints() == [str(made_from)] * 2:
         print(f"{cell.id}: up to date; --force tests it again", flush=True)
         return
     train = f"schoenbat-exp train {' '.join(cell.arguments())}"
     if not results.best.is_file():
         raise UserError(f"no {results.best}; train first: {train}")
-    setup = resolve(params, cell)
     state, described = load_model(results.best)
-    if other := _difference(described, setup.description(data.meta)):
+    if other := _difference(described, setup.description()):
         raise UserError(f"the weights of {cell.id} were trained with {other}; train again: {train}")
     check_code()
     metrics = results.metrics()
     if metrics is not None and metrics.fingerprint.code != made_from.code:
         raise UserError(f"the weights of {cell.id} were trained with other code; train again: {train}")
     prepare_host(params.run.threads)
-    model = setup.build_model(data.meta)
+    model = setup.build_model(setup.data.meta)
     model.load_state_dict(state)
     results.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     shown = results.checkpoint.with_name("progress.json")
@@ -56,7 +54,7 @@ def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
                 progress.update(step=done, steps=total)
 
         size = setup.training.batch_size
-        predictions = predict(model, data, "test", batch_size=size, device=device, on_batch=on_batch)
+        predictions = predict(model, setup.data, "test", batch_size=size, device=device, on_batch=on_batch)
     score = predictions.score()
     tested = TestScore(cell.id, score.accuracy, score.loss, score.examples, described["best_step"], made_from)
     results.write_test(tested, predictions)

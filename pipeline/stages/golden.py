@@ -1,5 +1,6 @@
 """Golden records: the outcome of the first training steps of a cell, to compare two revisions of the code."""
 
+import io
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.grid.cells import Cell, prepared_data, resolve
+from pipeline.grid.cells import Cell, resolve
 from pipeline.grid.code import check_code
 from pipeline.grid.params import Params
 from pipeline.host.devices import get_device, prepare_host
@@ -32,10 +33,9 @@ def run(params: Params, cells: Sequence[Cell], out: Path) -> None:
     for cell in cells:
         content |= {f"{cell.id}/{name}": value for name, value in golden_record(params, cell).items()}
         print(f"{cell.id}: {STEPS} steps", flush=True)
-    with tempfile.TemporaryFile() as file:
-        np.savez_compressed(file, **content)  # type: ignore[arg-type]
-        file.seek(0)
-        write_bytes(out, file.read())
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **content)  # type: ignore[arg-type]
+    write_bytes(out, packed.getvalue())
 
 
 def golden_record(params: Params, cell: Cell) -> dict[str, np.ndarray]:
@@ -43,9 +43,9 @@ def golden_record(params: Params, cell: Cell) -> dict[str, np.ndarray]:
 
     Everything but the number of steps is as the cell has it, and all that a cell runs is run: see the test of that.
     """
-    setup, data, device = resolve(params, cell), prepared_data(params.profile, cell.task), get_device("cpu")
+    setup, device = resolve(params, cell), get_device("cpu")
     config = replace(setup.training, steps=STEPS, warmup_steps=STEPS // 2, eval_every=STEPS // 2)
-    model = setup.build_model(data.meta)
+    data, model = setup.data, setup.build_model(setup.data.meta)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, best = Path(scratch, "last.pt"), Path(scratch, "best.pt")
         result = fit(model, data, config, seed=cell.seed, device=device, checkpoint=checkpoint)

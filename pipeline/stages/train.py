@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline.grid.cells import Cell, Setup, prepared_data, resolve
+from pipeline.grid.cells import Cell, Setup, resolve
 from pipeline.grid.code import check_code
 from pipeline.grid.freshness import CODE_VARIABLE, Freshness
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import Params
-from pipeline.grid.results import CellResults, Fingerprint, Metrics, Resources
+from pipeline.grid.results import Fingerprint, Metrics, Resources
 from pipeline.grid.settings import PARAMS_FILE, params_file, read_yaml
 from pipeline.host.devices import describe_device, get_device, prepare_host
 from pipeline.host.files import git_revision, locked, remove_unfinished
@@ -27,7 +27,6 @@ from pipeline.host.progress import Meter, ProgressFile
 from pipeline.host.stopping import Stopped, stop_request
 from pipeline.mlflow import tracking
 from schoenbat.errors import OutOfMemory, TrainingStopped, UserError
-from schoenbat.lra.data.arrays import Dataset
 from schoenbat.lra.encoder import Classifier
 from schoenbat.lra.training import Evaluation, FitResult, OtherCheckpoint, StepReport, fit, save_model
 
@@ -53,33 +52,33 @@ def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bo
         OutOfMemory: the device's memory does not suffice.
         Stopped: by a signal; the checkpoint is written.
     """
-    device, results = get_device(device_name), CellResults(params.profile, cell.id)
-    data = prepared_data(params.profile, cell.task)
-    made_from = identify(cell, data)
+    device, setup = get_device(device_name), resolve(params, cell)
+    made_from, results = identify(setup), setup.results
     if save and not force and results.fingerprints()[0] == str(made_from) and results.best.is_file():
         print(f"{cell.id}: up to date; --force trains it again", flush=True)
         return
     prepare_host(params.run.threads)
-    setup = resolve(params, cell)
-    training = _Training(setup, data, made_from, device, setup.build_model(data.meta))
-    print(f"{cell.id}: {data.meta['label']}, {device}, {training.num_parameters} parameters", flush=True)
-    result = training.keep(results, restart=restart) if save else training.fit()
+    training = _Training(setup, made_from, device, setup.build_model(setup.data.meta))
+    print(f"{cell.id}: {setup.data.meta['label']}, {device}, {training.num_parameters} parameters", flush=True)
+    result = training.keep(restart=restart) if save else training.fit()
     print(
         f"{cell.id}: dev accuracy {result.best_dev_accuracy:.4f} (step {result.best_step} of {result.steps_run}), "
         f"{result.seconds:.1f} s of training"
     )
 
 
-def identify(cell: Cell, data: Dataset) -> Fingerprint:
-    """Return what a result that this process computes for the cell from prepared data is made from.
+def identify(setup: Setup) -> Fingerprint:
+    """Return what a result that this process computes for a cell is made from.
 
     The code is that which was imported: what changes in its files while the process runs does not concern it.
 
     Raises:
-        UserError: other data would be made now, or the code has changed since the grid started.
+        UserError: the data is not prepared, or other data would be made now, or the code has changed since the grid
+            started.
     """
+    cell, prepared = setup.cell, setup.data.meta["fingerprint"]
     found = Freshness(read_yaml(params_file()), _imported_code).fingerprint(cell)
-    if found is None or found.data != data.meta["fingerprint"]:
+    if found is None or found.data != prepared:
         raise UserError(
             f"the data of {cell.task} is not what its code and settings make by now; make it again: "
             f"schoenbat-exp preprocess --task {cell.task}"
@@ -98,7 +97,6 @@ class _Training:
     """One cell on a device, and what comes of training it."""
 
     setup: Setup
-    data: Dataset
     made_from: Fingerprint
     device: torch.device
     model: Classifier
@@ -107,9 +105,10 @@ class _Training:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def keep(self, results: CellResults, *, restart: bool) -> FitResult:
+    def keep(self, *, restart: bool) -> FitResult:
         """Train with a checkpoint, and write what comes of it, while no other process trains the cell."""
-        cell, checkpoint, stop = self.setup.cell, results.checkpoint, Event()
+        cell, results, stop = self.setup.cell, self.setup.results, Event()
+        checkpoint = results.checkpoint
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"{cell.id}: another process trains it; waiting for its end"
         with locked(checkpoint.with_name("train.lock"), lambda: print(waiting, flush=True)):
@@ -120,7 +119,7 @@ class _Training:
             check_code()
             with stop_request(stop.set):
                 result = self.fit(checkpoint, stop.is_set)
-                described = self.setup.description(self.data.meta) | {"best_step": result.best_step}
+                described = self.setup.description() | {"best_step": result.best_step}
                 save_model(results.best, self.model, described)
                 results.write_training(result.evaluations, self._resources(result), self._metrics(result))
             checkpoint.unlink(missing_ok=True)
@@ -152,7 +151,7 @@ class _Training:
             try:
                 return fit(
                     self.model,
-                    self.data,
+                    self.setup.data,
                     self.setup.training,
                     seed=cell.seed,
                     device=self.device,
@@ -176,7 +175,7 @@ class _Training:
         return self.fit(checkpoint, stop)
 
     def _metrics(self, result: FitResult) -> Metrics:
-        cell, meta = self.setup.cell, self.data.meta
+        cell, meta = self.setup.cell, self.setup.data.meta
         return Metrics(
             cell=cell.id,
             profile=self.setup.profile,

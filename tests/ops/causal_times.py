@@ -21,7 +21,7 @@ HEADS, HEAD_DIM, NUM_FEATURES = 2, 32, 128
 
 
 def show(tasks: dict[str, Callable[[], object]], repeats: int) -> None:
-    samples = bench._interleaved(tasks, repeats, torch.device("cpu"))
+    samples = bench._interleaved(tasks, repeats)
     for name, milliseconds in samples.items():
         low, middle, high = statistics.quantiles(milliseconds, n=4)
         print(f"{name:42} {middle:9.3f} ms [{low:.3f}, {high:.3f}]")

@@ -83,6 +83,7 @@ def test_outside_a_project_the_missing_file_is_named(
     ("error", "kind", "line"),
     [
         (OutOfMemory("cpu has too little memory"), "memory", "error: cpu has too little memory\n"),
+        (MemoryError(), "memory", "error: MemoryError\n"),
         (TrainingFailed("loss is nan"), "failed", "error: loss is nan\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pt"), "crash", "error: No space left on device: x.pt\n"),
     ],

@@ -9,7 +9,7 @@ import torch
 from project_folder import Project
 
 from pipeline import reporting
-from pipeline.grid.cells import expand, prepared_data, resolve, select
+from pipeline.grid.cells import expand, resolve, select
 from pipeline.grid.params import load_params
 from pipeline.grid.results import CellResults
 from pipeline.host.files import write_csv
@@ -87,7 +87,8 @@ def test_the_vectors_of_a_trained_cell_are_used_and_its_own_draw(project: Projec
         assert invoke(command, "--task", "lra-listops")[0] == 0
     params = load_params()
     trained, _ = select(expand(params), group=[group])
-    model = resolve(params, trained).build_model(prepared_data("tiny", trained.task).meta)
+    setup = resolve(params, trained)
+    model = setup.build_model(setup.data.meta)
     save_model(CellResults("tiny", trained.id).best, model, {})
     code, _, err = invoke("errors", "--group", group)
     assert code == 0, err

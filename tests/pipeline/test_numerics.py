@@ -93,7 +93,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     for package in ("schoenbat", "pipeline"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numerics, "_folder", lambda package: str(root / package))
+        patch.setattr(numerics, "package_folder", lambda package: str(root / package))
         yield Tree(root)
 
 

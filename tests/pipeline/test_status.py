@@ -33,7 +33,7 @@ def heartbeat(project: Project) -> Heartbeat:
     made = Heartbeat(Path("logs"))
     state = GridState(Path("logs/tiny/grid.json"), made.path)
     for name in (*SOFTMAX, *MEAN, "report@tiny"):
-        state.expect(name, expected=100.0)
+        state.set(name, "queued", expected=100.0)
     state.set(SOFTMAX[0], "done", seconds=50.0)
     state.set(SOFTMAX[1], "failed", reason="loss is nan", log="logs/tiny/x.log")
     state.set(MEAN[0], "running", device="cpu", attempt=2)
@@ -113,9 +113,9 @@ def test_the_summary_names_what_runs_when_no_cell_does() -> None:
 
 def test_nobody_knows_how_long_benchmarks_take(heartbeat: Heartbeat) -> None:
     state = GridState(Path("logs/tiny/grid.json"), heartbeat.path)
-    state.expect(SOFTMAX[0], expected=100.0)
+    state.set(SOFTMAX[0], "queued", expected=100.0)
     state.set(SOFTMAX[0], "done", seconds=50.0)
-    state.expect("bench@tiny", expected=0.0)
+    state.set("bench@tiny", "queued", expected=0.0)
     state.set("bench@tiny", "running")
     state.save()
     snapshot = take_snapshot()

@@ -25,8 +25,7 @@ from small_grid import CELLS, make_small, start_grid, tracked_runs
 from pipeline.grid.cells import Cell
 from pipeline.grid.results import CellResults, Fingerprint
 from pipeline.mlflow import database, tracking
-from pipeline.mlflow.quiet import import_mlflow
-from pipeline.mlflow.tracking import Tracker
+from pipeline.mlflow.tracking import Tracker, import_mlflow
 from schoenbat.lra.training import Evaluation
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -292,7 +291,7 @@ def trained(made: Project, invoke: Invoke) -> Project:
 RMFA = "lra-listops-rmfa-exp-maclauformer-0"
 KILLED_AT = """
 import mlflow
-from pipeline.mlflow.quiet import import_mlflow
+from pipeline.mlflow.tracking import import_mlflow
 import_mlflow()
 number, method = int(sys.argv[2]), getattr(mlflow.MlflowClient, sys.argv[3])
 
@@ -488,7 +487,7 @@ def test_a_server_that_never_answers_delays_neither_a_stop_nor_for_long_the_end(
 
 
 def test_telemetry_is_off(start: Start) -> None:
-    code = "from pipeline.mlflow.quiet import import_mlflow; import_mlflow()\n"
+    code = "from pipeline.mlflow.tracking import import_mlflow; import_mlflow()\n"
     code += "from mlflow.telemetry import get_telemetry_client; print(get_telemetry_client())"
     assert finish(start(code)) == "None\n"
 
