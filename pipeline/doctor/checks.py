@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 from packaging.requirements import Requirement
 
+from pipeline.grid.checked import load_checked
 from pipeline.grid.code import check_code
+from pipeline.grid.freshness import check_folders, data_folder, raw_folder
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, PROJECT_FILE
 from pipeline.host.text import counted
 from pipeline.mlflow import tracking
+from pipeline.record.writer import changed_stages
 from schoenbat.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,8 +54,6 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Yield all findings, one after the other as they are made."""
-    from pipeline.grid.checked import load_checked
-
     try:
         params = load_checked()
     except UserError:
@@ -111,7 +112,6 @@ def _packages() -> Finding:
 
 def _settings(params: "Params | None") -> Finding:
     from pipeline.grid.cells import expand
-    from pipeline.grid.checked import load_checked
 
     if params is None and not PARAMS_FILE.exists():
         mend = "go to the folder of the project, or `schoenbat-exp use quick` in it"
@@ -179,9 +179,6 @@ def _threads(params: "Params") -> Finding:
 
 
 def _dvc() -> Finding:
-    from pipeline.grid.freshness import check_folders
-    from pipeline.record.writer import changed_stages
-
     version = importlib.metadata.version("dvc")
     if not Path(".dvc").is_dir():
         return Finding("wrong", f"DVC {version}; this folder is no repository of DVC", "dvc init")
@@ -223,8 +220,6 @@ def _memory() -> Finding:
 
 
 def _data(params: "Params") -> Finding:
-    from pipeline.grid.freshness import data_folder, raw_folder
-
     mirror = params.data.mirror_folder
     if mirror is not None and not mirror.is_dir():
         mend = f"correct {MIRROR_VARIABLE} or data.mirror"

@@ -54,23 +54,22 @@ def table(rows: Sequence[Row], width: int | None = None) -> list[str]:
     Where `width` is given, columns are dropped from the right until the table fits, and in the end names are shortened
     in their middle. The reason of a row without progress follows its state, however long it is.
     """
+    if not rows:
+        return []
     drawn = [_columns(row) for row in rows]
-    titles = [title for title in drawn[0] if any(row[title] for row in drawn)] if drawn else []
+    titles = [title for title in drawn[0] if any(row[title] for row in drawn)]
     sizes = {title: max(len(title), *(len(row[title]) for row in drawn)) for title in titles}
-
-    def excess() -> int:
-        return sum(sizes[title] + len(_GAP) for title in titles) - len(_GAP) - (width or sys.maxsize)
-
-    while excess() > 0 and titles[-1] not in _KEPT:
+    room = (width or sys.maxsize) + len(_GAP)
+    while (taken := sum(sizes[title] + len(_GAP) for title in titles)) > room and titles[-1] not in _KEPT:
         titles.pop()
-    if excess() > 0:
-        sizes["cell"] = max(_LEAST_NAME, sizes["cell"] - excess())
+    if taken > room:
+        sizes["cell"] = max(_LEAST_NAME, sizes["cell"] - (taken - room))
     found = [_GAP.join(_aligned(title, title, sizes[title]) for title in titles).rstrip()]
     for row, columns in zip(rows, drawn, strict=True):
         told = "" if row.progress else row.reason
         chosen = titles[:2] if told else titles
         found.append(_GAP.join([*(_aligned(title, columns[title], sizes[title]) for title in chosen), told]).rstrip())
-    return found if drawn else []
+    return found
 
 
 def summary(snapshot: Snapshot) -> str:
