@@ -12,5 +12,6 @@ from schoenbat.kernels import Kernel as Kernel
 from schoenbat.lra.pretrained import PretrainedClassifier as PretrainedClassifier
 from schoenbat.lra.tasks import TASKS as TASKS
 from schoenbat.nn.mha import MultiheadKernelAttention as MultiheadKernelAttention
+from schoenbat.replacement import replace as replace
 
 __version__: str

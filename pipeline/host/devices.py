@@ -53,7 +53,10 @@ def physical_gpu(index: int) -> str:
 
 
 def ask_driver(what: str, *options: str) -> str:
-    """Return what NVIDIA's driver says of the first GPU, which takes no memory of it; empty where there is none."""
+    """Return what nvidia-smi says of the first GPU or, with --id, of that one; empty where there is none.
+
+    Asking torch instead would take memory of the GPU into this process for good.
+    """
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")[0].strip()

@@ -1,10 +1,10 @@
 """Dot-product-kernel attention for the models of Hugging Face transformers (extra `schoenbat[hf]`).
 
-Importing this module registers the attention implementation "schoenbat": kernel exp, 256 features of the sketch, seed
-0. Any model that goes through the attention interface of transformers then takes `attn_implementation="schoenbat"`. Its
-features are a function of head_dim and these settings alone, drawn when first needed and held outside the model;
-`install` instead draws them per layer, as buffers in the model's state_dict. `register` gives another
-`schoenbat.Estimate` a name.
+Importing this module registers the attention implementations "schoenbat" (kernel exp, 256 features of the sketch, seed
+0) and "schoenbat-exact". Any model that goes through the attention interface of transformers then takes
+`attn_implementation="schoenbat"`. Its features are a function of head_dim and these settings alone, drawn when first
+needed and held outside the model; `install` instead draws them per layer, as buffers in the model's state_dict.
+`register` gives another `schoenbat.Estimate` a name.
 
 What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
 attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
@@ -74,6 +74,7 @@ _OF_ONE_SEQUENCE = {
 }
 
 
+NAME, EXACT_NAME = "schoenbat", "schoenbat-exact"
 EXACT = Estimate(num_features=None)
 _ESTIMATES: dict[str, Estimate] = {}
 
@@ -656,5 +657,6 @@ def head_dim_of(layer: nn.Module) -> int:
     raise UserError(f"the width of the heads of {type(layer).__name__} is not known, so install cannot serve it")
 
 
-register("schoenbat", Estimate())
+register(NAME, Estimate())
+register(EXACT_NAME, EXACT)
 register_module_module_registration_hook(_check_model)
