@@ -9,7 +9,7 @@ import pandas as pd
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import label
-from pipeline.reporting._results import CELL
+from pipeline.reporting._results import CELL, CELL_VALUES
 from pipeline.reporting._table import Table, Text, show_number
 
 
@@ -25,7 +25,7 @@ class Cells(Report):
             yield Text("What is not there", (*results.gaps(), "schoenbat-exp status says why."))
         if results.cells.empty:
             return
-        values = results.cells.assign(
+        values = results.cells[[*CELL, *CELL_VALUES]].assign(
             passed_baseline_at=[
                 comparison.passed.get((task, tuple(mechanism), seed), math.nan)
                 for task, *mechanism, seed in results.cells[CELL].itertuples(index=False, name=None)
