@@ -308,7 +308,7 @@ def _number_shown(number: Mapping[str, Any]) -> list[str]:
     name, p = number["name"], number["adjusted"]
     factor, unit = (100, " %") if name.endswith("accuracy") else (1, "")
     a, b, difference = (factor * number[key] for key in ("a", "b", "difference"))
-    how = f",.{_DECIMALS[name]}f"
+    how = f"z,.{_DECIMALS[name]}f"
     sides = [name, show_number(a, how) + unit, show_number(b, how) + unit]
     if number["same"]:
         return [*sides, "the same", ""]

@@ -21,7 +21,11 @@ from schoenbat.lra.tasks import TASKS
 from schoenbat.lra.training import Evaluation, Predictions
 
 CELL = ["task", "attn", "dotf", "former", "seed"]
-CELL_VALUES = ["num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"]
+CELL_VALUES = [
+    *("num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"),
+    "passed_baseline_at",
+]
+"""Infinity where the best baseline was never passed, NaN where there is none."""
 CELL_SETTING = ["device", "torch", "git_revision"]
 BENCH_TEXTS = ["attn", "dotf", "direction"]
 BENCH_COUNTS = ["num_features", "threads", "length"]
@@ -29,6 +33,8 @@ BENCH_VALUES = ["milliseconds", "peak_memory_mb", "relative_error", "speedup_vs_
 BENCH_SETTING = ["batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision"]
 ERROR_VALUES = ["kernel_error", "kernel_spread", "output_error", "output_spread", "unexplained", "unexplained_spread"]
 ERROR_SETTING = ["tokens", "draws", "head_dim", "torch", "git_revision"]
+BEYOND = 2.0
+"""Standard errors by which dev accuracy must be above a baseline to have passed it."""
 _NO_SCORES = Scores((), np.empty((0, 1)))
 
 
@@ -196,9 +202,11 @@ def collect(params: Params, root: Path, reference: str = "softmax", margin: floa
         if (metrics.fingerprint.settings, metrics.fingerprint.data) != wanted:
             row["state"] = "outdated"
             continue
-        curves += [axes | evaluation for evaluation in results.curve()]
+        curve = results.curve()
+        curves += [axes | evaluation for evaluation in curve]
         row |= vars(metrics) | row
         row |= {"dev_accuracy": metrics.best_dev_accuracy, "dev_loss": metrics.best_dev_loss}
+        row["passed_baseline_at"] = _passed(curve, data[cell.task])
         row["device"] += f", {counted(metrics.threads, 'thread')}"
         found = results.predictions()
         if found is not None and test is not None and test.fingerprint == metrics.fingerprint:
@@ -220,6 +228,19 @@ def collect(params: Params, root: Path, reference: str = "softmax", margin: floa
         reference=reference,
         margin=margin,
     )
+
+
+def _passed(curve: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> float:
+    """Return the first step at which dev accuracy is BEYOND standard errors above the best baseline."""
+    bar, sizes = max(summary.get("baselines", {}).values(), default=None), summary["splits"]
+    if bar is None or not curve:
+        return float("nan")
+    for evaluation in curve:
+        reached = evaluation["dev_accuracy"]
+        error = (reached * (1 - reached) / sizes["dev"] + bar * (1 - bar) / sizes["test"]) ** 0.5
+        if reached - bar > BEYOND * error:
+            return evaluation["step"]
+    return float("inf")
 
 
 def _read_table(paths: Iterable[Path], texts: list[str], counts: list[str], values: list[str]) -> pd.DataFrame:

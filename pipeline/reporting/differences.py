@@ -97,7 +97,7 @@ def _difference(row: Versus) -> dict[str, str]:
         "task": row.task,
         "mechanism": label(row.mechanism),
         "less": label(row.other),
-        "difference": show_number(found.estimate, "+.2f"),
+        "difference": show_number(found.estimate, "+z.2f"),
         "interval": show_interval(found.low, found.high),
     }
 
