@@ -11,7 +11,7 @@ import dataclasses
 import json
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ from scipy import stats
 from tabulate import tabulate
 
 from pipeline.grid.axes import Cell
-from pipeline.grid.results import CellResults, Metrics, Resources, TestScore, trained_cells
+from pipeline.grid.results import CellResults, Metrics, trained_cells
 from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
 from pipeline.host.files import git, read_json
 from pipeline.host.text import counted
 from pipeline.models.trained import current_profile
 from pipeline.reporting._statistics import LEVEL, Scores, holm, paired_differences
+from pipeline.reporting._table import show_number, show_p
 from schoenbat.errors import UserError, list_choices
 from schoenbat.lra.training import Predictions, load_model
 
@@ -36,6 +37,9 @@ HERE = "."
 _COLUMNS = 80
 _CODE = ("schoenbat", "pipeline", str(PROJECT_FILE))
 _UNCOMPARED = ("profile", "note", "grid")
+_SCORES = {"test accuracy": 2, "test loss": 4, "dev accuracy": 2, "dev loss": 4}
+_DECIMALS = _SCORES | {"best step": 0, "parameters": 0, "training seconds": 1}
+"""Of each figure; only scores are tested."""
 _TESTS = (
     "p of a test accuracy: over seeds and test examples together, as in the report, or over the examples with one "
     "seed; else a paired t-test over the seeds that both have"
@@ -43,16 +47,11 @@ _TESTS = (
 
 
 class Result(NamedTuple):
-    """What one cell has given."""
+    """What one cell has given; its figures by name, those that it has."""
 
     metrics: Metrics
-    test: TestScore | None
-    resources: Resources | None
+    figures: Mapping[str, float]
     predictions: Predictions | None
-
-
-Pairs = dict[str, list[tuple[Result, Result]]]
-"""By mechanism on a task, such as "lra-text rmfa exp maclauformer": the results of both sides at each seed."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,25 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
     `code` lists files that differ between the revisions, and is None where that cannot be said; `code_differs` tells
     whether a cell that both have was made by other code, and is None where there is no such cell.
     """
-    pairs = _pairs(a, b)
+    common = [(cell, result, b.results[cell]) for cell, result in a.results.items() if cell in b.results]
+    pairs: dict[str, list[tuple[Result, Result]]] = {}
+    if one_cell := len(a.results) == len(b.results) == 1:
+        names = dict.fromkeys(_mechanism(cell) for cell in (*a.results, *b.results))
+        pairs[" | ".join(names)] = list(zip(a.results.values(), b.results.values(), strict=True))
+    else:
+        for cell, *pair in common:
+            pairs.setdefault(_mechanism(cell), []).append((pair[0], pair[1]))
     numbers = [number for of, results in pairs.items() for number in _numbers(of, results)]
     tested = [number for number in numbers if number["p"] is not None]
     for number, adjusted in zip(tested, holm([number["p"] for number in tested]), strict=True):
         number["adjusted"] = adjusted
-    code = [{cell: result.metrics.fingerprint.code for cell, result in side.results.items()} for side in (a, b)]
-    common = code[0].keys() & code[1].keys()
-    one_cell = len(a.results) == len(b.results) == 1
+    other_code = [one.metrics.fingerprint.code != other.metrics.fingerprint.code for _, one, other in common]
     return {
         **{key: {"what": side.what, "revisions": list(side.revisions)} for key, side in (("a", a), ("b", b))},
         "settings": _differing(a.settings, b.settings),
         "data": _differing(a.data, b.data),
         "code": _changed_files(a.revisions, b.revisions),
-        "code_differs": any(code[0][cell] != code[1][cell] for cell in common) if common else None,
+        "code_differs": any(other_code) if other_code else None,
         "only_a": [] if one_cell else _missing(a, b),
         "only_b": [] if one_cell else _missing(b, a),
         "numbers": numbers,
@@ -117,7 +121,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     for title in ("settings", "data"):
         out.append(f"{title.capitalize()}: {'what differs' if found[title] else 'the same'}")
         for key, sides in found[title].items():
-            out += [f"  {key}", f"    A  {_shown(sides['a'])}", f"    B  {_shown(sides['b'])}"]
+            shown = ("-" if sides[side] is None else str(sides[side]) for side in ("a", "b"))
+            a, b = (text if len(text) <= 70 else f"{text[:69]}\N{HORIZONTAL ELLIPSIS}" for text in shown)
+            out += [f"  {key}", f"    A  {a}", f"    B  {b}"]
     out += [*_code_lines(found), ""]
     for of in dict.fromkeys(number["of"] for number in found["numbers"]):
         own = [number for number in found["numbers"] if number["of"] == of]
@@ -157,22 +163,23 @@ def _side(name: str, stack: ExitStack) -> Side:
 def _folder_side(what: str, root: Path, profile: str, revision: str | None = None) -> Side:
     """Return the results under a folder, with the settings of the profile as they are there."""
     results = dict(_result(CellResults(profile, cell, root)) for cell in trained_cells(profile, root))
-    made = {result.metrics.git_revision for result in results.values()}
-    params = root / PARAMS_FILE
-    kept = Path("profiles", f"{profile}.yaml")
-    if revision is None and (settings := read_yaml(params)).get("profile") != profile:
+    settings, kept = read_yaml(root / PARAMS_FILE), Path("profiles", f"{profile}.yaml")
+    if settings.get("profile") != profile:
         settings = read_yaml(kept) if kept.is_file() else {}
-    elif revision is not None:
-        settings = read_yaml(params)
-    plain = {key: value for key, value in settings.items() if key not in _UNCOMPARED}
-    data = {path.stem: _data(read_json(path)) for path in sorted((root / "runs" / profile / "data").glob("*.json"))}
-    return Side(what, flat(plain), data, [revision] if revision else sorted(made), results)
+    summaries = {path.stem: read_json(path) for path in sorted((root / "runs" / profile / "data").glob("*.json"))}
+    return Side(
+        what,
+        flat({key: value for key, value in settings.items() if key not in _UNCOMPARED}),
+        {task: f"{summary['label']} ({summary['fingerprint'][:12]})" for task, summary in summaries.items()},
+        [revision] if revision else sorted({result.metrics.git_revision for result in results.values()}),
+        results,
+    )
 
 
 def _cell_side(profile: str, cell_id: str) -> Side:
     results = CellResults(profile, cell_id)
     cell, result = _result(results)
-    settings: dict[str, Any] = dict(dataclasses.asdict(cell))
+    settings: dict[str, Any] = dataclasses.asdict(cell)
     if results.best.is_file():
         _, described = load_model(results.best)
         settings = {key: value for key, value in described.items() if key not in ("data", "best_step")}
@@ -207,36 +214,23 @@ def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
 
 
 def _result(results: CellResults) -> tuple[Cell, Result]:
-    metrics = results.metrics()
+    metrics, test, resources = results.metrics(), results.test(), results.resources()
     assert metrics is not None
+    figures = {"test accuracy": test.accuracy, "test loss": test.loss} if test else {}
+    figures |= {"dev accuracy": metrics.best_dev_accuracy, "dev loss": metrics.best_dev_loss}
+    figures |= {"best step": metrics.best_step, "parameters": metrics.num_parameters}
+    figures |= {"training seconds": resources.seconds} if resources else {}
     cell = Cell(metrics.task, metrics.attn, metrics.dotf, metrics.former, metrics.seed)
-    return cell, Result(metrics, results.test(), results.resources(), results.predictions())
+    return cell, Result(metrics, figures, results.predictions())
 
 
 def _mechanism(cell: Cell) -> str:
-    return " ".join(str(part) for part in (cell.task, cell.attn, cell.dotf, cell.former) if part is not None)
-
-
-def _data(meta: Mapping[str, Any]) -> str:
-    return f"{meta['label']} ({meta['fingerprint'][:12]})"
+    return " ".join(filter(None, (cell.task, cell.attn, cell.dotf, cell.former)))
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Return by key what either side has, None for nothing, where that differs."""
     return {key: {"a": a.get(key), "b": b.get(key)} for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
-
-
-def _pairs(a: Side, b: Side) -> Pairs:
-    """Return the results that belong together: of the same cell; or, of two cells, these."""
-    if len(a.results) == len(b.results) == 1:
-        ((one, of_a),), ((other, of_b),) = a.results.items(), b.results.items()
-        names = dict.fromkeys([_mechanism(one), _mechanism(other)])
-        return {" | ".join(names): [(of_a, of_b)]}
-    pairs: Pairs = {}
-    for cell, result in a.results.items():
-        if cell in b.results:
-            pairs.setdefault(_mechanism(cell), []).append((result, b.results[cell]))
-    return pairs
 
 
 def _missing(side: Side, other: Side) -> list[str]:
@@ -248,32 +242,17 @@ def _missing(side: Side, other: Side) -> list[str]:
     return [f"{of}, seed {', '.join(found)}" for of, found in seeds.items()]
 
 
-_FIGURES: dict[str, Callable[[Result], float | None]] = {
-    "test accuracy": lambda result: result.test.accuracy if result.test else None,
-    "test loss": lambda result: result.test.loss if result.test else None,
-    "dev accuracy": lambda result: result.metrics.best_dev_accuracy,
-    "dev loss": lambda result: result.metrics.best_dev_loss,
-    "best step": lambda result: result.metrics.best_step,
-    "parameters": lambda result: result.metrics.num_parameters,
-    "training seconds": lambda result: result.resources.seconds if result.resources else None,
-}
-_TESTED = ("test accuracy", "test loss", "dev accuracy", "dev loss")
-
-
-def _numbers(of: str, pairs: list[tuple[Result, Result]]) -> Iterator[dict[str, Any]]:
+def _numbers(of: str, pairs: Sequence[tuple[Result, Result]]) -> Iterator[dict[str, Any]]:
     """Yield each figure that both sides have: means over seeds, and p of no difference, None without a test."""
-    for name, figure in _FIGURES.items():
-        found = [(one, other, figure(one), figure(other)) for one, other in pairs]
-        both = [(one, other, x, y) for one, other, x, y in found if x is not None and y is not None]
+    for name in _DECIMALS:
+        both = [(one, other) for one, other in pairs if name in one.figures and name in other.figures]
         if not both:
             continue
-        a, b = np.array([x for _, _, x, _ in both]), np.array([y for _, _, _, y in both])
-        p = None
-        if name == "test accuracy":
-            p = _p_of_predictions([(one, other) for one, other, _, _ in both])
-        if p is None and name in _TESTED and len(both) > 1:
+        a, b = (np.array([result.figures[name] for result in side]) for side in zip(*both, strict=True))
+        p = _p_of_predictions(both) if name == "test accuracy" else None
+        if p is None and name in _SCORES and len(both) > 1:
             p = _paired_t(b - a)
-        seeds = [one.metrics.seed for one, _, _, _ in both]
+        seeds = [one.metrics.seed for one, _ in both]
         means = {"a": float(a.mean()), "b": float(b.mean()), "difference": float(b.mean() - a.mean())}
         yield {"of": of, "name": name, "seeds": seeds, **means, "p": p, "adjusted": None, "same": bool((a == b).all())}
 
@@ -285,22 +264,23 @@ def _paired_t(differences: np.ndarray) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def _p_of_predictions(pairs: list[tuple[Result, Result]]) -> float | None:
+def _p_of_predictions(pairs: Sequence[tuple[Result, Result]]) -> float | None:
     """Return p of no difference in test accuracy; None where predictions of the same examples are missing."""
-    sides: tuple[dict[int, Predictions], dict[int, Predictions]] = ({}, {})
-    for place, (one, other) in enumerate(pairs):
+    found = []
+    for one, other in pairs:
         a, b = one.predictions, other.predictions
         same = one.metrics.fingerprint.data == other.metrics.fingerprint.data
         if a is None or b is None or not same or not np.array_equal(a.targets, b.targets):
             return None
-        sides[0][place], sides[1][place] = a, b
-    if len(pairs) > 1:
-        found = paired_differences({"": (Scores.of(sides[0]), Scores.of(sides[1]))})[""].p
-        return None if np.isnan(found) else found
-    if (sides[0][0].targets != 1).any():
+        found.append((a, b))
+    if len(found) > 1:
+        of_a, of_b = (Scores.of(dict(enumerate(side))) for side in zip(*found, strict=True))
+        return paired_differences({"": (of_a, of_b)})[""].p
+    ((a, b),) = found
+    if (a.targets != 1).any():
         return None
-    right_in_one = (sides[0][0].correct - sides[1][0].correct)[sides[0][0].correct != sides[1][0].correct]
-    return float(stats.binomtest(int((right_in_one > 0).sum()), len(right_in_one)).pvalue) if len(right_in_one) else 1.0
+    apart = (a.correct - b.correct)[a.correct != b.correct]
+    return float(stats.binomtest(int((apart > 0).sum()), len(apart)).pvalue) if len(apart) else 1.0
 
 
 def _changed_files(a: Sequence[str], b: Sequence[str]) -> list[str] | None:
@@ -323,20 +303,14 @@ def _code_lines(found: Mapping[str, Any]) -> list[str]:
     return [head, *(f"  {file}" for file in files[:10]), *more]
 
 
-def _shown(value: Any) -> str:
-    text = "-" if value is None else str(value)
-    return text if len(text) <= 70 else f"{text[:69]}\N{HORIZONTAL ELLIPSIS}"
-
-
 def _number_shown(number: Mapping[str, Any]) -> list[str]:
     """Return a row of the table for people."""
-    name = number["name"]
-    percent = name.endswith("accuracy")
-    decimals = 2 if percent else 4 if name.endswith("loss") else 1 if name == "training seconds" else 0
-    a, b, difference = ((100 if percent else 1) * number[key] for key in ("a", "b", "difference"))
-    unit = " %" if percent else ""
+    name, p = number["name"], number["adjusted"]
+    factor, unit = (100, " %") if name.endswith("accuracy") else (1, "")
+    a, b, difference = (factor * number[key] for key in ("a", "b", "difference"))
+    how = f"z,.{_DECIMALS[name]}f"
+    sides = [name, show_number(a, how) + unit, show_number(b, how) + unit]
     if number["same"]:
-        return [name, f"{a:,.{decimals}f}{unit}", f"{b:,.{decimals}f}{unit}", "the same", ""]
-    p = number["adjusted"]
-    shown = "" if p is None else ("< 0.001" if p < 0.001 else f"{p:.3f}") + (" *" if p < LEVEL else "")
-    return [name, f"{a:,.{decimals}f}{unit}", f"{b:,.{decimals}f}{unit}", f"{difference:+z,.{decimals}f}", shown]
+        return [*sides, "the same", ""]
+    significance = "" if p is None else show_p(p) + (" *" if p < LEVEL else "")
+    return [*sides, show_number(difference, f"+{how}"), significance]

@@ -7,25 +7,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from pipeline.reporting._mechanisms import Mechanism, style
-from pipeline.reporting._results import CELL, Results
+from pipeline.reporting._mechanisms import Mechanism, rows_of, style
+from pipeline.reporting._results import Results
 from pipeline.reporting._statistics import Difference, holm, interquartile_mean, letters, paired_differences
+from pipeline.reporting._table import MISSING
 
 CONTROL = "mean"
 """Uniform attention, the control."""
-BEYOND = 2.0
-"""Standard errors by which a cell must be above a baseline to have passed it."""
+NEVER = "†"
+"""Marks an accuracy of which no seed has passed the best baseline."""
 MOST_GROUPS = 6
 """With more groups than that, the letters of a mechanism cannot be read any more."""
-
-
-class Baseline(NamedTuple):
-    """A rule that needs no model, and what it scores on the test examples in percent."""
-
-    name: str
-    accuracy: float
 
 
 class Versus(NamedTuple):
@@ -141,37 +134,34 @@ class Comparison:
         others = {mechanism: (*mechanism[:2], "transformer") for mechanism in with_it}
         return {mechanism: other for mechanism, other in others.items() if other in self.mechanisms}
 
-    def baselines(self, task: str) -> list[Baseline]:
-        """Return the baselines of a task."""
+    def baselines(self, task: str) -> dict[str, float]:
+        """Return what rules that need no model score on the test examples of a task, in percent by name."""
         found = self.results.data.get(task, {}).get("baselines", {})
-        return [Baseline(name, 100 * accuracy) for name, accuracy in found.items()]
+        return {name: 100 * accuracy for name, accuracy in found.items()}
 
-    def best_baseline(self, task: str) -> Baseline | None:
-        return max(self.baselines(task), key=lambda baseline: baseline.accuracy, default=None)
-
-    @functools.cached_property
-    def passed(self) -> dict[Any, float]:
-        """The step at which each trained cell passed the best baseline on dev; infinity for never, NaN without one."""
-        by_cell = self.results.curves.groupby(CELL, sort=False)
-        return {(key[0], key[1:4], key[4]): self._passed(str(key[0]), curve) for key, curve in by_cell}
-
-    def _passed(self, task: str, curve: pd.DataFrame) -> float:
-        """Return the first step at which dev accuracy is BEYOND standard errors above the best baseline."""
-        baseline = self.best_baseline(task)
-        if baseline is None:
-            return float("nan")
-        bar, reached, sizes = baseline.accuracy / 100, curve.dev_accuracy, self.results.data[task]["splits"]
-        error = (reached * (1 - reached) / sizes["dev"] + bar * (1 - bar) / sizes["test"]) ** 0.5
-        return min(curve.step[reached - bar > BEYOND * error], default=float("inf"))
+    def best_baseline(self, task: str) -> tuple[str, float] | None:
+        """Return the name and the accuracy of the best of the baselines."""
+        return max(self.baselines(task).items(), key=lambda baseline: baseline[1], default=None)
 
     def steps_to_pass(self, task: str, mechanism: Mechanism) -> list[float]:
-        """Return the step of each of its seeds."""
-        return [step for key, step in self.passed.items() if key[:2] == (task, mechanism)]
+        """Return the step at which each of its seeds passed the best baseline; infinity for never."""
+        cells = rows_of(self.results.cells[self.results.cells.task == task], mechanism)
+        return cells.passed_baseline_at.dropna().tolist()
 
     def never_passed(self, task: str, mechanism: Mechanism) -> bool:
         """Return whether there is a baseline, and no seed has passed it."""
         steps = self.steps_to_pass(task, mechanism)
         return bool(steps) and all(np.isinf(steps))
+
+    def shown(self, task: str, mechanism: Mechanism, how: str = ".2f", sign: str = " ± ") -> str:
+        """Return mean and standard deviation over seeds, the groups, and `NEVER` where it applies, as text."""
+        scores = self.results.scores_of(task, mechanism)
+        if not scores.seeds:
+            return MISSING
+        spread = f"{sign}{scores.std:{how}}" if len(scores.seeds) > 1 else ""
+        group = self.tasks[task].marks.get(mechanism, "") if len(self.results.seeds) > 1 else ""
+        never = NEVER if self.never_passed(task, mechanism) else ""
+        return f"{scores.mean:{how}}{spread}{f' {group}' if group else ''}{never}"
 
     def middle(self, mechanism: Mechanism) -> tuple[float, float, float]:
         """Return the interquartile mean over all runs of all tasks of accuracy above the majority class, in percent.
@@ -180,7 +170,7 @@ class Comparison:
         """
         runs = []
         for task in self.results.tasks:
-            floor = dict(self.baselines(task)).get("majority class", float("nan"))
+            floor = self.baselines(task).get("majority class", float("nan"))
             runs.append(100 * (self.results.scores_of(task, mechanism).accuracies - floor) / (100 - floor))
         return interquartile_mean(runs) if len(runs) > 1 and all(map(len, runs)) else (float("nan"),) * 3
 

@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params, cell_training
-from pipeline.grid.results import CellResults, Metrics, read_rows
+from pipeline.grid.results import CellResults, read_rows
 from pipeline.host.files import read_json
 from pipeline.host.text import counted
 from pipeline.reporting._mechanisms import Mechanism
@@ -21,13 +21,20 @@ from schoenbat.lra.tasks import TASKS
 from schoenbat.lra.training import Evaluation, Predictions
 
 CELL = ["task", "attn", "dotf", "former", "seed"]
-CELL_VALUES = ["num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"]
+CELL_VALUES = [
+    *("num_parameters", "state_bytes", "best_step", "dev_accuracy", "dev_loss", "test_accuracy", "test_loss"),
+    "passed_baseline_at",
+]
+"""Infinity where the best baseline was never passed, NaN where there is none."""
+CELL_SETTING = ["device", "torch", "git_revision"]
 BENCH_TEXTS = ["attn", "dotf", "direction"]
 BENCH_COUNTS = ["num_features", "threads", "length"]
 BENCH_VALUES = ["milliseconds", "peak_memory_mb", "relative_error", "speedup_vs_sdpa", "spread"]
 BENCH_SETTING = ["batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision"]
 ERROR_VALUES = ["kernel_error", "kernel_spread", "output_error", "output_spread", "unexplained", "unexplained_spread"]
 ERROR_SETTING = ["tokens", "draws", "head_dim", "torch", "git_revision"]
+BEYOND = 2.0
+"""Standard errors by which dev accuracy must be above a baseline to have passed it."""
 _NO_SCORES = Scores((), np.empty((0, 1)))
 
 
@@ -36,14 +43,13 @@ class Results:
     """The results of a profile.
 
     Attributes:
-        cells: one row per cell of the grid: CELL, with "" for no kernel, and CELL_VALUES, NaN until it is finished.
+        cells: one row per cell of the grid: CELL, with "" for no kernel; `id`; `state`, one of finished, missing and
+            outdated; CELL_VALUES and CELL_SETTING, NaN until it is finished.
         curves: one row per evaluation: CELL and the columns of curves/SEED.csv.
         bench: one row per timing, with the columns of bench.csv; 0 features where a mechanism has none.
         errors: one row per estimate in a trained cell, with the columns of errors/GROUP.csv and the id as `cell`.
         data: of each prepared task, the summary of its data.
         scores: by (task, mechanism), what a mechanism gets right.
-        missing, outdated: ids of cells without current results.
-        trained: what is known of the training of the others.
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two mechanisms count as equal.
     """
@@ -55,9 +61,6 @@ class Results:
     errors: pd.DataFrame
     data: Mapping[str, Mapping[str, Any]]
     scores: Mapping[tuple[str, Mechanism], Scores]
-    missing: Sequence[str]
-    outdated: Sequence[str]
-    trained: Sequence[Metrics]
     reference: str
     margin: float
 
@@ -75,7 +78,7 @@ class Results:
 
     @property
     def num_finished(self) -> int:
-        return len(self.cells) - len(self.missing) - len(self.outdated)
+        return int((self.cells.state == "finished").sum())
 
     @property
     def is_check(self) -> bool:
@@ -102,50 +105,39 @@ class Results:
         label = self.data[task]["label"] if task in self.data else "no data"
         return f"{task}: {', '.join(label.split(', ')[:2])}"
 
-    @property
-    def devices(self) -> str:
-        return _listed(f"{metrics.device}, {counted(metrics.threads, 'thread')}" for metrics in self.trained)
-
-    @property
-    def revisions(self) -> str:
-        return _listed(metrics.git_revision for metrics in self.trained)
-
-    @property
-    def torch(self) -> str:
-        return _listed(metrics.torch for metrics in self.trained)
+    def made_with(self, name: str) -> str:
+        """Return the values of "device", "torch" or "git_revision" of all trained cells."""
+        return ", ".join(sorted(self.cells[name].dropna().unique())) or "none yet"
 
     def caption(self, tasks: Sequence[str] | None = None) -> str:
         """Describe the circumstances of results on `tasks` (all of them by default) in one line."""
         tasks = self.tasks if tasks is None else tasks
         labels = {task: self.data[task]["label"] if task in self.data else "not available" for task in tasks}
-        parts = [
-            self._profile(),
-            "data: " + ", ".join(f"{task} = {label}" for task, label in labels.items()),
-            "steps: " + ", ".join(map(self._steps, tasks)),
-            "seeds: " + ", ".join(map(str, self.seeds)),
-            f"device: {self.devices}",
-            f"git revision: {self.revisions}",
-        ]
-        return "; ".join(parts) + "."
+        return self._described(
+            {
+                "data": ", ".join(f"{task} = {label}" for task, label in labels.items()),
+                "steps": ", ".join(map(self._steps, tasks)),
+                "seeds": ", ".join(map(str, self.seeds)),
+                "device": self.made_with("device"),
+                "git_revision": self.made_with("git_revision"),
+            }
+        )
 
     def bench_caption(self) -> str:
         """Describe the circumstances of the timings in one line."""
-        return self._circumstances(self.bench, BENCH_SETTING)
+        return self._described({name: _distinct(self.bench[name]) for name in BENCH_SETTING})
 
     def errors_caption(self) -> str:
         """Describe the circumstances of the errors of estimates in one line."""
-        groups = {cell.rpartition("-")[0] for cell in self.errors.cell}
+        groups = set(self.errors.cell.str.rpartition("-")[0])
         missing = [group for group in self.params.errors.trained if group not in groups]
         note = f" Not trained yet, so left out: {', '.join(missing)}." if missing else ""
-        return self._circumstances(self.errors, ERROR_SETTING) + note
+        return self._described({name: _distinct(self.errors[name]) for name in ERROR_SETTING}) + note
 
-    def _circumstances(self, measured: pd.DataFrame, names: Sequence[str]) -> str:
-        values = {name: ", ".join(str(value) for value in measured[name].unique() if value) for name in names}
-        parts = [self._profile(), *(f"{name.replace('_', ' ')}: {found}" for name, found in values.items())]
-        return "; ".join(parts) + "."
-
-    def _profile(self) -> str:
-        return f"Profile {self.profile}: {self.params.note}".rstrip(": .")
+    def _described(self, circumstances: Mapping[str, str]) -> str:
+        profile = f"Profile {self.profile}: {self.params.note}".rstrip(": .")
+        parts = (f"{name.replace('_', ' ')}: {text}" for name, text in circumstances.items())
+        return "; ".join([profile, *parts]) + "."
 
     def _steps(self, task: str) -> str:
         """Return the steps of a task, and of each mechanism and former that has others."""
@@ -172,8 +164,8 @@ class Results:
             for task in self.unavailable
         ]
         without_data = tuple(f"{task}-" for task in self.unavailable)
-        for title, cells in (("Not finished", self.missing), ("Left out because they are out of date", self.outdated)):
-            named = [cell for cell in cells if not cell.startswith(without_data)]
+        for state, title in (("missing", "Not finished"), ("outdated", "Left out because they are out of date")):
+            named = [cell for cell in self.cells.id[self.cells.state == state] if not cell.startswith(without_data)]
             if named:
                 sentences.append(f"{title}: {', '.join(named)}.")
         if self.num_finished and self.bench.empty:
@@ -196,50 +188,59 @@ def collect(params: Params, root: Path, reference: str = "softmax", margin: floa
     freshness = Freshness(params.written)
     cells: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
-    missing: list[str] = []
-    outdated: list[str] = []
-    trained: list[Metrics] = []
     predictions: dict[tuple[str, Mechanism], dict[int, Predictions]] = {}
     for cell in expand(params):
+        mechanism = (cell.attn, cell.dotf or "", cell.former)
+        axes = dict(zip(CELL, (cell.task, *mechanism, cell.seed), strict=True))
+        row: dict[str, Any] = {**axes, "id": cell.id, "state": "missing"}
+        cells.append(row)
         results = CellResults(params.profile, cell.id, root)
         metrics, test = results.metrics(), results.test()
-        mechanism = (cell.attn, cell.dotf or "", cell.former)
-        row: dict[str, Any] = dict(zip(CELL, (cell.task, *mechanism, cell.seed), strict=True))
-        cells.append(row)
         if metrics is None:
-            missing.append(cell.id)
             continue
         wanted = (freshness.settings(cell), data.get(cell.task, {}).get("fingerprint"))
         if (metrics.fingerprint.settings, metrics.fingerprint.data) != wanted:
-            outdated.append(cell.id)
+            row["state"] = "outdated"
             continue
-        trained.append(metrics)
-        curves += [row | evaluation for evaluation in results.curve()]
-        row |= {name: getattr(metrics, name) for name in ("num_parameters", "state_bytes", "best_step")}
+        curve = results.curve()
+        curves += [axes | evaluation for evaluation in curve]
+        row |= vars(metrics) | row
         row |= {"dev_accuracy": metrics.best_dev_accuracy, "dev_loss": metrics.best_dev_loss}
-        found = results.predictions() if test is not None and test.fingerprint == metrics.fingerprint else None
-        if test is None or found is None:
-            missing.append(cell.id)
-            continue
-        row |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
-        predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
+        row["passed_baseline_at"] = _passed(curve, data[cell.task])
+        row["device"] += f", {counted(metrics.threads, 'thread')}"
+        found = results.predictions()
+        if found is not None and test is not None and test.fingerprint == metrics.fingerprint:
+            row |= {"state": "finished", "test_accuracy": test.accuracy, "test_loss": test.loss}
+            predictions.setdefault((cell.task, mechanism), {})[cell.seed] = found
+    cell_columns = [*CELL, "id", "state", *CELL_VALUES, *CELL_SETTING]
+    curve_columns = [*CELL, *(field.name for field in dataclasses.fields(Evaluation))]
     bench = _read_table([folder / "bench.csv"], [*BENCH_TEXTS, *BENCH_SETTING], BENCH_COUNTS, BENCH_VALUES)
     paths = [folder / "errors" / f"{group}.csv" for group in params.errors.trained]
     errors = _read_table(paths, ["points", "dotf", "estimator", *ERROR_SETTING], ["num_features"], ERROR_VALUES)
     return Results(
         params,
-        cells=pd.DataFrame(cells, columns=[*CELL, *CELL_VALUES]).astype(dict.fromkeys(CELL_VALUES, float)),
-        curves=pd.DataFrame(curves, columns=[*CELL, *(field.name for field in dataclasses.fields(Evaluation))]),
+        cells=pd.DataFrame(cells, columns=cell_columns).astype(dict.fromkeys(CELL_VALUES, float)),
+        curves=pd.DataFrame(curves, columns=curve_columns),
         bench=bench,
         errors=errors.assign(cell=errors.points.str.removeprefix("trained ")),
         data=data,
         scores={key: Scores.of(by_seed) for key, by_seed in predictions.items()},
-        missing=missing,
-        outdated=outdated,
-        trained=trained,
         reference=reference,
         margin=margin,
     )
+
+
+def _passed(curve: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> float:
+    """Return the first step at which dev accuracy is BEYOND standard errors above the best baseline."""
+    bar, sizes = max(summary.get("baselines", {}).values(), default=None), summary["splits"]
+    if bar is None or not curve:
+        return float("nan")
+    for evaluation in curve:
+        reached = evaluation["dev_accuracy"]
+        error = (reached * (1 - reached) / sizes["dev"] + bar * (1 - bar) / sizes["test"]) ** 0.5
+        if reached - bar > BEYOND * error:
+            return evaluation["step"]
+    return float("inf")
 
 
 def _read_table(paths: Iterable[Path], texts: list[str], counts: list[str], values: list[str]) -> pd.DataFrame:
@@ -249,5 +250,6 @@ def _read_table(paths: Iterable[Path], texts: list[str], counts: list[str], valu
     return table.fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
 
 
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values))) or "none yet"
+def _distinct(column: pd.Series) -> str:
+    """Return the values of a column in order of appearance, without those that say nothing."""
+    return ", ".join(str(value) for value in column.unique() if value)

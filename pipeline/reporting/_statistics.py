@@ -267,15 +267,11 @@ def letters(means: Mapping[K, float], significant: Collection[tuple[K, K]]) -> d
     ranks = {key: rank for rank, key in enumerate(ordered)}
     graph.remove_edges_from((ranks[one], ranks[other]) for one, other in significant)
     groups = sorted(sorted(group) for group in nx.find_cliques(graph))
+    names = [f"{string.ascii_lowercase[number % 26]}{number // 26 or ''}" for number in range(len(groups))]
     return {
-        key: "".join(_letter(number) for number, group in enumerate(groups) if rank in group)
+        key: "".join(name for name, group in zip(names, groups, strict=True) if rank in group)
         for key, rank in ranks.items()
     }
-
-
-def _letter(number: int) -> str:
-    alphabet = string.ascii_lowercase
-    return alphabet[number] if number < len(alphabet) else f"{alphabet[number % 26]}{number // 26}"
 
 
 def interquartile_mean(runs: Sequence[Array], seed: int = 0) -> tuple[float, float, float]:

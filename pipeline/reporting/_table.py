@@ -146,15 +146,12 @@ def escape_latex(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
-def show_number(value: float, how: str = ".2f") -> str:
-    """Format a number, never as a negative zero; NaN is `MISSING`."""
-    if math.isnan(value):
-        return MISSING
-    sign = "+" if how.startswith("+") else ""
-    return format(value, f"{sign}z{how.removeprefix('+')}")
+def show_number(value: float, how: str = "z.2f") -> str:
+    """Format a number, with "z" never as a negative zero; NaN is `MISSING`."""
+    return MISSING if math.isnan(value) else format(value, how)
 
 
-def show_interval(low: float, high: float, how: str = "+.2f") -> str:
+def show_interval(low: float, high: float, how: str = "+z.2f") -> str:
     """Format an interval of a difference in accuracy, cut at the ±100 points that are possible."""
     if math.isnan(low):
         return MISSING

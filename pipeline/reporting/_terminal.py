@@ -10,14 +10,14 @@ from rich.text import Text
 
 from pipeline.grid.params import Params
 from pipeline.host.text import counted
-from pipeline.reporting._comparison import Comparison
+from pipeline.reporting._comparison import NEVER, Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, label
 from pipeline.reporting._results import Results, collect
+from pipeline.reporting._table import MISSING
 
 WIDTH = 80
 _LEAST_NAME, _COLUMN = 30, 16
 """Columns of the terminal for the name of a mechanism, and for a task with the gap before it."""
-_NOT_LEARNED = "†"
 
 
 def show_results(params: Params, root: Path) -> None:
@@ -41,29 +41,26 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
     """Return the same as plain values: accuracies in percent, by task."""
     results = collect(params, root)
     comparison = Comparison(results)
+    tasks = {}
+    for task, on_task in comparison.tasks.items():
+        rows = [
+            {
+                **keyed(mechanism),
+                "mean": mean,
+                "seeds": dict(zip(map(str, scores.seeds), scores.accuracies.tolist(), strict=True)),
+                "group": on_task.groups[mechanism],
+                "passed_baseline": not comparison.never_passed(task, mechanism),
+            }
+            for mechanism, mean in on_task.means.items()
+            for scores in [results.scores[task, mechanism]]
+        ]
+        tasks[task] = {"baselines": comparison.baselines(task), "mechanisms": rows}
     return {
         "profile": results.profile,
         "finished": results.num_finished,
         "cells": len(results.cells),
         "report": str(_report(results)) if (root / _report(results)).is_file() else None,
-        "tasks": {
-            task: {
-                "baselines": dict(comparison.baselines(task)),
-                "mechanisms": [_mechanism(comparison, task, mechanism) for mechanism in on_task.means],
-            }
-            for task, on_task in comparison.tasks.items()
-        },
-    }
-
-
-def _mechanism(comparison: Comparison, task: str, mechanism: Mechanism) -> dict[str, Any]:
-    scores = comparison.results.scores[task, mechanism]
-    return {
-        **keyed(mechanism),
-        "mean": scores.mean,
-        "seeds": dict(zip(map(str, scores.seeds), scores.accuracies.tolist(), strict=True)),
-        "group": comparison.tasks[task].groups[mechanism],
-        "passed_baseline": not comparison.never_passed(task, mechanism),
+        "tasks": tasks,
     }
 
 
@@ -86,21 +83,17 @@ def _tables(comparison: Comparison, width: int) -> Iterator[Table]:
             drawn.add_row(label(mechanism), *(_cell(comparison, task, mechanism) for task in chosen))
         best = [comparison.best_baseline(task) for task in chosen]
         if any(best):
-            texts = [f"{found.accuracy:.1f}" if found else "" for found in best]
+            texts = [f"{found[1]:.1f}" if found else "" for found in best]
             drawn.add_row("best baseline (no model)", *texts, style="dim")
         yield drawn
 
 
 def _cell(comparison: Comparison, task: str, mechanism: Mechanism) -> Text:
-    scores, on_task = comparison.results.scores_of(task, mechanism), comparison.tasks[task]
-    if not scores.seeds:
-        return Text("—", style="dim")
-    spread = f" ±{scores.std:.1f}" if len(scores.seeds) > 1 else ""
-    letters = on_task.marks.get(mechanism, "") if len(comparison.results.seeds) > 1 else ""
-    group = f" {letters}" if letters else ""
-    mark = _NOT_LEARNED if comparison.never_passed(task, mechanism) else ""
-    leads = len(scores.seeds) > 1 and mechanism in on_task.leaders()
-    return Text(f"{scores.mean:.1f}{spread}{group}{mark}", style="bold green" if leads else "")
+    text = comparison.shown(task, mechanism, ".1f", " ±")
+    if text == MISSING:
+        return Text(text, style="dim")
+    is_repeated = len(comparison.results.scores[task, mechanism].seeds) > 1
+    return Text(text, style="bold green" if is_repeated and mechanism in comparison.tasks[task].leaders() else "")
 
 
 def _legend(comparison: Comparison) -> str:
@@ -111,7 +104,7 @@ def _legend(comparison: Comparison) -> str:
     elif seeds > 1:
         parts.append("Which differ significantly is in the report.")
     if any(comparison.never_passed(*key) for key in comparison.results.scores):
-        parts.append(f"{_NOT_LEARNED} no better than the best baseline, which needs no model.")
+        parts.append(f"{NEVER} no better than the best baseline, which needs no model.")
     return " ".join(parts)
 
 

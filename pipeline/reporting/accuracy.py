@@ -7,12 +7,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._comparison import MOST_GROUPS, Comparison
+from pipeline.reporting._comparison import MOST_GROUPS, NEVER, Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, label
 from pipeline.reporting._statistics import LEAST_SEEDS
 from pipeline.reporting._table import MISSING, Table, show_number
-
-NEVER = "†"
 
 
 class Accuracy(Report):
@@ -26,7 +24,7 @@ class Accuracy(Report):
         if not mechanisms:
             return
         rows = [_row(comparison, mechanism) for mechanism in mechanisms]
-        names = dict.fromkeys(found.name for task in results.tasks for found in comparison.baselines(task))
+        names = dict.fromkeys(name for task in results.tasks for name in comparison.baselines(task))
         rows += [_baseline_row(comparison, name) for name in names]
         strong = {
             (mechanisms.index(mechanism), results.heading(task))
@@ -72,13 +70,14 @@ def _legend(comparison: Comparison) -> str:
 
 def _row(comparison: Comparison, mechanism: Mechanism) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = dict(keyed(mechanism))
-    shown = {"mechanism": label(mechanism)}
+    shown, planned = {"mechanism": label(mechanism)}, len(comparison.results.seeds)
     for task, on_task in comparison.tasks.items():
         scores = comparison.results.scores_of(task, mechanism)
         steps = comparison.steps_to_pass(task, mechanism)
         values |= {f"{task} mean": scores.mean, f"{task} std": scores.std, f"{task} n": len(scores.seeds)}
         values |= {f"{task} group": on_task.groups.get(mechanism, ""), f"{task} passed": int(np.isfinite(steps).sum())}
-        shown[comparison.results.heading(task)] = _show(comparison, task, mechanism)
+        count = f" ({len(scores.seeds)} of {planned})" if 0 < len(scores.seeds) < planned else ""
+        shown[comparison.results.heading(task)] = comparison.shown(task, mechanism) + count
     if len(comparison.tasks) > 1:
         middle, low, high = comparison.middle(mechanism)
         values |= {"iqm": middle, "iqm low": low, "iqm high": high}
@@ -86,23 +85,11 @@ def _row(comparison: Comparison, mechanism: Mechanism) -> tuple[dict[str, Any], 
     return values, shown
 
 
-def _show(comparison: Comparison, task: str, mechanism: Mechanism) -> str:
-    scores, planned = comparison.results.scores_of(task, mechanism), len(comparison.results.seeds)
-    if not scores.seeds:
-        return MISSING
-    spread = f" ± {scores.std:.2f}" if len(scores.seeds) > 1 else ""
-    group = comparison.tasks[task].marks.get(mechanism, "")
-    letters = f" {group}" if group and planned > 1 else ""
-    mark = NEVER if comparison.never_passed(task, mechanism) else ""
-    count = "" if len(scores.seeds) == planned else f" ({len(scores.seeds)} of {planned})"
-    return f"{scores.mean:.2f}{spread}{letters}{mark}{count}"
-
-
 def _baseline_row(comparison: Comparison, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = {"attn": f"baseline: {name}"}
     shown = {"mechanism": f"baseline: {name}"}
     for task in comparison.tasks:
-        accuracy = dict(comparison.baselines(task)).get(name, float("nan"))
+        accuracy = comparison.baselines(task).get(name, float("nan"))
         values[f"{task} mean"] = accuracy
         shown[comparison.results.heading(task)] = show_number(accuracy)
     if len(comparison.tasks) > 1:

@@ -20,7 +20,7 @@ class Baselines(Report):
     def make(self, comparison: Comparison) -> Iterator[Table]:
         results = comparison.results
         bars = {task: best for task in results.tasks if (best := comparison.best_baseline(task)) is not None}
-        if not bars or not comparison.passed:
+        if not bars or results.curves.empty:
             return
         values, shown = [], []
         for mechanism in comparison.mechanisms:

@@ -9,7 +9,7 @@ import pandas as pd
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._mechanisms import label
-from pipeline.reporting._results import CELL
+from pipeline.reporting._results import CELL, CELL_VALUES
 from pipeline.reporting._table import Table, Text, show_number
 
 
@@ -25,12 +25,7 @@ class Cells(Report):
             yield Text("What is not there", (*results.gaps(), "schoenbat-exp status says why."))
         if results.cells.empty:
             return
-        values = results.cells.assign(
-            passed_baseline_at=[
-                comparison.passed.get((task, tuple(mechanism), seed), math.nan)
-                for task, *mechanism, seed in results.cells[CELL].itertuples(index=False, name=None)
-            ]
-        )
+        values = results.cells[[*CELL, *CELL_VALUES]]
         yield Table(
             name="cells",
             title="Dev and test accuracy in percent of every cell, at the step with the best dev accuracy",
@@ -52,6 +47,6 @@ def _show(row: dict[Hashable, Any]) -> dict[str, str]:
         "step": show_number(row["best_step"], ",.0f"),
         "dev": show_number(dev),
         "test": show_number(test),
-        "test - dev": show_number(test - dev, "+.2f"),
+        "test - dev": show_number(test - dev, "+z.2f"),
         "baseline passed at": "never" if math.isinf(passed) else show_number(passed, ",.0f"),
     }

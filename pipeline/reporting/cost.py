@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline.reporting import Report
@@ -46,9 +47,7 @@ class Cost(Report):
 def _table(name: str, title: str, timings: pd.DataFrame, results: Results) -> Table:
     shown = [
         {
-            "mechanism": label((row["attn"], row["dotf"])),
-            "features": str(row["num_features"] or MISSING),
-            "threads": str(row["threads"]),
+            **_named(row),
             "length": f"{row['length']:,}",
             "direction": row["direction"],
             "ms": show_number(row["milliseconds"], ",.2f"),
@@ -71,6 +70,11 @@ def _table(name: str, title: str, timings: pd.DataFrame, results: Results) -> Ta
     )
 
 
+def _named(row: Mapping[Hashable, Any]) -> dict[str, str]:
+    name = label((row["attn"], row["dotf"]))
+    return {"mechanism": name, "features": str(row["num_features"] or MISSING), "threads": str(row["threads"])}
+
+
 def _speedup(row: Mapping[Hashable, Any]) -> str:
     if row["spread"] > row["milliseconds"]:
         return "unsteady"
@@ -87,14 +91,13 @@ def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
     Returns:
         0 where it is below 1 at all lengths, infinity where it is not at the last.
     """
-    last = max((index for index, ratio in enumerate(ratios) if not ratio < 1), default=-1)
-    if last == -1:
+    behind = [index for index, ratio in enumerate(ratios) if not ratio < 1]
+    if not behind:
         return 0.0
-    if last == len(lengths) - 1:
+    if behind[-1] == len(lengths) - 1:
         return math.inf
-    before, after = math.log(ratios[last]), math.log(ratios[last + 1])
-    share = before / (before - after)
-    return math.exp((1 - share) * math.log(lengths[last]) + share * math.log(lengths[last + 1]))
+    around = [behind[-1] + 1, behind[-1]]
+    return math.exp(np.interp(0.0, np.log([ratios[i] for i in around]), np.log([lengths[i] for i in around])))
 
 
 def _leads(own: pd.DataFrame, sdpa: pd.DataFrame) -> dict[str, float]:
@@ -117,10 +120,8 @@ def _lead_table(timings: pd.DataFrame, results: Results) -> Table:
     rows, shown = [], []
     sdpa = timings[timings.attn == SDPA]
     for key, own in timings[timings.attn != SDPA].groupby(_MEASURED, sort=False):
-        measured: dict[str, Any] = dict(zip(_MEASURED, key, strict=True))
-        name = label((measured["attn"], measured["dotf"]))
-        features, threads = str(measured["num_features"] or MISSING), str(measured["threads"])
-        shown.append({"mechanism": name, "features": features, "threads": threads})
+        measured: dict[Hashable, Any] = dict(zip(_MEASURED, key, strict=True))
+        shown.append(_named(measured))
         for direction in (*PASSES, *CAUSAL_PASSES):
             mine = own[own.direction == direction]
             exact = sdpa[(sdpa.threads == measured["threads"]) & (sdpa.direction == direction)]

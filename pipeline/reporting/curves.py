@@ -35,7 +35,7 @@ def _figure(comparison: Comparison, task: str, found: pd.DataFrame) -> Figure:
         for mechanism in panel:
             _draw(axes, comparison, mechanism, rows_of(found, mechanism))
         if baseline is not None:
-            axes.axhline(baseline.accuracy, color="0.5", linewidth=1, linestyle=":")
+            axes.axhline(baseline[1], color="0.5", linewidth=1, linestyle=":")
         axes.set(xlabel="step", ylabel="dev accuracy (%)", xlim=(0, found.step.max() * 1.02))
         if len(panels) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
@@ -46,7 +46,7 @@ def _figure(comparison: Comparison, task: str, found: pd.DataFrame) -> Figure:
         name=f"curves-{task}",
         title=f"Dev accuracy of {task} while training (mean over seeds; band: lowest to highest seed)",
         canvas=canvas,
-        caption="" if baseline is None else f"Dotted: the best baseline that needs no model, {baseline.name}.",
+        caption="" if baseline is None else f"Dotted: the best baseline that needs no model, {baseline[0]}.",
         provenance=results.caption([task]),
     )
 

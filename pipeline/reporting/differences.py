@@ -1,7 +1,7 @@
 """Differences in test accuracy: each mechanism against a named one, against uniform attention, and with ppSBN against
 without."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,43 +34,36 @@ class Differences(Report):
 
     def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
         results = comparison.results
-        for name in dict.fromkeys((results.reference, CONTROL)):
-            rows = comparison.versus(comparison.others_of(name))
-            yield from _table(f"versus-{name}", f"Difference in test accuracy from {name}, in points", rows, results)
-        rows = comparison.versus(comparison.without_ppsbn())
-        yield from _table("ppsbn", "Difference in test accuracy with ppSBN from without, in points", rows, results)
+        references = dict.fromkeys((results.reference, CONTROL))
+        margin = (
+            f"Equal within {results.margin:g}: two one-sided tests at 5 %; open: neither significantly different nor "
+            "equal within that, but within what stands there."
+        )
+        families = [(f"versus-{name}", f"from {name}", comparison.others_of(name)) for name in references]
+        families.append(("ppsbn", "with ppSBN from without", comparison.without_ppsbn()))
+        for name, title, others in families:
+            if rows := comparison.versus(others):
+                yield Table(
+                    name=name,
+                    title=f"Difference in test accuracy {title}, in points",
+                    values=pd.DataFrame([_values(row) for row in rows]),
+                    shown=pd.DataFrame([_shown(row, results) for row in rows]),
+                    caption=f"{_LEGEND} {margin}",
+                    provenance=results.caption(),
+                )
         pairs = [row for on_task in comparison.tasks.values() for row in on_task.pairs]
         if pairs:
             yield Table(
                 name="pairs",
                 title="All pairs of mechanisms: the first less the second, in points of test accuracy",
                 values=pd.DataFrame([_values(row) for row in pairs]).drop(columns="p_holm"),
-                shown=pd.DataFrame([_difference(row) | _verdict(row, results) for row in pairs]),
-                caption=f"{_INTERVAL} Verdicts are of the family of all pairs of a task. {_margin(results)}",
+                shown=pd.DataFrame([_difference(row) | {"verdict": _verdict(row, results.margin)} for row in pairs]),
+                caption=f"{_INTERVAL} Verdicts are of the family of all pairs of a task. {margin}",
                 provenance=results.caption(),
             )
         for task, on_task in comparison.tasks.items():
             if len(on_task.means) > 1 and len(results.seeds) > 1:
                 yield _triangle(task, on_task, results)
-
-
-def _margin(results: Results) -> str:
-    return (
-        f"Equal within {results.margin:g}: two one-sided tests at 5 %; open: neither significantly different nor "
-        "equal within that, but within what stands there."
-    )
-
-
-def _table(name: str, title: str, rows: Sequence[Versus], results: Results) -> Iterator[Table]:
-    if rows:
-        yield Table(
-            name=name,
-            title=title,
-            values=pd.DataFrame([_values(row) for row in rows]),
-            shown=pd.DataFrame([_shown(row, results) for row in rows]),
-            caption=f"{_LEGEND} {_margin(results)}",
-            provenance=results.caption(),
-        )
 
 
 def _values(row: Versus) -> dict[str, Any]:
@@ -92,30 +85,32 @@ def _shown(row: Versus, results: Results) -> dict[str, str]:
     shares = (found.seed_share, found.example_share)
     texts["error"] = MISSING if np.isnan(shares).any() else "{:.0%}, {:.0%}".format(*shares)
     texts["visible"] = show_number(found.smallest)
-    texts |= _verdict(row, results)
+    texts["verdict"] = _verdict(row, results.margin)
     if row.mechanism[2] != row.other[2] and row.mechanism[0] != row.other[0]:
         texts["verdict"] += "; ppSBN differs too"
     return texts
 
 
 def _difference(row: Versus) -> dict[str, str]:
-    names = {"task": row.task, "mechanism": label(row.mechanism), "less": label(row.other)}
     found = row.difference
-    return names | {
-        "difference": show_number(found.estimate, "+.2f"),
+    return {
+        "task": row.task,
+        "mechanism": label(row.mechanism),
+        "less": label(row.other),
+        "difference": show_number(found.estimate, "+z.2f"),
         "interval": show_interval(found.low, found.high),
     }
 
 
-def _verdict(row: Versus, results: Results) -> dict[str, str]:
+def _verdict(row: Versus, margin: float) -> str:
     """Say what a difference in points shows."""
-    found, margin = row.difference, results.margin
+    found = row.difference
     if found.seeds < 2:
-        return {"verdict": "one seed"}
+        return "one seed"
+    equal = row.is_equal(margin)
     if row.significant:
-        sign = "higher" if found.estimate > 0 else "lower"
-        return {"verdict": f"{sign}, but within {margin:g}" if row.is_equal(margin) else sign}
-    return {"verdict": f"equal within {margin:g}" if row.is_equal(margin) else f"open, within {found.margin:.1f}"}
+        return ("higher" if found.estimate > 0 else "lower") + (f", but within {margin:g}" if equal else "")
+    return f"equal within {margin:g}" if equal else f"open, within {found.margin:.1f}"
 
 
 def _triangle(task: str, on_task: OnTask, results: Results) -> Figure:
@@ -131,14 +126,13 @@ def _triangle(task: str, on_task: OnTask, results: Results) -> Figure:
         for column in range(row)
         if (pair := on_task.both_ways.get((order[row], order[column])))
     ]
-    significant = [(column, row) for column, row, pair in pairs if pair.significant]
-    equal = [(column, row) for column, row, pair in pairs if pair.is_equal(results.margin)]
-    drawn: tuple[tuple[list[tuple[int, int]], str, dict[str, Any]], ...] = (
-        (significant, "significantly different", {"marker": "s", "c": "#2c6fbb", "s": 60}),
-        (equal, f"equal within {results.margin:g}", {"marker": "o", "c": "#d9822b", "s": 14}),
-    )
-    for fields, name, look in drawn:
-        axes.scatter(*np.reshape(fields, (-1, 2)).T, label=name, **look)
+    for name, chosen, marker, colour, area in (
+        ("significantly different", lambda pair: pair.significant, "s", "#2c6fbb", 60),
+        (f"equal within {results.margin:g}", lambda pair: pair.is_equal(results.margin), "o", "#d9822b", 14),
+    ):
+        fields = [(column, row) for column, row, pair in pairs if chosen(pair)]
+        columns, rows = np.reshape(fields, (-1, 2)).T
+        axes.scatter(columns, rows, label=name, marker=marker, c=colour, s=area)
     axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(len(order) - 0.5, -0.5), aspect="equal", title=results.heading(task))
     axes.set_xticks(range(len(order)), [label(mechanism) for mechanism in order], rotation=90, fontsize=7)
     axes.set_yticks(range(len(order)), names, fontsize=7)
@@ -147,10 +141,8 @@ def _triangle(task: str, on_task: OnTask, results: Results) -> Figure:
         name=f"pairs-{task}",
         title=f"Which mechanisms differ significantly on {task}",
         canvas=canvas,
-        caption=(
-            "The best stands first, with mean test accuracy beside the name. Square: the row is significantly "
-            f"lower than the column, among all pairs of the task; dot: equal within "
-            f"{results.margin:g} points; empty: open."
-        ),
+        caption="The best stands first, with mean test accuracy beside the name. Square: the row is significantly "
+        "lower than the column, among all pairs of the task; dot: equal within "
+        f"{results.margin:g} points; empty: open.",
         provenance=results.caption([task]),
     )

@@ -60,7 +60,7 @@ def _on_baseline(comparison: Comparison, task: str, on_task: OnTask) -> Iterator
     never = [label(mechanism) for mechanism in on_task.means if comparison.never_passed(task, mechanism)]
     partly = [mechanism for mechanism, found in passed.items() if 0 < found < len(steps[mechanism])]
     counts = [f"{label(m)} ({passed[m]} of {len(steps[m])})" for m in sorted(partly, key=lambda m: passed[m])]
-    named = f"“{baseline.name}”, which scores {baseline.accuracy:.1f} % without a model"
+    named = "“{}”, which scores {:.1f} % without a model".format(*baseline)
     if never:
         who = "no mechanism" if len(never) == len(on_task.means) else f"no seed of {_joined(never)}"
         yield f"{task}: {who} passed the baseline {named}: such an accuracy is no sign of having learned more."
@@ -79,8 +79,8 @@ def _attention_matters(comparison: Comparison) -> Iterator[str]:
     for row in rows:
         found = row.difference
         one, other = label(row.mechanism), label(row.other)
-        points = f"{show_number(abs(found.estimate), '.1f')} points"
-        interval = f"(95 %: {show_interval(found.low, found.high, '+.1f')})"
+        points = f"{show_number(abs(found.estimate), 'z.1f')} points"
+        interval = f"(95 %: {show_interval(found.low, found.high, '+z.1f')})"
         beats = f"{row.task}: {one} {'beats' if found.estimate > 0 else 'stays below'} {other} by {points}"
         if found.seeds < 2:
             yield f"{beats}, in one seed."

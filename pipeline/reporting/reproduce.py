@@ -24,8 +24,8 @@ class Setup(Report):
             (
                 f"Seeds: {', '.join(map(str, results.seeds)) or 'none'}. At one seed all mechanisms start from the "
                 "same weights and see the same batches.",
-                f"Code: git revision {results.revisions}.",
-                f"Device: {results.devices}; torch {results.torch}.",
+                f"Code: git revision {results.made_with('git_revision')}.",
+                f"Device: {results.made_with('device')}; torch {results.made_with('torch')}.",
                 f"To make it again: schoenbat-exp use {results.profile} && schoenbat-exp run --grid",
                 f"All tables are computed from the files in runs/{results.profile}.",
             ),

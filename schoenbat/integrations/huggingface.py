@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,7 +27,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.utils.output_capturing import _active_collector
 
 from schoenbat.calibration import CALIBRATOR, Calibrated
@@ -135,8 +143,10 @@ def attention_layers(model: PreTrainedModel, name: str = "schoenbat") -> dict[st
     """Return the layers that go through the attention interface, by name.
 
     Raises:
-        UserError: there are none, or a part of the model computes attention itself.
+        UserError: there are none, a part of the model computes attention itself, or `model` is no whole model.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"give the whole model of transformers, not {type(model).__name__}, which may be a part of one")
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             _check_goes_through_interface(part, name)
@@ -309,7 +319,8 @@ def _implementation(name: str, estimate: Estimate) -> Callable[..., tuple[Tensor
         kernel_state: _StateLayer | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        _refuse(dropout, kwargs)
+        # A mask of transformers says itself what a window leaves out.
+        _refuse(dropout, kwargs, {"sliding_window"} if isinstance(attention_mask, KeyMask) else set())
         key_mask, causal = _read_mask(attention_mask, module, query, key, is_causal)
         if isinstance(attention_mask, KeyMask):
             _refuse_packed(attention_mask, kwargs.get("position_ids"))
@@ -408,7 +419,7 @@ def _exact(
     return out[:, :, out.shape[2] - length :]
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(dropout: float, kwargs: dict[str, Any], known: set[str]) -> None:
     """Raise UserError for what would have to be ignored."""
     if dropout:
         raise UserError(f"attention dropout is {dropout}, but there are no weights to drop; set it to 0 in the config")
@@ -416,7 +427,7 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     if any("attentions" in name for name in _active_collector.get() or ()):
         raise UserError("output_attentions is not supported: linear attention has no weights to return")
     for name, value in kwargs.items():
-        if name not in _HARMLESS and value is not None and value is not False:
+        if name not in _HARMLESS | known and value is not None and value is not False:
             raise UserError(f"attention argument {name} is not supported by a linear attention implementation")
 
 
@@ -437,12 +448,15 @@ class KeyMask:
         causal: query i sees keys up to its own place, the last query standing at the last key.
         key_mask: [B, keys] bool, True = attend, or None where nothing is padding.
         shape: (B, 1, queries, keys).
+        refused: why our attention cannot honour it; some models prepare a mask that none of their layers uses.
     """
 
     ndim = 4
 
-    def __init__(self, causal: bool, key_mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-        self.causal, self.key_mask, self.shape = causal, key_mask, shape
+    def __init__(
+        self, causal: bool, key_mask: Tensor | None, shape: tuple[int, int, int, int], refused: str | None = None
+    ) -> None:
+        self.causal, self.key_mask, self.shape, self.refused = causal, key_mask, shape, refused
         self.positions: Tensor | None = None  # of the tokens, once looked at
 
     def __repr__(self) -> str:
@@ -456,7 +470,7 @@ class KeyMask:
         if other or not isinstance(device, torch.device | str | int):
             _used()
         moved = None if self.key_mask is None else self.key_mask.to(device, non_blocking=non_blocking)
-        return KeyMask(self.causal, moved, self.shape)
+        return KeyMask(self.causal, moved, self.shape, self.refused)
 
     @classmethod
     def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:
@@ -485,11 +499,17 @@ def _make_mask(
     """Make the mask that transformers prepares for this implementation."""
     if isinstance(attention_mask, KeyMask):
         return attention_mask
+    refused = None
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise UserError(
-            "this call needs a mask of pairs other than the causal one (a sliding window, chunks, packed sequences, "
-            "or, under torch.compile, no attention_mask), which has no meaning in linear time"
-        )
+        # Dynamo knows nothing of closures.
+        whole = None if torch.compiler.is_compiling() else _WINDOWED.get(_codes(mask_function))
+        if whole is None or kv_offset + kv_length > kwargs.get("local_size", 0):
+            refused = (
+                "this call needs a mask of pairs other than the causal one (a sliding window, chunks, packed sequences "
+                "or, under torch.compile, a window of any length or no attention_mask), which has no meaning in linear "
+                "time"
+            )
+        mask_function = whole or causal_mask_function
     causal = mask_function is causal_mask_function
     ends_with_queries = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     if causal and not ends_with_queries:
@@ -497,7 +517,22 @@ def _make_mask(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise _of_pairs(attention_mask)
     key_mask = None if attention_mask is None else attention_mask[:, -kv_length:]
-    return KeyMask(causal, key_mask, (batch_size, 1, q_length, kv_length))
+    return KeyMask(causal, key_mask, (batch_size, 1, q_length, kv_length), refused)
+
+
+def _codes(mask_function: Callable[..., Any]) -> tuple[CodeType, ...]:
+    """Return the code of a mask function of transformers, and of those that it puts together."""
+    cells = mask_function.__closure__ or ()
+    parts = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, tuple)]
+    return (mask_function.__code__, *(code for functions in parts for part in functions for code in _codes(part)))
+
+
+_WINDOWED = {
+    _codes(sliding_window_causal_mask_function(1)): causal_mask_function,
+    _codes(chunked_causal_mask_function(1, torch.zeros(1))): causal_mask_function,
+    _codes(sliding_window_bidirectional_mask_function(1)): bidirectional_mask_function,
+}
+"""What masks of windows and chunks are where these are longer than the sequence."""
 
 
 def _of_pairs(mask: Tensor) -> UserError:
@@ -523,6 +558,8 @@ def _read_mask(
         return None, False
     if not isinstance(mask, KeyMask):
         raise _of_pairs(mask)
+    if mask.refused is not None:
+        raise UserError(mask.refused)
     if not mask.causal and mask.key_mask is None:
         return None, False
     expected = (query.shape[0], 1, query.shape[2], key.shape[2])

@@ -348,6 +348,69 @@ def test_sliding_windows_and_dropout_of_weights_are_refused() -> None:
         training(input_ids=prompt()["input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"] * 2, "sliding_window": 4, "attn_logit_softcapping": None}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 2, "sliding_window": 4}),
+        ("mistral", {"sliding_window": 4096}),
+        ("mistral", {"sliding_window": 12}),
+        ("llama4_text", {"attention_chunk_size": 12}),
+        ("modernbert", {"local_attention": 24}),
+    ],
+)
+def test_a_window_that_leaves_nothing_out_or_is_not_used_changes_nothing(
+    model_type: str, options: dict[str, Any]
+) -> None:
+    arguments, real = inputs_of("llama")
+    with torch.no_grad():
+        exact, eager = (
+            family_of(model_type, attention, **options)(**arguments)[0][real]
+            for attention in ("schoenbat-test-exact", "eager")
+        )
+    torch.testing.assert_close(exact, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("mistral", {"sliding_window": 11}, "a sliding window"),
+        ("llama4_text", {"attention_chunk_size": 11}, "chunks"),
+        ("modernbert", {"local_attention": 22}, "a sliding window"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "argument s_aux is not supported"),
+    ],
+)
+def test_a_window_that_leaves_a_token_out_and_sinks_are_refused(
+    model_type: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        family_of(model_type, "schoenbat-test-exact", **options)(**inputs_of("llama")[0])
+
+
+def test_a_text_that_outgrows_the_window_is_refused_while_it_is_generated() -> None:
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(sliding_window=14, num_key_value_heads=2, **TEXT), attn_implementation="schoenbat"
+    )
+    model.generate(**prompt(12), max_new_tokens=3, do_sample=False, cache=KernelCache())
+    with pytest.raises(UserError, match="sliding window"):
+        model.generate(**prompt(12), max_new_tokens=4, do_sample=False, cache=KernelCache())
+
+
+def test_install_takes_whole_models_only_and_leaves_others_as_they_are() -> None:
+    model = model_of("llama", "eager")
+    with pytest.raises(UserError, match="give the whole model of transformers, not LlamaDecoderLayer"):
+        install(model.layers[1], "schoenbat-test-sketch-64")
+    assert not any("kernel_features" in name for name in model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_install_serves_a_quantised_model() -> None:
+    model = torch.ao.quantization.quantize_dynamic(model_of("bert", "eager"), {torch.nn.Linear}, torch.qint8)
+    expected = output_of(model, "bert")
+    found = output_of(install(model, "schoenbat-test-sketch-4096"), "bert")
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_names_that_mean_something_else_are_refused() -> None:
     for name in ("flash_mine", "me/mine", "sdpa2", ""):
         with pytest.raises(UserError, match="means something else to transformers"):

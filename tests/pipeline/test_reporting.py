@@ -491,7 +491,7 @@ def test_the_largest_effects_of_ppsbn_are_named_whatever_their_order(tmp_path: P
 
 
 def test_no_number_is_a_negative_zero_and_no_interval_leaves_what_accuracies_can_differ_by() -> None:
-    assert [show_number(x, "+.2f") for x in (-0.001, 0.001, -1)] == ["+0.00", "+0.00", "-1.00"]
+    assert [show_number(x, "+z.2f") for x in (-0.001, 0.001, -1)] == ["+0.00", "+0.00", "-1.00"]
     assert show_number(-0.001) == "0.00"
     assert show_number(math.nan) == show_interval(math.nan, math.nan) == "—"
     assert show_interval(21, 101.5) == "+21.00 to +100.00"
