@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any, NamedTuple
 
 import torch
@@ -438,11 +439,13 @@ def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calib
             handle.remove()
     if not done:
         raise UserError(f"{type(model).__name__} called no attention layer that schoenbat can calibrate")
-    if not layers:
-        from schoenbat.integrations.layers import record
-
-        record(model)
+    note_settings(model)
     return done
+
+
+@singledispatch
+def note_settings(model: nn.Module) -> None:
+    """Note what layers were given where the model saves it: each integration says how, by the type of its models."""
 
 
 def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...], named: dict[str, Any]) -> Calibrated:

@@ -223,7 +223,7 @@ class _Transformers:
         self.model, self.ours = model, huggingface
         self.layers = huggingface.attention_layers(model)
         before = model.config._attn_implementation
-        self.before = "sdpa" if huggingface.registered(before) else before
+        self.before = "sdpa" if before in huggingface.ESTIMATES else before
 
     def run(self, batch: Mapping[str, Any] | Tensor, measure: Measure) -> None:
         self.ours.uninstall(self.model, self.ours.EXACT_NAME)
