@@ -36,9 +36,9 @@ def replaced(layers: list[str] | None = None) -> torch.nn.Module:
     return huggingface.install(model, "schoenbat-test-transfer", layers=layers)
 
 
-def batches_of(number: int = 4) -> list[Tensor]:
+def batches_of(number: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(5, 99, (4, 60), generator=generator) for _ in range(number)]
+    return [torch.randint(5, 99, (3, 40), generator=generator) for _ in range(number)]
 
 
 def has_kernels(model: torch.nn.Module) -> list[bool]:
