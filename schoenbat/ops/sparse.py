@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap, Products, expand
+from schoenbat.kernels import Kernel
 from schoenbat.ops._bounds import trust
 from schoenbat.ops._near import LOWEST
 from schoenbat.ops._planned import look_up, sum_keys
@@ -80,6 +81,11 @@ class HeadKernels(nn.Module):
     def forward(self) -> Tensor:
         """Return a, b, c, [H, 3]."""
         return self.logarithms.exp()
+
+    def kernel(self, head: int) -> Kernel:
+        """Return the kernel of one head, to be evaluated, drawn, or asked for its coefficients."""
+        a, b, c = self().detach()[head].tolist()
+        return Kernel.from_callable(lambda x: a * (1 + x * (b + c * x / 2)), name=f"of head {head}")
 
 
 class Rest(NamedTuple):
