@@ -150,6 +150,9 @@ def attend(
         key, value = fill_masked(key.to(wide), key_mask), fill_masked(value.to(wide), key_mask)
         extended = torch.cat([value, there.expand(*value.shape[:-1], 1)], -1)
         rows = (scale * query.to(wide)).unflatten(1, (-1, groups))
+        if not length or not key.shape[2]:
+            # The output is empty or 0, but part of the graph.
+            return (rows @ (key.mT @ value).unsqueeze(2)).flatten(1, 2).to(query.dtype)
         block = min(sparsity.window, length) if self_attention else 0
 
         places, missed = _choose_heavy(rows, key, real, sparsity.heavy, block, self_attention)
@@ -356,7 +359,8 @@ def extend(
             if recent.key.shape[2] == 2 * sparsity.window:
                 state = _close(features, state, sparsity)
             start = end
-        out = torch.cat(outputs, 3) if outputs else rows.new_zeros(*rows.shape[:-1], value.shape[-1])
+        # Of no tokens the output is empty, but part of the graph.
+        out = torch.cat(outputs, 3) if outputs else rows @ (key.mT @ value).unsqueeze(2)
         return out.flatten(1, 2).to(query.dtype), state._replace(number=counted[:, -1] if length else state.number)
 
 
