@@ -34,6 +34,13 @@ def _make_model(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def test_what_readme_says_is_part_of_the_page() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if ".replace(" in text)
+    calls = re.findall(r"\w+\.\w+\(.*?[,)]", example)
+    assert [call for call in calls if call not in TEXT.replace("name)", f'"{NAME}")')] == []
+
+
 @pytest.mark.filterwarnings(f"ignore::{PoorEstimateWarning.__module__}.{PoorEstimateWarning.__qualname__}")
 def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
