@@ -348,7 +348,7 @@ def _implementation(name: str, estimate: Estimate) -> Callable[..., tuple[Tensor
         settings = default if own is None else own
         estimate = fast if own is None else own
         if settings.num_features is None:
-            out = _exact(estimate, query, key, value, key_mask, causal, scaling, kernel_state)
+            out = _exact(estimate, *given, scaling, itself, kernel_state)
         else:
             features = features_of(module)
             inputs = estimate.prepare(*given, scale=scaling, self_attention=itself)
@@ -404,6 +404,7 @@ def _exact(
     key_mask: Tensor | None,
     causal: bool,
     scaling: float | None,
+    itself: bool,
     layer: _StateLayer | None,
 ) -> Tensor:
     if layer is not None:
@@ -421,7 +422,7 @@ def _exact(
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past:
         query = nn.functional.pad(query, (0, 0, past, 0))
-    out = estimate.attend(query, key, value, key_mask, causal, scale=scaling)
+    out = estimate.attend(query, key, value, key_mask, causal, scale=scaling, self_attention=itself)
     return out[:, :, out.shape[2] - length :]
 
 
