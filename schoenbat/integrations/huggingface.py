@@ -6,10 +6,10 @@ Importing this module registers the attention implementations "schoenbat" (kerne
 needed and held outside the model; `install` instead draws them per layer, as buffers in the model's state_dict.
 `register` gives another `schoenbat.Estimate` a name.
 
-What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
-attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
-go through the interface: when it is built with one of our names, when it does arithmetic with our mask, or by
-`install`.
+What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows shorter than the
+text, soft caps, attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a
+model that does not go through the interface: when it is built with one of our names, when it does arithmetic with our
+mask, or by `install`.
 
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
