@@ -218,9 +218,8 @@ def _choose_heavy(
     weights = scores.masked_fill(hidden[:, None, None], LOWEST).softmax(-1).masked_fill(~far[:, None, None], 0.0)
     worth = weights.square().sum((2, 3)).masked_fill(hidden, -1.0)
     places = worth.topk(number, -1).indices
-    rest = far[:, None, None] & torch.ones_like(scores, dtype=torch.bool).scatter(
-        -1, places[:, :, None, None].expand(*scores.shape[:-1], -1), value=False
-    )
+    free = torch.ones_like(worth, dtype=torch.bool).scatter(-1, places, value=False)
+    rest = far[:, None, None] & free[:, :, None, None]
     count = rest.sum(-1)
     scores = scores.masked_fill(~rest, 0.0)
     mean = scores.sum(-1) / count.clamp_min(1)
