@@ -44,6 +44,8 @@ __all__ = ["CALIBRATOR", "Calibrated", "Calibration", "FittedFeatures", "calibra
 
 KEPT_AS = "kernel_features"
 """The name under which a layer of a model of another library has its own features."""
+KERNELS_KEPT_AS = "head_kernels"
+"""The name under which a layer has the kernels of its heads."""
 CALIBRATOR: ContextVar[Callable[..., None] | None] = ContextVar("calibrator", default=None)
 """Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
 value, key_mask, is_causal, scale=, self_attention=) before they look at the layer's features."""
