@@ -40,7 +40,15 @@ from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import AttentionInputs, fill_masked
 
-__all__ = ["CALIBRATOR", "Calibrated", "Calibration", "FittedFeatures", "calibrate", "calibrate_tensors"]
+__all__ = [
+    "CALIBRATOR",
+    "Calibrated",
+    "Calibration",
+    "FittedFeatures",
+    "calibrate",
+    "calibrate_tensors",
+    "note_settings",
+]
 
 KEPT_AS = "kernel_features"
 """The name under which a layer of a model of another library has its own features."""

@@ -136,7 +136,7 @@ class MultiheadKernelAttention(nn.Module):
             attn_mask: only the causal mask, bool or float. With `is_causal` it is not looked at.
             is_causal: query i sees keys up to i.
             self_attention: the queries are the tokens of the keys, and the estimate may use all of them (see
-                `schoenbat.ops.linear.attend`), which is of less error; None for whether `query` and `key` are the same
+                `schoenbat.ops.linear.attend`), which is of less error; None for whether query and key are the same
                 object, which a slice or a cast of one of them is not.
 
         Returns:
