@@ -55,7 +55,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.grid.settings import MIRROR_VARIABLE
-from pipeline.host.devices import describe_device
+from pipeline.host.devices import describe_device, prepare_host
 from pipeline.host.files import git_revision
 from schoenbat.attention import ATTENTIONS, Attention
 from schoenbat.diagnosis import PoorEstimateWarning
@@ -340,12 +340,14 @@ def read_texts(tokenizer: Any, number: int, seed: int) -> Texts:
         found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    of_reviews = [tokens_of(text) for text in reviews(seed)[: number + FITTING_TEXTS]]
+    of_reviews, fitting = (
+        [tokens_of(text) for text in part] for part in (reviews(seed)[:number], reviews(seed)[-FITTING_TEXTS:])
+    )
     # The middle is not to be the beginning.
     long = (tokens for tokens in map(tokens_of, papers(seed)) if len(tokens) >= 4 * TOKENS)
     of_papers = [tokens for _, tokens in zip(range(number), long, strict=False)]
     middles = [tokens[len(tokens) // 2 :] for tokens in of_papers]
-    return Texts(*map(pack, (of_reviews[:number], of_papers, middles, of_reviews[number:])))
+    return Texts(*map(pack, (of_reviews, of_papers, middles, fitting)))
 
 
 def call(ids: Tensor) -> dict[str, Tensor]:
@@ -463,10 +465,10 @@ def measure_minilm(folder: Path, options: argparse.Namespace, cache: Cache) -> I
             explained[method.name, draw] = [1.0] if exact else cache.get(("share", method.name, draw), share)
 
         def timed(length: int, ready: Callable[[], None] = ready) -> tuple[float, float]:
-            torch.set_num_threads(options.threads)
+            prepare_host(options.threads)
             ready()
             found = time_attention(model, shape, length, causal=False, repeats=options.repeats)
-            torch.set_num_threads(options.embedding_threads)
+            prepare_host(options.embedding_threads)
             return found
 
         times[method.name] = [
@@ -524,12 +526,12 @@ def measure_smollm2(folder: Path, options: argparse.Namespace, cache: Cache) -> 
         return float(F.cross_entropy(logits, windows[window, 1:]))
 
     def timed(method: Method) -> tuple[float, float]:
-        torch.set_num_threads(options.threads)
+        prepare_host(options.threads)
         set_up(model, method, seed)
         config = model.config
         shape = config.num_attention_heads, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         found = time_attention(model, shape, WINDOW, causal=True, repeats=options.repeats)
-        torch.set_num_threads(options.embedding_threads)
+        prepare_host(options.embedding_threads)
         return found
 
     losses: dict[str, list[float]] = {method.name: [] for method in methods}
@@ -631,7 +633,7 @@ def shorten(value: Any) -> Any:
 
 def run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", PoorEstimateWarning)
-    torch.set_num_threads(options.embedding_threads)
+    prepare_host(options.embedding_threads)
     minilm = find_minilm(options.minilm)
     common = {
         "seed": options.seed,
