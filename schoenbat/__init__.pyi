@@ -6,6 +6,8 @@ from schoenbat.diagnosis import diagnose as diagnose
 from schoenbat.diagnosis import diagnose_tensors as diagnose_tensors
 from schoenbat.errors import UserError as UserError
 from schoenbat.estimate import Estimate as Estimate
+from schoenbat.fitting import fit_kernels as fit_kernels
+from schoenbat.fitting import transfer as transfer
 from schoenbat.functional import dot_product_kernel_attention as dot_product_kernel_attention
 from schoenbat.kernels import KERNELS as KERNELS
 from schoenbat.kernels import Kernel as Kernel

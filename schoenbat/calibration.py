@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any, NamedTuple
 
 import torch
@@ -300,6 +301,8 @@ def _check(estimate: Estimate) -> None:
         raise UserError("exact attention (num_features None) has nothing to calibrate")
     if estimate.estimator != "sketch":
         raise UserError(f"calibration is for the estimator sketch, not {estimate.estimator}")
+    if estimate.sparsity is not None:
+        raise UserError("calibration is for features alone; set window and heavy to 0")
 
 
 def _degrees(estimate: Estimate) -> list[int]:
@@ -401,11 +404,25 @@ def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calib
     turned projections and the features, and loads into a calibrated model.
 
     Raises:
-        UserError: the model called no such layer, or one without features, or with normalize=True, after which a basis
-            cannot be a part of the projections.
+        UserError: the model called no such layer, or one that cannot be calibrated: twice, without features, with near
+            or heavy keys, with normalize=True, after which a basis cannot be a part of the projections, or with
+            projections that are computed from other parameters. No layer has changed then.
     """
     names = {module: name for name, module in model.named_modules()}
+    layers = [module for module in model.modules() if isinstance(module, MultiheadKernelAttention)]
+    calls: Counter[nn.Module] = Counter()
     done: list[Calibration] = []
+
+    def check_layer(layer: nn.Module, estimate: Estimate, *_: Any, **__: Any) -> None:
+        _check(estimate)
+        calls[layer] += 1
+        if calls[layer] > 1:
+            raise UserError(f"{names.get(layer, 'a layer')} is called more than once, and one basis fits one call")
+
+    def check_module(layer: nn.Module, *_: Any) -> None:
+        assert isinstance(layer, MultiheadKernelAttention)
+        check_layer(layer, layer.estimate)
+        _check_projections(layer, names[layer] or "the layer")
 
     def note(layer: nn.Module, fitted: Calibrated) -> None:
         done.append(Calibration(names.get(layer, ""), fitted.before, fitted.after, fitted.max_degree))
@@ -424,31 +441,31 @@ def calibrate(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Calib
         assert isinstance(layer, MultiheadKernelAttention)
         note(layer, _turn_projections(layer, arguments, named))
 
-    layers = [module for module in model.modules() if isinstance(module, MultiheadKernelAttention)]
-    handles = [layer.register_forward_pre_hook(fit_module, with_kwargs=True) for layer in layers]
-    token = CALIBRATOR.set(fit_layer)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # How little the estimate explained before is part of the result.
-            warnings.simplefilter("ignore")
-            model(*inputs, **named_inputs)
-    finally:
-        CALIBRATOR.reset(token)
-        for handle in handles:
-            handle.remove()
+    # A first run sees to it that no layer is calibrated where another one cannot be.
+    for of_module, of_layer in ((check_module, check_layer), (fit_module, fit_layer)):
+        handles = [layer.register_forward_pre_hook(of_module, with_kwargs=True) for layer in layers]
+        token = CALIBRATOR.set(of_layer)
+        try:
+            with torch.no_grad(), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+                # How little the estimate explained before is part of the result.
+                warnings.simplefilter("ignore")
+                model(*inputs, **named_inputs)
+        finally:
+            CALIBRATOR.reset(token)
+            for handle in handles:
+                handle.remove()
     if not done:
         raise UserError(f"{type(model).__name__} called no attention layer that schoenbat can calibrate")
-    if not layers:
-        from schoenbat.integrations.layers import record
-
-        record(model)
+    note_settings(model)
     return done
 
 
+@singledispatch
+def note_settings(model: nn.Module) -> None:
+    """Note what layers were given where the model saves it: each integration says how, by the type of its models."""
+
+
 def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...], named: dict[str, Any]) -> Calibrated:
-    if layer.estimate.normalize:
-        raise UserError("a layer with normalize=True cannot be calibrated: pre-SBN comes after its projections")
-    _check(layer.estimate)
     calls: list[AttentionInputs] = []
     token = WATCHER.set(lambda _estimate, inputs, _features: calls.append(inputs))
     try:
@@ -471,6 +488,17 @@ def _turn_projections(layer: MultiheadKernelAttention, arguments: tuple[Any, ...
             wide = torch.promote_types(rows.dtype, torch.float32)
             parameter.copy_((basis.mT.to(wide) @ rows.to(wide)).view_as(parameter))
     return fitted
+
+
+def _check_projections(layer: MultiheadKernelAttention, name: str) -> None:
+    if layer.estimate.normalize:
+        raise UserError("a layer with normalize=True cannot be calibrated: pre-SBN comes after its projections")
+    for parameter in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "in_proj_bias"):
+        if parameter not in layer._parameters:
+            raise UserError(
+                f"{parameter} of {name} is computed (pruned or parametrized), so it cannot be turned; calibrate first, "
+                "or make it a parameter, as by remove_parametrizations or prune.remove"
+            )
 
 
 def _query_and_key_parameters(layer: MultiheadKernelAttention) -> list[Tensor]:

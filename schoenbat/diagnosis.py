@@ -8,7 +8,8 @@ over the outputs of some queries: 1 is exact, 0 is what uniform weights reach, a
 knowing nothing. A relative error does not tell these apart, as attention may be close to uniform anyway.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 from schoenbat.attention import KernelAttention
 from schoenbat.calibration import FittedFeatures
-from schoenbat.errors import UserError
+from schoenbat.errors import UserError, shorten
 from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
-from schoenbat.nn.mha import MultiheadKernelAttention
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
-from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import AttentionInputs, fill_masked
+from schoenbat.replacement import describe, is_of_transformers, kernel_form
 
 __all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
 
@@ -40,34 +40,41 @@ class Head:
         layer, head: the name of the module, and the number of the head.
         largest, spread: of the kernel's arguments: the largest absolute value, and the mean over queries of the
             standard deviation over keys.
-        shares: the share of the attention explained by each number of features.
-        needed: the least of these that explains 0.9, or None.
+        effective_keys: 1 / sum_j w_j^2 of the weights w of a query, mean over queries: 1 for one key that gets all, the
+            number of keys where weights are uniform.
+        shares: the share of the attention explained by each number of features, or by each of `estimates`.
+        needed: the least number of features, or the first of `estimates`, that explains 0.9; None if none does.
     """
 
     layer: str
     head: int
     largest: float
     spread: float
-    shares: Mapping[int, float]
-    needed: int | None
+    effective_keys: float
+    shares: Mapping[Any, float]
+    needed: int | Estimate | None
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{num_features}: {share:.2f}" for num_features, share in self.shares.items())
+        shares = "; ".join(f"{_name(setting)} {share:.2f}" for setting, share in self.shares.items())
         name = f"{self.layer}, head {self.head}" if self.layer else f"head {self.head}"
         return (
-            f"{name}: arguments up to {self.largest:.3g}, spread {self.spread:.3g}; share explained by {shares}. "
-            + self.verdict
+            f"{name}: arguments up to {self.largest:.3g}, spread {self.spread:.3g}, {self.effective_keys:.3g} "
+            f"effective keys; share explained by {shares}. {self.verdict}"
         )
 
     @property
     def verdict(self) -> str:
         """A sentence that says whether the head can be replaced."""
-        best = max(self.shares, key=lambda num_features: self.shares[num_features])
+        best = max(self.shares, key=lambda setting: self.shares[setting])
         if self.needed is not None:
-            return f"It can be replaced with {self.needed} features."
+            return f"It can be replaced with {_name(self.needed)}."
         if self.shares[best] >= POOR:
-            return f"It can be replaced with {best} features after further training."
+            return f"It can be replaced with {_name(best)} after further training."
         return "It cannot be replaced as it is: its attention is too sharp for an estimate of this size."
+
+
+def _name(setting: int | Estimate) -> str:
+    return describe(setting) if isinstance(setting, Estimate) else f"{setting} features"
 
 
 def diagnose_tensors(
@@ -80,34 +87,44 @@ def diagnose_tensors(
     scale: float | None = None,
     self_attention: bool = False,
     estimate: Estimate | None = None,
-    num_features: tuple[int, ...] = NUM_FEATURES,
+    num_features: Sequence[int] = NUM_FEATURES,
+    estimates: Sequence[Estimate] | None = None,
     layer: str = "",
 ) -> list[Head]:
-    """Measure the share that `estimate` would explain of the attention of these tensors, per head, for each budget.
+    """Measure the share that estimates would explain of the attention of these tensors, per head.
 
     Args:
         query, key, value, key_mask, is_causal, scale, self_attention: as for `Estimate.attend`.
-        estimate: the settings, whose `num_features` is not used; the default of `Estimate` where it is None.
+        estimate: whose attention it is, and the settings that `num_features` vary; the default of `Estimate` where it
+            is None.
         num_features: the budgets.
+        estimates: settings to try instead, such as some with a window and heavy keys, the cheapest first.
 
     Raises:
-        UserError: no budgets, or shapes that do not fit together.
+        UserError: no budgets or settings, or shapes that do not fit together.
     """
-    _check_budgets(num_features)
+    settings = _settings(num_features, estimates)
     check_shapes(query, key, value)
     estimate = Estimate() if estimate is None else estimate
     inputs = estimate.prepare(query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention)
-    return _look(layer, num_features, estimate, inputs)
+    return _look(layer, settings, estimate, inputs)
 
 
-def _check_budgets(num_features: Sequence[int]) -> None:
+def _settings(num_features: Sequence[int], estimates: Sequence[Estimate] | None) -> list[int] | list[Estimate]:
+    if estimates is not None:
+        if not isinstance(estimates, Sequence) or not estimates or any(not isinstance(e, Estimate) for e in estimates):
+            raise UserError(
+                f"estimates must be settings to try, such as [Estimate(window=16)], not {shorten(estimates)}"
+            )
+        return list(estimates)
     if not isinstance(num_features, Sequence) or not num_features or None in num_features:
         raise UserError(f"num_features must be the numbers of features to try, such as (64, 256), not {num_features!r}")
+    return sorted(num_features)
 
 
 def _look(
     layer: str,
-    num_features: tuple[int, ...],
+    settings: Sequence[int] | Sequence[Estimate],
     estimate: Estimate,
     inputs: AttentionInputs,
     features: FeatureMap | None = None,
@@ -123,39 +140,59 @@ def _look(
         deviation = (scores.square().sum(-1) / counts - mean.square()).clamp_min(0).sqrt()
         largest = scores.abs().amax((0, 2, 3)).tolist()
         spread = (deviation.sum((0, 2)) / seen.sum().clamp_min(1)).tolist()
-        shares: dict[int, list[float]] = {}
-        for budget in num_features:
-            if isinstance(features, FittedFeatures):
-                own: FeatureMap = features.resized(budget)
-            else:
-                own = replace(estimate, num_features=budget).draw(query.shape[-1], inputs.scale, query.device)
-            shares[budget] = exact.share_explained(attend(own, *inputs), dim=(0, 2, 3))
+        squares = estimate.function.normalise(scores, exact.allowed).square().sum(-1)
+        keys = (squares.reciprocal().masked_fill(~seen, 0.0).sum((0, 2)) / seen.sum().clamp_min(1)).tolist()
+        shares: dict[int | Estimate, list[float]] = {}
+        for setting in settings:
+            out = _try(setting, estimate, inputs, features)
+            shares[setting] = exact.share_explained(out, dim=(0, 2, 3))
     heads = []
     for head in range(query.shape[1]):
-        of_head = {budget: values[head] for budget, values in shares.items()}
-        needed = next((budget for budget in sorted(of_head) if of_head[budget] >= ENOUGH), None)
-        heads.append(Head(layer, head, largest[head], spread[head], of_head, needed))
+        of_head = {setting: values[head] for setting, values in shares.items()}
+        needed = next((setting for setting in of_head if of_head[setting] >= ENOUGH), None)
+        heads.append(Head(layer, head, largest[head], spread[head], keys[head], of_head, needed))
     return heads
 
 
+def _try(setting: int | Estimate, estimate: Estimate, inputs: AttentionInputs, features: FeatureMap | None) -> Tensor:
+    if isinstance(setting, Estimate):
+        estimate = setting
+        inputs = estimate.prepare(*inputs[:5], scale=inputs.scale, self_attention=inputs.self_attention)
+    elif isinstance(features, FittedFeatures):
+        return estimate.compute(inputs, features.resized(setting))
+    else:
+        estimate = replace(estimate, num_features=setting)
+    if estimate.num_features is None:
+        return estimate.compute(inputs, None)
+    return estimate.compute(inputs, estimate.draw(inputs.query.shape[-1], inputs.scale, inputs.query.device))
+
+
 def diagnose(
-    model: nn.Module, *inputs: Any, num_features: tuple[int, ...] = NUM_FEATURES, **named_inputs: Any
+    model: nn.Module,
+    *inputs: Any,
+    num_features: Sequence[int] = NUM_FEATURES,
+    estimates: Sequence[Estimate] | None = None,
+    **named_inputs: Any,
 ) -> list[Head]:
-    """Run `diagnose_tensors` on every attention layer that model(*inputs, **named_inputs) calls.
+    """Run `diagnose_tensors` on every attention layer that model(*inputs, **named_inputs) calls, in evaluation mode.
 
     Looked at are torch's nn.MultiheadAttention, `schoenbat.MultiheadKernelAttention`, the kernelised mechanisms of
-    `schoenbat.attention`, and models of transformers whose attn_implementation was registered by schoenbat. A layer of
-    torch is taken for softmax attention, and a calibrated layer is looked at in its basis.
+    `schoenbat.attention`, and models of transformers whose attention goes through the attention interface: for the run
+    they attend exactly, but where their attn_implementation was registered by schoenbat. A layer of torch is taken for
+    softmax attention, and a calibrated layer is looked at in its basis, but for `estimates`.
+
+    Args:
+        num_features, estimates: as for `diagnose_tensors`.
 
     Raises:
-        UserError: no budgets; the model called no such layer, or one whose attention schoenbat does not have, such as
-            that of nn.MultiheadAttention with add_bias_kv or a mask of pairs of tokens.
+        UserError: no budgets or settings; the model called no such layer, or one whose attention schoenbat does not
+            have, such as that of nn.MultiheadAttention with add_bias_kv or a mask of pairs of tokens.
     """
-    _check_budgets(num_features)
+    settings = _settings(num_features, estimates)
     found: list[Head] = []
 
     def take(layer: str, estimate: Estimate, inputs: AttentionInputs, features: FeatureMap | None = None) -> None:
-        found.extend(_look(layer, num_features, estimate, inputs, features))
+        found.extend(_look(layer, settings, estimate, inputs, features))
 
     handles = []
     inside: list[str] = []
@@ -171,10 +208,13 @@ def diagnose(
     was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     token = WATCHER.set(lambda *given: take(inside[-1] if inside else "", *given))
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model(*inputs, **named_inputs)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _through_our_interface(model):
+            model.eval()(*inputs, **named_inputs)
     finally:
+        for module, training in modes.items():
+            module.training = training
         WATCHER.reset(token)
         torch.backends.mha.set_fastpath_enabled(was_fused)
         for handle in handles:
@@ -184,24 +224,32 @@ def diagnose(
     return found
 
 
+@contextlib.contextmanager
+def _through_our_interface(model: nn.Module) -> Iterator[None]:
+    """Let models of transformers whose attention is not ours attend by our exact form inside the block."""
+    if not any(map(is_of_transformers, model.modules())):
+        yield
+        return
+    from transformers import PreTrainedModel
+
+    from schoenbat.integrations.huggingface import ESTIMATES, EXACT_NAME
+
+    # A model sets those that it contains as well, which come after it.
+    before = {m: m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
+    try:
+        for part, name in before.items():
+            part.set_attn_implementation(name if name in ESTIMATES else EXACT_NAME)
+        yield
+    finally:
+        for part, name in before.items():
+            part.set_attn_implementation(name)
+
+
 def _of_torch(layer: str, take: Callable[..., None]) -> Callable[..., None]:
     def hook(module: nn.MultiheadAttention, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
         given = dict(zip(names, arguments, strict=False)) | named
-        twin = MultiheadKernelAttention(
-            module.embed_dim,
-            module.num_heads,
-            bias=module.in_proj_bias is not None,
-            add_bias_kv=module.bias_k is not None,
-            add_zero_attn=module.add_zero_attn,
-            kdim=module.kdim,
-            vdim=module.vdim,
-            batch_first=module.batch_first,
-            device=module.out_proj.weight.device,
-            dtype=module.out_proj.weight.dtype,
-            num_features=None,
-        )
-        twin.load_state_dict(module.state_dict())
+        twin = kernel_form(module, Estimate(num_features=None))
         kept = {name: given[name] for name in ("key_padding_mask", "attn_mask") if given.get(name) is not None}
         is_causal = bool(named.get("is_causal", False))
         token = WATCHER.set(lambda _, inputs, features: take(layer, Estimate(), inputs, features))

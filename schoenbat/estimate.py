@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from schoenbat.errors import UserError, unknown_name
+from schoenbat.errors import UserError, shorten, unknown_name
 from schoenbat.features.maclaurin import RandomMaclaurin
 from schoenbat.features.plan import FeatureMap
 from schoenbat.features.sketch import Sketch
@@ -161,28 +161,35 @@ class Estimate:
         key_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
         self_attention: bool = False,
     ) -> AttentionInputs:
         """Normalise query and key if these settings say so, and make the scale positive; arguments as for `attend`.
 
         Raises:
-            UserError: dot products beyond the radius of convergence of f, a mask of another shape than that of keys, or
-                heavy keys without a window in causal attention.
+            UserError: dot products beyond the radius of convergence of f, a scale that is no finite number, a mask of
+                another shape than that of keys, heavy keys without a window in causal attention, or DTensors.
         """
+        if any(type(x).__name__ == "DTensor" for x in (query, key, value)):
+            raise UserError("a DTensor is not supported; give its local tensors, as by DTensor.to_local()")
         expected = (key.shape[0], key.shape[2])
         if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected):
             raise UserError(f"key_mask must be bool {list(expected)}, not {key_mask.dtype} {list(key_mask.shape)}")
         if is_causal and self.heavy and not self.window:
             raise UserError("causal attention with heavy keys needs a window: heavy keys are those that left it")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        default = query.shape[-1] ** -0.5
+        factor: float = default if scale is None or isinstance(scale, Tensor) else scale
+        if not (isinstance(factor, int | float) and math.isfinite(factor)):
+            raise UserError(f"scale must be a finite number or a tensor, not {shorten(scale)}")
         if self.normalize:
-            self.check_defined(scale)
+            self.check_defined(factor)
             query, key = pre_sbn(query), pre_sbn(key)
-        else:
-            self._check_radius(query, key, scale, key_mask)
-        signed = -query if scale < 0 else query
-        return AttentionInputs(signed, key, value, key_mask, is_causal, abs(scale), self_attention)
+        if isinstance(scale, Tensor):
+            query = query * (self._of_heads(scale, query.shape[1]) / default).to(query.dtype)
+        if not self.normalize:
+            self._check_radius(query, key, factor, key_mask)
+        signed = -query if factor < 0 else query
+        return AttentionInputs(signed, key, value, key_mask, is_causal, abs(factor), self_attention)
 
     def attend(
         self,
@@ -192,7 +199,7 @@ class Estimate:
         key_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
         features: FeatureMap | None = None,
         block: int | None = None,
         self_attention: bool = False,
@@ -205,7 +212,8 @@ class Estimate:
                 query heads share a key head.
             key_mask: bool [B, M], True = attend. What stands at masked places does not matter, be it NaN.
             is_causal: query i sees keys up to i; requires N = M.
-            scale: 1 / sqrt(d) where it is None.
+            scale: 1 / sqrt(d) where it is None; a tensor of one number, or of one for each of the H heads, may be
+                learned.
             features: from `make`; the draw of `seed` where it is None.
             block, self_attention: see `schoenbat.ops.linear.attend`.
             kernels: of the heads, for keys that are neither near nor heavy; None for exp.
@@ -214,19 +222,29 @@ class Estimate:
             [B, H, N, v] in the dtype of `query`; 0 for a query that may attend to nothing.
 
         Raises:
-            UserError: dot products beyond the radius of convergence of f.
+            UserError: see `prepare`.
         """
         inputs = self.prepare(query, key, value, key_mask, is_causal, scale=scale, self_attention=self_attention)
         if features is None and self.num_features is not None:
             features = self.draw(query.shape[-1], inputs.scale, query.device)
-        if features is None:
-            out = self._exact(inputs)
-        elif self.sparsity is not None:
-            out = sparse.attend(features, inputs, self.sparsity, kernels)
-        else:
-            out = attend(features, *inputs, block=block)
+        out = self.compute(inputs, features, block=block, kernels=kernels)
         self.observe(out, inputs, features)
         return out
+
+    def compute(
+        self,
+        inputs: AttentionInputs,
+        features: FeatureMap | None,
+        *,
+        block: int | None = None,
+        kernels: HeadKernels | None = None,
+    ) -> Tensor:
+        """Attend to what `prepare` returned, unobserved, exactly where there are no features."""
+        if features is None:
+            return self._exact(inputs)
+        if self.sparsity is not None:
+            return sparse.attend(features, inputs, self.sparsity, kernels)
+        return attend(features, *inputs, block=block)
 
     def observe(self, out: Tensor, inputs: AttentionInputs, features: FeatureMap | None) -> None:
         """Show `inputs` to `WATCHER`, and warn once if `out` explains less than half of this attention."""
@@ -245,13 +263,24 @@ class Estimate:
                 # Under vmap tensors have no values to look at.
                 return
         if share < POOR:
+            part = f"{share:.0%}" if share > 0 else "nothing"
             warnings.warn(
-                f"{self.num_features} features explain {share:.0%} of the attention of this batch; "
+                f"{self.num_features} features explain {part} of the attention of this batch; "
                 "schoenbat.diagnose says what would. Switch this off by "
                 "warnings.simplefilter('ignore', schoenbat.PoorEstimateWarning)",
                 PoorEstimateWarning,
                 stacklevel=3,
             )
+
+    def _of_heads(self, scale: Tensor, heads: int) -> Tensor:
+        """Return a scale that is a tensor in the shape [H, 1, 1], or [1, 1, 1] for all heads."""
+        if scale.numel() not in (1, heads):
+            raise UserError(
+                f"scale must be one number, or one for each of the {heads} heads of query, not {list(scale.shape)}"
+            )
+        if self.normalize and not self.function.is_exponential:
+            raise UserError("with normalize=True scale may be a tensor for the kernel exp only; give a number")
+        return scale.reshape(-1, 1, 1)
 
     def _exact(self, inputs: AttentionInputs) -> Tensor:
         query, key, value, key_mask, is_causal, scale, _ = inputs
@@ -288,6 +317,8 @@ def varies_much(kernel: Kernel, largest: float) -> bool:
 @functools.cache
 def _kernel_named(name: str) -> Kernel:
     """Make one instance per name, so that draws made for it are found again."""
+    if name not in KERNELS.names():
+        raise unknown_name("kernel", name, KERNELS.names())
     return KERNELS.get(name)()
 
 

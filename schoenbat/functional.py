@@ -19,7 +19,7 @@ def dot_product_kernel_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
     *,
     kernel: str | Kernel = "exp",
@@ -45,7 +45,7 @@ def dot_product_kernel_attention(
             meaning in linear time.
         dropout_p: must be 0, as there are no weights that could be dropped.
         is_causal: query i sees keys up to i; requires L = S.
-        scale: 1 / sqrt(d) where it is None.
+        scale: 1 / sqrt(d) where it is None; a tensor of one number, or of one for each head, may be learned.
         enable_gqa: H may be a multiple of Hk; consecutive query heads share a key head.
         kernel, num_features, estimator, seed, normalize, max_degree, window, heavy, sinks: see `schoenbat.Estimate`.
             Draws are kept for further calls.
@@ -86,9 +86,8 @@ def dot_product_kernel_attention(
             self_attention=self_attention,
         )
     else:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        signed = query if factor >= 0 else -query
-        out = attend(features, signed, key, value, key_mask, is_causal, abs(factor), block=block)
+        inputs = Estimate().prepare(query, key, value, key_mask, is_causal, scale=scale)
+        out = attend(features, *inputs[:6], block=block)
     return out if has_heads else out.squeeze(1)
 
 
@@ -113,6 +112,8 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             "[batch, heads, length, width]"
         )
     heads, key_heads = query.shape[1], key.shape[1]
+    if not heads * key_heads * query.shape[-1]:
+        raise UserError(f"query {_shape(query)} and key {_shape(key)} must have at least one head, of width 1 or more")
     if heads % key_heads:
         raise UserError(f"the {heads} heads of query are no multiple of the {key_heads} heads of key")
 

@@ -157,7 +157,7 @@ def replace(
         own = measured.setdefault(layer, _Measured(inputs))
         own.add(inputs, candidates or candidates_for(inputs.query.shape[-1]))
 
-    kind = _Transformers if _is_of_transformers(model) else _Torch
+    kind = _Transformers if is_of_transformers(model) else _Torch
     host = kind(model)
     host.run(batch, measure)
     if not measured:
@@ -210,7 +210,7 @@ def _call(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
         model.train(training)
 
 
-def _is_of_transformers(model: nn.Module) -> bool:
+def is_of_transformers(model: nn.Module) -> bool:
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 
@@ -223,7 +223,7 @@ class _Transformers:
         self.model, self.ours = model, huggingface
         self.layers = huggingface.attention_layers(model)
         before = model.config._attn_implementation
-        self.before = "sdpa" if huggingface.registered(before) else before
+        self.before = "sdpa" if before in huggingface.ESTIMATES else before
 
     def run(self, batch: Mapping[str, Any] | Tensor, measure: Measure) -> None:
         self.ours.uninstall(self.model, self.ours.EXACT_NAME)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from schoenbat import Estimate, calibrate, calibrate_tensors
 from schoenbat.calibration import CALIBRATOR, FittedFeatures
@@ -271,6 +272,8 @@ def test_training_goes_on_through_it() -> None:
             "has nothing to calibrate",
         ),
         (lambda: calibrate_tensors(*vectors(0, 8, 0.0), estimate=Estimate(estimator="maclaurin")), "not maclaurin"),
+        (lambda: calibrate_tensors(*vectors(0, 8, 0.0), estimate=Estimate(window=4)), "set window and heavy to 0"),
+        (lambda: calibrate(Model(heavy=2, window=4), tokens(0)), "set window and heavy to 0"),
         (lambda: calibrate_tensors(*torch.full((3, 2, 1, 9, 8), torch.nan)), "is not finite"),
         (lambda: calibrate_tensors(*torch.ones(3, 1, 1, 1, 8)), "one token is too little"),
         (lambda: calibrate_tensors(*torch.ones(3, 2, 9, 8)), "do not fit together as .batch, heads, length, width."),
@@ -295,3 +298,57 @@ def test_hooks_are_gone_after_an_error() -> None:
     assert not any(isinstance(layer.features, FittedFeatures) for layer in model.layers)
     assert torch.equal(model(tokens(0)), before)
     assert CALIBRATOR.get() is WATCHER.get() is None
+
+
+def pruned(layer: Layer) -> None:
+    prune.l1_unstructured(layer, "in_proj_weight", 0.5)
+
+
+def weight_normed(layer: Layer) -> None:
+    parametrizations.weight_norm(layer, "in_proj_weight")
+
+
+class LowRank(nn.Module):
+    """A learned update of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(1, 32)), nn.Parameter(torch.randn(96, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def updated(layer: Layer) -> None:
+    parametrize.register_parametrization(layer, "in_proj_weight", LowRank())
+
+
+@pytest.mark.parametrize("compute", [pruned, weight_normed, updated])
+def test_a_layer_whose_projections_are_computed_is_refused_and_no_layer_changes(compute: Any) -> None:
+    model, x = Model(num_features=16), tokens(0)
+    compute(model.layers[1])
+    before = model(x)
+    with pytest.raises(UserError, match=r"in_proj_weight of layers\.1 is computed .* cannot be turned"):
+        calibrate(model, x)
+    assert torch.equal(model(x), before)
+
+
+def test_a_layer_that_is_called_twice_is_refused_and_no_layer_changes() -> None:
+    model, x = Model(num_features=16), tokens(0)
+    model.layers.append(model.layers[1])
+    before = model(x)
+    with pytest.raises(UserError, match=r"layers\.1 is called more than once, and one basis fits one call"):
+        calibrate(model, x)
+    assert torch.equal(model(x), before)
+
+
+def test_compiled_layers_are_calibrated_like_others() -> None:
+    plain, compiled, x = Model(num_features=16), Model(num_features=16), tokens(0)
+    compiled.layers[1].compile(backend="eager")
+    compiled.layers[0] = torch.compile(compiled.layers[0], backend="eager")
+    torch.compiler.reset()
+    compiled(x)
+    expected, found = calibrate(plain, x), calibrate(compiled, x)
+    assert [one.after for one in found] == [one.after for one in expected]
+    assert all(one.max_degree is not None for one in found)
+    torch.testing.assert_close(compiled(x), plain(x))

@@ -48,6 +48,58 @@ def test_arguments_are_described() -> None:
         assert found[head].spread == pytest.approx(float(scores[:, head].std(-1).mean()), rel=0.1)
 
 
+def test_effective_keys_count_those_that_get_weight() -> None:
+    """Of 200 keys: all where weights are uniform, one where one is far larger, and 4 where 4 are alike so."""
+    _, key, value = tensors()
+    uniform = diagnose_tensors(torch.zeros_like(key), key, value, num_features=(64,))
+    assert [head.effective_keys for head in uniform] == pytest.approx([200, 200])
+    for number in (1, 4):
+        key = torch.zeros_like(key)
+        key[:, :, 17 : 17 + number] = 20.0
+        found = diagnose_tensors(torch.ones_like(key), key, value, num_features=(64,))
+        assert [head.effective_keys for head in found] == pytest.approx([number, number])
+        assert f"{number} effective keys" in str(found[0])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_settings_with_near_and_heavy_keys_are_compared(is_causal: bool) -> None:
+    query, key, value = tensors(3.0, length=100)
+    settings = [Estimate(num_features=64), Estimate(num_features=64, window=8, heavy=8), Estimate(num_features=None)]
+    how = {"is_causal": is_causal, "self_attention": True}
+    found = diagnose_tensors(query, key, value, **how, estimates=settings)
+    counts = torch.arange(1, 101)[:, None]
+    uniform = value.cumsum(2) / counts if is_causal else value.mean(2, keepdim=True)
+    rows = torch.linspace(0, 99, 64).long()
+    exact = settings[-1].attend(query, key, value, **how)
+    for setting in settings:
+        error = (setting.attend(query, key, value, **how) - exact)[:, :, rows].square().sum((0, 2, 3))
+        expected = 1 - error / (exact - uniform)[:, :, rows].square().sum((0, 2, 3))
+        assert [head.shares[setting] for head in found] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert all(list(head.shares) == settings for head in found)
+    # Causal attention is exact within a chunk of 64 tokens without a window, too.
+    assert is_causal or all(head.shares[settings[1]] > head.shares[settings[0]] + 0.1 for head in found)
+    assert all(head.needed == next(s for s in settings if head.shares[s] >= 0.9) for head in found)
+    assert "window 8, 8 heavy keys, 64 features 0." in str(found[0])
+    assert diagnose_tensors(query, key, value, **how, estimates=settings[1:]) != found
+
+
+def test_the_settings_of_a_layer_are_compared_in_a_model() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True), 2)
+    settings = [Estimate(num_features=16, window=8), Estimate(num_features=64)]
+    found = diagnose(model, torch.randn(2, 80, 32), estimates=settings)
+    assert len(found) == 8
+    assert all(list(head.shares) == settings and head.needed == settings[0] for head in found)
+    assert "It can be replaced with window 8, 16 features." in str(found[0])
+    assert model.training
+
+
+@pytest.mark.parametrize("estimates", [64, (), [64], Estimate()])
+def test_settings_to_try_are_estimates(estimates: Any) -> None:
+    with pytest.raises(UserError, match="estimates must be settings to try, such as"):
+        diagnose_tensors(*tensors(), estimates=estimates)
+
+
 def test_self_attention_of_vectors_that_share_a_mean_is_looked_at_as_it_is_computed() -> None:
     """Without that, the estimate around the mean query, which explains most, would be told to explain little."""
     torch.manual_seed(0)
@@ -192,6 +244,13 @@ def test_shapes_that_do_not_fit_are_an_error() -> None:
         diagnose_tensors(query[0], key[0], value[0])
 
 
+def test_a_drop_in_worse_than_uniform_weights_is_said_to_explain_nothing() -> None:
+    query, key, value = tensors(30.0)
+    _COMPARED.set(frozenset())
+    with pytest.warns(PoorEstimateWarning, match="^64 features explain nothing of the attention of this batch"):
+        schoenbat.dot_product_kernel_attention(query, key, value, estimator="maclaurin", num_features=64)
+
+
 def test_a_poor_drop_in_warns_once() -> None:
     query, key, value = tensors(8.0, length=400)
     _COMPARED.set(frozenset())
@@ -245,6 +304,53 @@ def test_models_of_transformers_are_looked_at_through_our_attention() -> None:
     found = diagnose(model, torch.randint(0, 60, (2, 90)), num_features=(64,))
     assert [head.layer for head in found] == [f"model.layers.{i}.self_attn" for i in (0, 1) for _ in range(4)]
     assert all(head.needed == 64 for head in found)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_plain_models_of_transformers_are_looked_at_and_stay_as_they_are(family: str, attention: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"bert": transformers.BertConfig, "llama": transformers.LlamaConfig}[family](vocab_size=60, **sizes)
+    ids = torch.randint(0, 60, (2, 90), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(90) < torch.tensor([[90], [70]])).long()
+
+    def model(attention: str) -> Any:
+        torch.manual_seed(0)
+        return transformers.AutoModel.from_config(config, attn_implementation=attention)
+
+    plain = model(attention)
+    plain.eval()
+    before = plain(ids, attention_mask=mask)[0]
+    plain.train()
+    found = diagnose(plain, ids, attention_mask=mask, num_features=(64,))
+    assert plain.config._attn_implementation == attention
+    assert plain.training
+    assert torch.equal(plain.eval()(ids, attention_mask=mask)[0], before)
+    importlib.import_module("schoenbat.integrations.huggingface")
+    expected = diagnose(model("schoenbat"), ids, attention_mask=mask, num_features=(64,))
+    assert [(head.layer, head.head) for head in found] == [(head.layer, head.head) for head in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.shares[64] == pytest.approx(b.shares[64], abs=0.02)
+        assert a.effective_keys == pytest.approx(b.effective_keys, rel=0.01)
+
+
+def test_a_model_with_parts_that_attend_otherwise_gets_all_of_them_back() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra schoenbat[hf]")
+    importlib.import_module("schoenbat.integrations.huggingface")
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 60, **text}, vision_config={"image_size": 32, "patch_size": 8, **text}
+    )
+    model = transformers.CLIPModel._from_config(
+        config, attn_implementation={"text_config": "schoenbat", "vision_config": "eager"}
+    )
+    given = {"input_ids": torch.randint(3, 60, (2, 20)), "pixel_values": torch.randn(2, 3, 32, 32)}
+    for _ in range(2):
+        found = diagnose(model, **given, num_features=(64,))
+        assert len({head.layer for head in found}) == 2
+        assert model.text_model.config._attn_implementation == "schoenbat"
+        assert model.vision_model.config._attn_implementation == "eager"
 
 
 def test_a_calibrated_model_of_transformers_is_looked_at_in_its_bases() -> None:

@@ -27,6 +27,8 @@ TESTED_BY = {
     ("docs/adding.md", "class Cosh(Kernel)"): "tests/pipeline/test_plugins.py",
     ("docs/adding.md", "class Taylor(KernelAttention)"): "tests/pipeline/test_plugins.py",
     ("docs/adding.md", "Kernel.from_callable"): "tests/pipeline/test_plugins.py",
+    ("docs/replace.md", ""): "tests/test_replace_document.py",
+    ("README.md", "schoenbat.replace(model"): "tests/test_replace_document.py",
     ("docs/tutorial.md", ""): "tests/test_tutorial.py",
     # It needs an exported model; there the same lines stand in the model card.
     ("docs/pipeline.md", 'from_pretrained("exported")'): "tests/pipeline/test_trained.py",

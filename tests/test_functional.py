@@ -1,6 +1,7 @@
 """The functional form: what torch's scaled_dot_product_attention says, or an error; never something else."""
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -278,7 +279,7 @@ def test_half_precision_in_and_out(dtype: torch.dtype) -> None:
         ({"attn_mask": MASK[:, None, None], "key_mask": MASK}, "give one of them"),
         ({"key_mask": MASK[:1]}, r"key_mask must be bool \[2, 20\]"),
         ({"key_mask": MASK.float()}, r"key_mask must be bool \[2, 20\], not torch.float32"),
-        ({"kernel": "softmax"}, "unknown dotf 'softmax'"),
+        ({"kernel": "softmax"}, "unknown kernel 'softmax'"),
         ({"estimator": "favor"}, "unknown estimator 'favor'; choose one of: sketch, maclaurin"),
         ({"num_features": 0}, "num_features must be at least 1, not 0"),
         ({"kernel": "inverse", "normalize": True, "scale": 2.0}, "a scale of 2 lets them reach 2"),
@@ -324,3 +325,69 @@ def test_what_is_no_kernel_no_block_and_no_number_is_refused() -> None:
         dot_product_kernel_attention(q, q, q, block=0)
     with pytest.raises(UserError, match=r"query must hold floating-point numbers, not torch\.int64"):
         dot_product_kernel_attention(q.long(), q, q)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"features": torch.exp}, {"num_features": None}])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_scale_for_each_head_is_learned(heads: int, options: dict[str, Any]) -> None:
+    query, key, value = inputs(dtype=torch.float64)
+    scale = torch.linspace(0.2, -0.3, heads, dtype=torch.float64, requires_grad=True)
+
+    def attend(scale: Any) -> Tensor:
+        return dot_product_kernel_attention(query, key, value, scale=scale, **options)
+
+    each = [
+        dot_product_kernel_attention(*(x[:, i : i + 1] for x in (query, key, value)), scale=one.item(), **options)
+        for i, one in enumerate(scale.expand(4))
+    ]
+    if options.get("features") is None:
+        torch.testing.assert_close(attend(scale), torch.cat(each, 1))
+    assert torch.autograd.gradcheck(lambda scale: attend(scale).square().sum(), scale)
+    assert torch.equal(attend(scale.reshape(1, -1, 1, 1)), attend(scale))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "a"}, "scale must be a finite number or a tensor, not 'a'"),
+        ({"scale": math.nan}, "scale must be a finite number or a tensor, not nan"),
+        ({"scale": -math.inf, "features": torch.exp}, "scale must be a finite number or a tensor, not -inf"),
+        ({"scale": torch.ones(3)}, r"scale must be one number, or one for each of the 4 heads of query, not \[3\]"),
+        (
+            {"scale": torch.ones(4), "normalize": True, "kernel": "inverse"},
+            "with normalize=True scale may be a tensor for the kernel exp only",
+        ),
+    ],
+)
+def test_what_is_no_scale_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dot_product_kernel_attention(*inputs(), **options)
+
+
+def test_heads_without_width_and_no_heads_are_an_error() -> None:
+    query, key, value = inputs()
+    for given in ([x[:, :0] for x in (query, key, value)], (query[..., :0], key[..., :0], value)):
+        with pytest.raises(UserError, match="must have at least one head, of width 1 or more"):
+            dot_product_kernel_attention(*given)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4, "heavy": 2}, {"estimator": "maclaurin"}, {"num_features": None}])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_tokens_are_part_of_the_graph(options: dict[str, Any], is_causal: bool) -> None:
+    empty = [x[:, :, :0].requires_grad_() for x in inputs()]
+    out = dot_product_kernel_attention(*empty, is_causal=is_causal, **options)
+    assert out.shape == (2, 4, 0, 5)
+    out.sum().backward()
+    assert all(x.grad is not None for x in empty)
+    query, key, value = inputs()
+    if not is_causal and options.get("num_features", 1):
+        assert not dot_product_kernel_attention(query, key[:, :, :0], value[:, :, :0], **options).any()
+
+
+def test_distributed_tensors_are_refused_in_one_line() -> None:
+    class DTensor(Tensor):
+        """By its name alone, as a real one needs a process group."""
+
+    query, key, value = inputs()
+    with pytest.raises(UserError, match="a DTensor is not supported; give its local tensors"):
+        dot_product_kernel_attention(query.as_subclass(DTensor), key, value, key_mask=MASK)

@@ -71,7 +71,7 @@ def component_digests(kind: str, name: str) -> dict[str, str]:
     return _reachable({own: None, **_ENTRY_POINTS[kind]})
 
 
-def write_numerics(named: Mapping[str, Iterable[str]], folder: Path = FOLDER) -> None:
+def write_numerics(named: Mapping[str, Iterable[str]]) -> None:
     """Write one file for each component of this project, each name given, and each file that is there already.
 
     Args:
@@ -79,22 +79,21 @@ def write_numerics(named: Mapping[str, Iterable[str]], folder: Path = FOLDER) ->
     """
     known = {kind: set(named.get(kind, ())) | set(registry.names()) for kind, registry in _REGISTRIES.items()}
     known["stage"] = set(_STAGES)
-    for path in folder.glob("*/*.json"):
+    for path in FOLDER.glob("*/*.json"):
         if path.parent.name not in known or base_name(path.stem) not in known[path.parent.name]:
             path.unlink()
         elif VARIANT_MARK in path.stem:
             known[path.parent.name].add(path.stem)
     for kind, names in known.items():
         for name in sorted(names):
-            path, digests = numerics_file(kind, name, folder), component_digests(kind, name)
+            path, digests = numerics_file(kind, name), component_digests(kind, name)
             if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != digests:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, digests)
 
 
-def numerics_file(kind: str, name: str, folder: Path = FOLDER) -> Path:
+def numerics_file(kind: str, name: str) -> Path:
     """Return where the digests of a component are written."""
-    return folder / kind / f"{name}.json"
+    return FOLDER / kind / f"{name}.json"
 
 
 def digest(value: Any) -> str:

@@ -85,7 +85,8 @@ class SlurmParams:
     Attributes:
         partition: null for the default of the cluster, as for `account`.
         account: which is charged.
-        walltime_minutes: of a job; shortly before it is over, the cell saves its work and goes on in another.
+        walltime_minutes: of a job, of which starting and saving take one; shortly before it is over, the cell saves its
+            work and goes on in another.
         max_jobs: at most so many at once, waiting or running.
         worker_init: shell commands at the start of a job, such as "module load cuda".
         options: further options of sbatch, such as "--mem=16G" or "--gres=gpu:a100:1".
@@ -99,10 +100,7 @@ class SlurmParams:
     options: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.max_jobs < 1:
-            raise ValueError("max_jobs must be at least 1")
-        if self.walltime_minutes < 2:
-            raise ValueError("walltime_minutes must be at least 2: starting and saving take a minute of it")
+        check_bounds(self, walltime_minutes=(2, 10**6), max_jobs=(1, 10**6))
         for option in self.options:
             if not option.startswith("-"):
                 raise ValueError(f"options are those of sbatch, such as --mem=16G, not {option!r}")

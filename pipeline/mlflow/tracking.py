@@ -56,22 +56,21 @@ class Tracker:
     def __init__(self, profile: str, cells: Iterable[str] = ()) -> None:
         self._profile, self._cells = profile, list(cells)
         self._logged: set[str] = set()
-        self._parent = self._problem = self._status = ""
-        self._beat, self._stopped, self._idle, self._wake = 0.0, False, False, threading.Event()
+        self._parent = self._problem = ""
+        self._beat, self._stopped = 0.0, False
         _due_file(profile).parent.mkdir(parents=True, exist_ok=True)
         _due_file(profile).touch()
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
+        self._thread = self._start()
 
     def add(self, cell: str) -> None:
         """Let a cell be logged that has finished."""
         self._cells.append(cell)
-        self._idle = False
-        self._wake.set()
+        if self.is_idle():
+            self._thread = self._start()
 
     def is_idle(self) -> bool:
         """Return whether nothing is being logged."""
-        return self._idle or not self._thread.is_alive()
+        return not self._thread.is_alive()
 
     def finish(self, status: str = "FINISHED", stops: Callable[[], int] = lambda: 0) -> str:
         """Log what MLflow lacks, unless that gets nowhere or is to stop, and end the parent run.
@@ -83,14 +82,14 @@ class Tracker:
         Returns:
             One line about what is not logged; empty if all is.
         """
-        self._status = status
-        self._beat = time.monotonic()
-        self._wake.set()
-        while self._thread.is_alive():
+        self._beat, last = time.monotonic(), False
+        while not (last and self.is_idle()):
             self._stopped = bool(stops())
             if time.monotonic() - self._beat > (_STOPPING_SECONDS if self._stopped else PATIENCE_SECONDS):
                 self._problem = self._problem or f"no answer from MLflow at {shown(store_uri())}"
                 break
+            if self.is_idle():
+                self._thread, last = self._start(status), True
             self._thread.join(0.1)
         missing = len(set(self._cells) - self._logged)
         if not missing and not self._problem:
@@ -99,20 +98,18 @@ class Tracker:
         cells, why = counted(missing, "cell"), self._problem or "stopped"
         return f"not logged: {cells}: {why}; the next run or `schoenbat-exp log` logs them"
 
-    def _work(self) -> None:
-        while True:
-            self._wake.clear()
-            status = self._status
-            try:
-                while self._log_some(status):
-                    pass
-                self._problem = ""
-            except UserError as error:
-                self._problem = str(error)
-            if status:
-                return
-            self._idle = not self._wake.is_set()
-            self._wake.wait(PATIENCE_SECONDS if self._problem else None)
+    def _start(self, status: str = "") -> threading.Thread:
+        thread = threading.Thread(target=self._work, args=(status,), name="mlflow", daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self, status: str) -> None:
+        try:
+            while self._log_some(status):
+                pass
+            self._problem = ""
+        except UserError as error:
+            self._problem = str(error)
 
     def _log_some(self, status: str) -> bool:
         """Log a batch of cells; return whether there may be more."""

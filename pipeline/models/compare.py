@@ -249,19 +249,14 @@ def _numbers(of: str, pairs: Sequence[tuple[Result, Result]]) -> Iterator[dict[s
         if not both:
             continue
         a, b = (np.array([result.figures[name] for result in side]) for side in zip(*both, strict=True))
+        same = bool((a == b).all())
         p = _p_of_predictions(both) if name == "test accuracy" else None
         if p is None and name in _SCORES and len(both) > 1:
-            p = _paired_t(b - a)
+            # Where all differences are equal, a t-test can say nothing of them.
+            p = float(stats.ttest_rel(b, a).pvalue) if np.ptp(b - a) else (1.0 if same else None)
         seeds = [one.metrics.seed for one, _ in both]
         means = {"a": float(a.mean()), "b": float(b.mean()), "difference": float(b.mean() - a.mean())}
-        yield {"of": of, "name": name, "seeds": seeds, **means, "p": p, "adjusted": None, "same": bool((a == b).all())}
-
-
-def _paired_t(differences: np.ndarray) -> float | None:
-    """Return the two-sided p; None where all differences are equal, of which a t-test can say nothing."""
-    if np.ptp(differences) == 0:
-        return None if differences[0] else 1.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+        yield {"of": of, "name": name, "seeds": seeds, **means, "p": p, "adjusted": None, "same": same}
 
 
 def _p_of_predictions(pairs: Sequence[tuple[Result, Result]]) -> float | None:

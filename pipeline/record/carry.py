@@ -1,6 +1,7 @@
 """Results of one revision carried over to another that computes the same, and taken over from another checkout."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def carry_over(params: Params, revision: str, *, tolerance: float) -> None:
     rows = []
     for cell in firsts:
         difference = _difference(before, after, cell.id)
-        if difference > tolerance:
+        if math.isnan(difference) or difference > tolerance:
             print(f"{cell.group}: differs by {difference:.3g}, so it is out of date")
             continue
         rows.append({"group": cell.group, **made, "difference": difference})
@@ -137,11 +138,8 @@ def _golden(profile: str, cells: Sequence[Cell], tree: Path) -> dict[str, np.nda
 
 def _difference(before: dict[str, np.ndarray], after: dict[str, np.ndarray], cell: str) -> float:
     """Return the largest difference relative to the largest value of its kind; 0 for the same bits."""
-    largest = 0.0
-    for name in ("weights", "losses", "outputs"):
-        one, other = before[f"{cell}/{name}"], after[f"{cell}/{name}"]
-        if one.shape != other.shape:
-            return float("inf")
-        if not np.array_equal(one, other):
-            largest = max(largest, float(np.abs(one - other).max() / np.abs(one).max()))
-    return largest
+    names = [f"{cell}/{name}" for name in ("weights", "losses", "outputs")]
+    pairs = [(before[name], after[name]) for name in names if not np.array_equal(before[name], after[name])]
+    if any(one.shape != other.shape for one, other in pairs):
+        return math.inf
+    return float(np.max([np.abs(one - other).max() / np.abs(one).max() for one, other in pairs], initial=0.0))

@@ -31,10 +31,8 @@ LOCK_FILE = Path("dvc.lock")
 _BEFORE = Path(".dvc/tmp/dvc.lock.before")
 _RWLOCK = Path(".dvc/tmp/rwlock")
 _PROGRAMS = ("dvc", "schoenbat-exp", "pipeline.cli", "pytest")
-_PAUSE_FACTOR = 19.0
-"""Between two batches passes so many times what the last one took: DVC reads and writes all of its lock file for each,
-and cells need the machine."""
-_LEAST_PAUSE_SECONDS = 2.0
+_PAUSE_SECONDS = 60.0
+"""From one batch to the next: DVC reads and writes all of its lock file for each, and cells need the machine."""
 _LOCKED_SECONDS = 60.0
 """So long another process of DVC is waited for at the end."""
 
@@ -98,7 +96,7 @@ class Recorder:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._waiting: list[str] = []
         self._batch: Future[dict[str, str]] | None = None
-        self._began = self._next = 0.0
+        self._next = 0.0
         self.failed: dict[str, str] = {}
 
     def add(self, names: Iterable[str]) -> None:
@@ -109,10 +107,9 @@ class Recorder:
         """Begin what is due, without waiting for it."""
         if self._batch is not None and self._batch.done():
             self._take_back(self._batch.result())
-            self._next = time.monotonic() + max(_LEAST_PAUSE_SECONDS, _PAUSE_FACTOR * (time.monotonic() - self._began))
         if self._waiting and self._batch is None and time.monotonic() >= self._next:
             names, self._waiting = self._waiting, []
-            self._began, self._batch = time.monotonic(), self._executor.submit(record, names)
+            self._next, self._batch = time.monotonic() + _PAUSE_SECONDS, self._executor.submit(record, names)
 
     def is_idle(self) -> bool:
         """Return whether nothing is left to record; if something is, it is begun at the next `poll`."""

@@ -61,7 +61,9 @@ def build(
     """
     results = collect(params, root, reference, margin)
     folder = root / "reports" / params.profile
-    before = finished_cells(folder)
+    index = folder / "index.md"
+    found = _FINISHED.search(index.read_text(encoding="utf-8", errors="replace")) if index.is_file() else None
+    before = int(found[1]) if found else 0
     if before > results.num_finished and not force:
         raise UserError(
             f"{folder.relative_to(root)} shows {counted(before, 'finished cell')}, a new report would show "
@@ -87,14 +89,6 @@ def build(
     building.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
     _write_overview(root / "reports")
-
-
-def finished_cells(folder: Path) -> int:
-    """Return how many finished cells the report in `folder` shows; 0 where there is none."""
-    index = folder / "index.md"
-    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
-    found = _FINISHED.search(text)
-    return int(found[1]) if found else 0
 
 
 def _write_overview(folder: Path) -> None:

@@ -127,12 +127,10 @@ class Difference:
         return adjusted < LEVEL if self.seeds >= LEAST_SEEDS else self.p * family < LEVEL
 
 
-def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) -> dict[K, Difference]:
-    """Return the differences of all pairs of one task.
+def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]]) -> dict[K, Difference]:
+    """Return the differences of all pairs of one task over the seeds that both have; those that have none are left out.
 
-    Args:
-        pairs: over the seeds that both have; a pair that has none in common is left out.
-        seed: of the bootstrap. All pairs are resampled alike.
+    All pairs are resampled alike.
     """
     tables: dict[K, Array] = {}
     for key, (one, other) in pairs.items():
@@ -140,12 +138,12 @@ def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]], seed: int = 0) 
         if common:
             mine, theirs = ([scores.seeds.index(number) for number in common] for scores in (one, other))
             tables[key] = 100 * (one.shares[mine] - other.shares[theirs])
-    layouts = {key: _Layout.of(table) for key, table in tables.items() if len(table) > 1}
-    errors = dict(zip(layouts, _bootstrap(list(layouts.values()), seed), strict=True))
-    return {
-        key: _difference(layouts[key], errors[key]) if key in layouts else Difference(float(table.mean()), len(table))
-        for key, table in tables.items()
-    }
+    found = {key: Difference(float(table.mean()), len(table)) for key, table in tables.items()}
+    for shape in {table.shape for table in tables.values() if len(table) > 1}:
+        layouts = {key: _Layout.of(table) for key, table in tables.items() if table.shape == shape}
+        for (key, layout), error in zip(layouts.items(), _bootstrap([*layouts.values()], *shape), strict=True):
+            found[key] = _difference(layout, float(error**2 + layout.lacking) ** 0.5)
+    return found
 
 
 @dataclass(frozen=True)
@@ -195,23 +193,16 @@ class _Layout:
         )
 
 
-def _bootstrap(layouts: Sequence[_Layout], seed: int) -> list[float]:
-    """Return the standard errors of the means of the tables; those of one shape share their draws."""
-    errors = [0.0] * len(layouts)
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for position, layout in enumerate(layouts):
-        shapes.setdefault((len(layout.rows), len(layout.columns)), []).append(position)
-    for (num_seeds, num_examples), positions in shapes.items():
-        rows = np.stack([layouts[i].rows for i in positions], axis=1)
-        columns = np.stack([layouts[i].columns for i in positions], axis=1)
-        generator = np.random.default_rng([seed, num_seeds, num_examples])
-        means = [
-            _drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns
-            for _ in range(0, REPLICATES, _CHUNK)
-        ]
-        for i, error in zip(positions, np.concatenate(means).std(axis=0, ddof=1), strict=True):
-            errors[i] = float(error**2 + layouts[i].lacking) ** 0.5
-    return errors
+def _bootstrap(layouts: Sequence[_Layout], num_seeds: int, num_examples: int) -> Array:
+    """Return the standard errors of the means of tables of one shape, which share their draws."""
+    rows = np.stack([layout.rows for layout in layouts], axis=1)
+    columns = np.stack([layout.columns for layout in layouts], axis=1)
+    generator = np.random.default_rng([0, num_seeds, num_examples])
+    means = [
+        _drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns
+        for _ in range(0, REPLICATES, _CHUNK)
+    ]
+    return np.concatenate(means).std(axis=0, ddof=1)
 
 
 def _drawn(generator: np.random.Generator, size: int) -> Array:
@@ -274,7 +265,7 @@ def letters(means: Mapping[K, float], significant: Collection[tuple[K, K]]) -> d
     }
 
 
-def interquartile_mean(runs: Sequence[Array], seed: int = 0) -> tuple[float, float, float]:
+def interquartile_mean(runs: Sequence[Array]) -> tuple[float, float, float]:
     """Return the mean of the middle half of all runs of all tasks, and an interval with 1 - LEVEL.
 
     By percentiles of a bootstrap that draws runs anew within each task (Agarwal et al., 2021, "Deep reinforcement
@@ -286,7 +277,7 @@ def interquartile_mean(runs: Sequence[Array], seed: int = 0) -> tuple[float, flo
     middle = float(stats.trim_mean(np.concatenate(runs), 0.25))
     if min(map(len, runs)) < 2:
         return middle, float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = [of_task[generator.integers(0, len(of_task), (REPLICATES, len(of_task)))] for of_task in runs]
     means = stats.trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])

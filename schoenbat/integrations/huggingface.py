@@ -41,7 +41,19 @@ from schoenbat.calibration import CALIBRATOR, Calibrated
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
-from schoenbat.integrations.layers import assign, estimate_of, features_of, give, kernels_of, record, serves, take_away
+from schoenbat.integrations.layers import (
+    CONFIG_KEY,
+    ESTIMATES,
+    assign,
+    build,
+    estimate_of,
+    features_of,
+    give,
+    kernels_of,
+    record,
+    serves,
+    take_away,
+)
 from schoenbat.ops import sparse
 from schoenbat.ops.linear import attend, extend
 from schoenbat.ops.reference import AttentionInputs
@@ -76,7 +88,6 @@ _OF_ONE_SEQUENCE = {
 
 NAME, EXACT_NAME = "schoenbat", "schoenbat-exact"
 EXACT = Estimate(num_features=None)
-_ESTIMATES: dict[str, Estimate] = {}
 
 
 def register(name: str, estimate: Estimate) -> None:
@@ -88,17 +99,12 @@ def register(name: str, estimate: Estimate) -> None:
     """
     if not name or "/" in name or any(word in name for word in ("flash", "flex_attention", "sdpa", "eager", "paged")):
         raise UserError(f"attn_implementation {name!r} means something else to transformers; choose another name")
-    if _ESTIMATES.get(name, estimate) != estimate:
-        raise UserError(f"attn_implementation {name!r} is registered already, with {_ESTIMATES[name]}")
+    if ESTIMATES.get(name, estimate) != estimate:
+        raise UserError(f"attn_implementation {name!r} is registered already, with {ESTIMATES[name]}")
     estimate.check_defined(0.0)
-    _ESTIMATES[name] = estimate
+    ESTIMATES[name] = estimate
     AttentionInterface.register(name, _implementation(name, estimate))
     AttentionMaskInterface.register(name, _make_mask)
-
-
-def registered(name: str | None) -> Estimate | None:
-    """Return the settings of an attention implementation of ours; None for another one."""
-    return None if name is None else _ESTIMATES.get(name)
 
 
 def install(model: PreTrainedModel, name: str = "schoenbat", layers: Sequence[str] | None = None) -> PreTrainedModel:
@@ -114,9 +120,9 @@ def install(model: PreTrainedModel, name: str = "schoenbat", layers: Sequence[st
     Raises:
         UserError: a model whose attention does not go through the interface, or names that are not those of layers.
     """
-    if name not in _ESTIMATES:
-        raise unknown_name("attn_implementation", name, list(_ESTIMATES))
-    estimate, generator = _ESTIMATES[name], None
+    if name not in ESTIMATES:
+        raise unknown_name("attn_implementation", name, list(ESTIMATES))
+    estimate, generator = ESTIMATES[name], None
     if estimate.num_features is not None:
         generator = torch.Generator().manual_seed(estimate.seed)
     chosen = attention_layers(model, name)
@@ -342,7 +348,7 @@ def _implementation(name: str, estimate: Estimate) -> Callable[..., tuple[Tensor
         settings = default if own is None else own
         estimate = fast if own is None else own
         if settings.num_features is None:
-            out = _exact(estimate, query, key, value, key_mask, causal, scaling, kernel_state)
+            out = _exact(estimate, *given, scaling, itself, kernel_state)
         else:
             features = features_of(module)
             inputs = estimate.prepare(*given, scale=scaling, self_attention=itself)
@@ -398,6 +404,7 @@ def _exact(
     key_mask: Tensor | None,
     causal: bool,
     scaling: float | None,
+    itself: bool,
     layer: _StateLayer | None,
 ) -> Tensor:
     if layer is not None:
@@ -415,7 +422,7 @@ def _exact(
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past:
         query = nn.functional.pad(query, (0, 0, past, 0))
-    out = estimate.attend(query, key, value, key_mask, causal, scale=scaling)
+    out = estimate.attend(query, key, value, key_mask, causal, scale=scaling, self_attention=itself)
     return out[:, :, out.shape[2] - length :]
 
 
@@ -631,8 +638,27 @@ def _check_model(module: nn.Module, name: str, submodule: nn.Module) -> None:
     """
     if isinstance(module, PreTrainedModel):
         implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
-        if isinstance(implementation, str) and implementation in _ESTIMATES:
+        if isinstance(implementation, str) and implementation in ESTIMATES:
             _check_goes_through_interface(module, implementation)
+
+
+def _build_anew(model: nn.Module, name: str, part: nn.Module) -> None:
+    """Give layers what a config says, while a model is put together and before its weights are loaded."""
+    if not isinstance(model, PreTrainedModel) or part is None:
+        return
+    config = model.__dict__.get("config")
+    saved = getattr(config, CONFIG_KEY, None)
+    if config is None or not isinstance(saved, dict):
+        return
+    implementation = saved["attn_implementation"]
+    if implementation not in ESTIMATES:
+        register(implementation, Estimate(**saved["estimate"]))
+    for path, layer in part.named_modules(prefix=name):
+        described = saved["layers"].get(path.removeprefix(f"{model.base_model_prefix}."))
+        if described is not None and estimate_of(layer) is None:
+            build(layer, described, head_dim_of(layer))
+            assign(layer, implementation)
+            config._attn_implementation = implementation
 
 
 def _calls_interface(layer: nn.Module) -> bool:
@@ -660,3 +686,4 @@ def head_dim_of(layer: nn.Module) -> int:
 register(NAME, Estimate())
 register(EXACT_NAME, EXACT)
 register_module_module_registration_hook(_check_model)
+register_module_module_registration_hook(_build_anew)

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from schoenbat.calibration import KEPT_AS, Calibrated, FittedFeatures
+from schoenbat.calibration import KEPT_AS, Calibrated, FittedFeatures, note_settings
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops.sparse import HeadKernels
 
 CONFIG_KEY = "schoenbat"
 KERNELS_KEPT_AS = "head_kernels"
+ESTIMATES: dict[str, Estimate] = {}
+"""The settings behind each attention implementation that was registered."""
 _ESTIMATE, _IMPLEMENTATION = "kernel_estimate", "kernel_implementation"
 
 
@@ -76,18 +77,15 @@ def take_away(layer: nn.Module) -> None:
             delattr(layer, name)
 
 
-def record(model: nn.Module, implementation: str | None = None) -> None:
-    """Write into the config of a model of transformers what its layers have been given; nothing for other models."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    from schoenbat.integrations.huggingface import registered
-
+@note_settings.register
+def record(model: PreTrainedModel, implementation: str | None = None) -> None:
+    """Write into the config of a model what its layers have been given."""
     config, layers = model.config, {}
     implementation = implementation or config._attn_implementation
     for name, layer in _layers(model):
         assign(layer, implementation)
         layers[name] = _describe(layer)
-    default = registered(implementation)
+    default = ESTIMATES.get(implementation or "")
     written = None if default is None else _settings(default)
     if not layers or not written or not all(layers.values()):
         # A kernel that has no name cannot be written down.
@@ -124,7 +122,7 @@ def _settings(estimate: Estimate) -> dict[str, Any]:
     return {field.name: getattr(estimate, field.name) for field in fields(estimate) if field.init}
 
 
-def _build(layer: nn.Module, described: dict[str, Any], head_dim: int) -> None:
+def build(layer: nn.Module, described: dict[str, Any], head_dim: int) -> None:
     """Give a layer modules in the form in which they were described, to be filled by a state_dict."""
     estimate = Estimate(**described["estimate"])
     features: nn.Module | None = None
@@ -144,26 +142,3 @@ def _build(layer: nn.Module, described: dict[str, Any], head_dim: int) -> None:
             features = Calibrated(estimate, own, basis, 0.0, 0.0)
         kernels = HeadKernels(described["heads"]) if "heads" in described else None
     give(layer, estimate, features, kernels)
-
-
-def _build_anew(model: nn.Module, name: str, part: nn.Module) -> None:
-    """Give layers what a config says, while a model is put together and before its weights are loaded."""
-    if not isinstance(model, PreTrainedModel) or part is None:
-        return
-    config = model.__dict__.get("config")
-    saved = getattr(config, CONFIG_KEY, None)
-    if config is None or not isinstance(saved, dict):
-        return
-    from schoenbat.integrations.huggingface import head_dim_of, register, registered
-
-    if registered(saved["attn_implementation"]) is None:
-        register(saved["attn_implementation"], Estimate(**saved["estimate"]))
-    for path, layer in part.named_modules(prefix=name):
-        described = saved["layers"].get(path.removeprefix(f"{model.base_model_prefix}."))
-        if described is not None and estimate_of(layer) is None:
-            _build(layer, described, head_dim_of(layer))
-            assign(layer, saved["attn_implementation"])
-            config._attn_implementation = saved["attn_implementation"]
-
-
-register_module_module_registration_hook(_build_anew)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from schoenbat.errors import UserError
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
+from schoenbat.functional import check_shapes
 from schoenbat.kernels import Kernel
 
 
@@ -102,6 +103,10 @@ class MultiheadKernelAttention(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
 
+    def extra_repr(self) -> str:
+        """Return sizes and settings."""
+        return f"{self.embed_dim}, num_heads={self.num_heads}, {self.estimate}"
+
     def forward(
         self,
         query: Tensor,
@@ -112,6 +117,8 @@ class MultiheadKernelAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        self_attention: bool | None = None,
     ) -> tuple[Tensor, None]:
         """Attend.
 
@@ -123,6 +130,9 @@ class MultiheadKernelAttention(nn.Module):
             need_weights, average_attn_weights: no weights exist; the first must be False.
             attn_mask: only the causal mask, bool or float. With `is_causal` it is not looked at.
             is_causal: query i sees keys up to i.
+            self_attention: the queries are the tokens of the keys, and the estimate may use all of them (see
+                `schoenbat.ops.linear.attend`), which is of less error; None for whether `query` and `key` are the same
+                object, which a slice or a cast of one of them is not.
 
         Returns:
             The output in the shape of `query`, and None.
@@ -137,7 +147,7 @@ class MultiheadKernelAttention(nn.Module):
         if attn_mask is not None and not is_causal:
             _check_causal(attn_mask, query, key, self.batch_first)
             is_causal = True
-        self_attention = query is key
+        self_attention = query is key if self_attention is None else self_attention
         has_batch = query.ndim == 3
         batch_dim = 0 if self.batch_first or not has_batch else 1
         if not has_batch:
@@ -148,6 +158,7 @@ class MultiheadKernelAttention(nn.Module):
         key_mask = None if key_padding_mask is None else _attended(key_padding_mask)
 
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(query, key, value))
+        check_shapes(q, k, v)
         out = self.estimate.attend(q, k, v, key_mask, is_causal, features=self.features, self_attention=self_attention)
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
         if not has_batch:

@@ -124,7 +124,8 @@ def extend(
     if tokens and length:
         out = _attend(features, before, rows, keys, values, lower.repeat(groups, 1), scale)
     else:
-        out = rows.new_zeros(*rows.shape[:-1], extended.shape[-1] - 1)
+        # Empty, but part of the graph.
+        out = rows @ (keys.mT @ values)[..., :-1]
     out = out.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4)
     out = (out if chunks == 1 else out[:, :, :, first:tokens]).flatten(1, 2)
     left = tokens if features is None else full * chunk

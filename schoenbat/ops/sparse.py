@@ -29,7 +29,7 @@ blocks), StreamingLLM (Xiao et al., arXiv 2309.17453: sinks) and H2O (Zhang et a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schoenbat.features.plan import FeatureMap, Products, expand
+from schoenbat.kernels import Kernel
 from schoenbat.ops._bounds import trust
 from schoenbat.ops._near import LOWEST
-from schoenbat.ops._planned import look_up, sum_keys
+from schoenbat.ops._planned import _total, look_up, sum_keys
 from schoenbat.ops.places import places_of, real_tokens
 from schoenbat.ops.reference import AttentionInputs, check_square, fill_masked, split
 
@@ -81,6 +82,11 @@ class HeadKernels(nn.Module):
         """Return a, b, c, [H, 3]."""
         return self.logarithms.exp()
 
+    def kernel(self, head: int) -> Kernel:
+        """Return the kernel of one head, to be evaluated, drawn, or asked for its coefficients."""
+        a, b, c = self().detach()[head].tolist()
+        return Kernel.from_callable(lambda x: a * (1 + x * (b + c * x / 2)), name=f"of head {head}")
+
 
 class Rest(NamedTuple):
     """Keys that are not seen exactly, summed up; [..., n] are the batch and the key heads.
@@ -99,7 +105,10 @@ class Rest(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """Scores [..., R, M] of exact keys, `LOWEST` where a key is not seen, and their [v, 1] [..., M, v + 1]."""
+    """Scores [B, Hk, R, M] of exact keys, `LOWEST` where a key is not seen, and their [v, 1] [..., M, v + 1].
+
+    Values of [B, Hk, M, v + 1] are those of all rows; those of [n, M, v + 1] are those of n blocks of rows.
+    """
 
     scores: Tensor
     extended: Tensor
@@ -109,13 +118,13 @@ class Taken(NamedTuple):
     """Keys that a rest contains though the query sees them exactly, summed up with x^n / n! for n = 0, 1, 2.
 
     Attributes:
-        zeroth, first, second: of x^n / n! [v, 1], [..., R, v + 1].
-        square: of x^2, [..., R, 1].
+        zeroth, first, second: of x^n / n! [v, 1], [B, Hk, R, v + 1]; `second` is None without features of that degree.
+        square: of x^2, [B, Hk, R, 1].
     """
 
     zeroth: Tensor
     first: Tensor
-    second: Tensor
+    second: Tensor | None
     square: Tensor
 
 
@@ -141,6 +150,9 @@ def attend(
         key, value = fill_masked(key.to(wide), key_mask), fill_masked(value.to(wide), key_mask)
         extended = torch.cat([value, there.expand(*value.shape[:-1], 1)], -1)
         rows = (scale * query.to(wide)).unflatten(1, (-1, groups))
+        if not length or not key.shape[2]:
+            # The output is empty or 0, but part of the graph.
+            return (rows @ (key.mT @ value).unsqueeze(2)).flatten(1, 2).to(query.dtype)
         block = min(sparsity.window, length) if self_attention else 0
 
         places, missed = _choose_heavy(rows, key, real, sparsity.heavy, block, self_attention)
@@ -149,16 +161,18 @@ def attend(
         key = key - centre
         rest = _sum_up(features, key, extended * free, centre)
 
-        shape = (-1, block or length)
-        blocks = F.pad(rows, (0, 0, 0, -length % shape[1])).unflatten(3, shape).transpose(2, 3)
+        # Two blocks more than there are tokens for, so that the blocks of all sequences can be one sequence.
+        size = block or length
+        number = -(-length // size) + (2 if block else 0)
+        blocks = F.pad(rows, (0, 0, 0, number * size - length)).unflatten(3, (number, size)).transpose(2, 3)
         rows = blocks.flatten(2, 4)
-        heavy_key, heavy_extended = _take(key, places), _take(extended, places)
-        exact = [_exact(rows @ heavy_key.mT, heavy_extended)]
+        heavy = _take(key, places), _take(extended, places)
+        exact = [_look_at(rows, *heavy)]
         taken = None
         if block:
-            near, taken = _look_nearby(features, blocks.flatten(3, 4), key, extended * free, block)
+            near, taken = _look_nearby(features, blocks, key, extended * free)
             exact.append(near)
-        out, _ = _combine(features, rest, exact, rows, kernels, (blocks.shape[2], groups), taken, missed)
+        out, _ = _combine(features, rest, exact, rows, kernels, (number, groups), taken, missed)
         out = out.unflatten(2, blocks.shape[2:5]).transpose(2, 3).flatten(3, 4)[:, :, :, :length]
         return out.flatten(1, 2).to(query.dtype)
 
@@ -168,8 +182,13 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(2, places.unsqueeze(-1).expand(*places.shape, x.shape[-1]))
 
 
-def _exact(scores: Tensor, extended: Tensor) -> Exact:
-    return Exact(scores.masked_fill(extended[..., -1].unsqueeze(-2) == 0, LOWEST), extended)
+def _look_at(rows: Tensor, key: Tensor, extended: Tensor) -> Exact:
+    return Exact(rows @ key.mT + _hidden(extended), extended)
+
+
+def _hidden(extended: Tensor) -> Tensor:
+    """Return what hides keys that are not there, [..., 1, M]: `LOWEST` for these and 0 for others."""
+    return torch.where(extended[..., -1].unsqueeze(-2) > 0, 0.0, LOWEST)
 
 
 def _choose_heavy(
@@ -224,33 +243,39 @@ def _sum_up(features: FeatureMap, key: Tensor, extended: Tensor, centre: Tensor)
     return Rest(sums, extended.sum(-2, keepdim=True), second, centre)
 
 
-def _look_nearby(features: FeatureMap, rows: Tensor, key: Tensor, extended: Tensor, block: int) -> tuple[Exact, Taken]:
-    """Look at the blocks beside each query's own: from [B, Hk, n, R, d] queries.
+def _look_nearby(features: FeatureMap, blocks: Tensor, key: Tensor, extended: Tensor) -> tuple[Exact, Taken]:
+    """Look at the blocks beside each query's own.
 
     Args:
+        blocks: queries [B, Hk, n, G, R, d]; the last two blocks are empty.
         key, extended: [B, Hk, M, d] and [v, 1] [B, Hk, M, v + 1], 0 for what is heavy or not there.
     """
-    after = block - key.shape[2] % block if key.shape[2] % block else 0
+    number, size = blocks.shape[2], blocks.shape[4]
+    rows = blocks.flatten(0, 2).flatten(1, 2)
 
     def surrounding(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, block, after + block)).unfold(2, 3 * block, block).mT
+        """Gather each block with its neighbours: [B, Hk, M, e] to [B Hk n, 3 R, e], without a copy."""
+        padded = F.pad(x, (0, 0, size, (number - 1) * size - x.shape[2])).flatten(0, 2)
+        return F.pad(padded, (0, 0, 0, 2 * size)).unfold(0, 3 * size, size).mT
 
-    keys, values = surrounding(key), surrounding(extended)
-    scores = rows @ keys.mT
-    half_square = scores.square() / 2
-    if _is_complete(features):
-        second = half_square
-    else:
-        _, products = _products_by_degree(features, rows.dtype)
-        second = _features(rows, products) @ (_features(keys, products) * products.squares.mT).mT
-    one = torch.ones_like(scores[..., :1, :])
-    sums = torch.cat([scores, second, one], -2) @ values
-    size = rows.shape[3]
-    first, second, zeroth = sums.split((size, size, 1), -2)
-    square = 2 * half_square @ values[..., -1:]
-    flat = [x.flatten(2, 3) for x in (zeroth.expand_as(first), first, second, square)]
-    exact = _exact(scores, values)
-    return exact, Taken(*flat)
+    def of_rows(x: Tensor) -> Tensor:
+        return x.reshape(*blocks.shape[:2], -1, x.shape[-1])
+
+    values = surrounding(extended)
+    scores = rows @ surrounding(key).mT
+    there = values[..., -1:]
+    square = scores.square()
+    zeroth = values.sum(1, keepdim=True).expand(-1, rows.shape[1], -1)
+    second = None
+    _, products = _products_by_degree(features, rows.dtype)
+    if products.plan.runs and features.sketched is None:
+        second = square / 2 @ values
+    elif products.plan.runs:
+        own = surrounding(_features(key, products) * products.squares.mT)
+        second = _features(rows, products) @ own.mT @ values
+    sums = zeroth, scores @ values, second, square @ there
+    taken = Taken(*(None if x is None else of_rows(x) for x in sums))  # type: ignore[arg-type]
+    return Exact(of_rows(scores + _hidden(values)), values), taken
 
 
 class State(NamedTuple):
@@ -334,7 +359,8 @@ def extend(
             if recent.key.shape[2] == 2 * sparsity.window:
                 state = _close(features, state, sparsity)
             start = end
-        out = torch.cat(outputs, 3) if outputs else rows.new_zeros(*rows.shape[:-1], value.shape[-1])
+        # Of no tokens the output is empty, but part of the graph.
+        out = torch.cat(outputs, 3) if outputs else rows @ (key.mT @ value).unsqueeze(2)
         return out.flatten(1, 2).to(query.dtype), state._replace(number=counted[:, -1] if length else state.number)
 
 
@@ -345,18 +371,19 @@ def _attend_within(
     groups, length = rows.shape[2:4]
     recent, heavy = state.recent, state.heavy
     rows = rows.flatten(2, 3)
-    exact, tokens = [], recent.key.shape[2]
+    tokens = recent.key.shape[2]
     seen = torch.ones(length, tokens, dtype=torch.bool, device=rows.device).tril(tokens - length).repeat(groups, 1)
-    for kept, visible in ((recent, seen), (heavy, None)):
-        keys = kept.key if state.rest is None else kept.key - state.rest.centre
-        one = _exact(rows @ keys.mT, kept.extended)
-        exact.append(one if visible is None else Exact(one.scores.masked_fill(~visible, LOWEST), one.extended))
-    out, level = _combine(features, state.rest, exact, rows, kernels, (1, groups))
+    centre = None if state.rest is None else state.rest.centre
+    near, far = (
+        _look_at(rows, kept.key if centre is None else kept.key - centre, kept.extended) for kept in (recent, heavy)
+    )
+    near = Exact(near.scores.masked_fill(~seen, LOWEST), near.extended)
+    out, weights = _combine(features, state.rest, [near, far], rows, kernels, (1, groups))
     with torch.no_grad():
         asks = real.repeat(1, groups)[:, None, :, None]
         worths = []
-        for kept, (scores, _) in zip((recent, heavy), exact, strict=True):
-            squares = (2 * (scores - level)).exp().masked_fill(~asks, 0.0).sum(2)
+        for kept, (scores, _), own in zip((recent, heavy), (near, far), weights, strict=True):
+            squares = own.square().masked_fill(~asks, 0.0).sum(2)
             number = ((scores > LOWEST / 2) & asks).sum(2)
             worths.append(kept.worth + torch.stack([squares, number.to(squares.dtype)], -1))
     recent, heavy = recent._replace(worth=worths[0]), heavy._replace(worth=worths[1])
@@ -393,35 +420,28 @@ def _combine(
     layout: tuple[int, int],
     taken: Taken | None = None,
     missed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Put exact and estimated weights together: outputs [B, Hk, rows, v], and logarithms of the denominators.
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Put exact and estimated weights together: outputs [B, Hk, rows, v], and the weights of the exact keys.
 
     Args:
         rows: scaled queries [B, Hk, rows, d], in as many blocks and groups as `layout` says.
         taken: what of `rest` is seen exactly.
+        missed: g of the module.
     """
-    top = torch.cat([_flat(one.scores.amax(-1, keepdim=True)) for one in exact if one.scores.shape[-1]], -1)
-    highest = top.detach().amax(-1, keepdim=True).clamp_min(LOWEST / 2)
-    estimated = None
+    columns = [one.scores for one in exact]
+    output = None
     if rest is not None:
-        level, gain, output = _describe(features, rest, rows, kernels, layout, taken)
-        if missed is not None:
-            level = level + _of_rows(missed.unsqueeze(-1), layout, rows)
-        highest = torch.where(gain > 0, torch.maximum(highest, level.detach()), highest)
-        weight = gain * torch.exp((level - highest).clamp_max(0))
-        estimated = weight * F.pad(output, (0, 1), value=1.0)
-    sums = torch.zeros_like(rows[..., :1]) if estimated is None else estimated
-    for scores, extended in exact:
-        shift = highest.view(*scores.shape[:-1], 1)
-        sums = sums + _flat(torch.exp(scores - shift) @ extended)
-    numerator, denominator = split(sums)
-    denominator = torch.where(denominator > 0, denominator, 1.0)
-    return numerator / denominator, highest + denominator.detach().log()
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Join the dimensions of blocks and rows: [B, Hk, rows, e]."""
-    return x.flatten(2, 3) if x.ndim == 5 else x
+        level, output = _describe(features, rest, rows, kernels, layout, taken)
+        columns.append(level if missed is None else level + _of_rows(missed.unsqueeze(-1), layout, rows))
+    # Where no key is seen, all weight goes to the last column, which has no value.
+    columns.append(torch.full_like(rows[..., :1], LOWEST / 2))
+    weights = torch.cat(columns, -1).softmax(-1).split([column.shape[-1] for column in columns], -1)
+    parts = [] if output is None else [weights[-2] * output]
+    for own, (_, extended) in zip(weights, exact, strict=False):
+        value = extended[..., :-1]
+        blocks = own.reshape(len(value), -1, own.shape[-1]) if value.ndim == 3 else own
+        parts.append((blocks @ value).reshape(*own.shape[:-1], -1))
+    return _total(parts), weights[: len(exact)]
 
 
 def _describe(
@@ -431,8 +451,8 @@ def _describe(
     kernels: HeadKernels | None,
     layout: tuple[int, int],
     taken: Taken | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute log(M / a), a and r of the module for each row; a is 0 where there is no such key."""
+) -> tuple[Tensor, Tensor]:
+    """Compute log M without g, and r, of the module for each row; `LOWEST` where there is no such key."""
     linear, higher = _products_by_degree(features, rows.dtype)
     cut = [features.plan.num_features - linear.plan.num_features - higher.plan.num_features]
     cut += [linear.plan.num_features, higher.plan.num_features]
@@ -443,7 +463,7 @@ def _describe(
     square = ((rows @ rest.second) * rows).sum(-1, keepdim=True)
     if taken is not None:
         total, first, square = total - taken.zeroth, first - taken.first, square - taken.square
-        second = None if second is None else second - taken.second
+        second = None if second is None or taken.second is None else second - taken.second
     value, number = split(total)
     count = number.clamp_min(1)
     value = value / count
@@ -452,10 +472,12 @@ def _describe(
     limit = max(1.0, features.reach)
     factor = (limit / variance.clamp_min(limit)).sqrt()
 
-    gain = slope = curvature = 1.0
+    slope = curvature = 1.0
+    gain = 0.0
     if kernels is not None:
         own = kernels().unflatten(0, (rows.shape[1], layout[1]))
         gain, slope, curvature = _of_rows(own, layout, rows).split(1, -1)
+        gain = gain.log()
 
     def deviation(products: Tensor) -> Tensor:
         """Return the sum of x^n / n! (v - m)."""
@@ -479,17 +501,14 @@ def _describe(
         output = output + reached * (deviation(second) - mean * linear_part)
         denominator = count * (1 + curvature * factor.square() * variance / 2)
     output = value + trust(features, count) * output / denominator
-    return mean + _log_mass(variance, count, curvature), gain * (number > 0), output
+    level = gain + mean + _log_mass(variance, count, curvature)
+    return level.masked_fill(number <= 0, LOWEST), output
 
 
 def _of_rows(x: Tensor, layout: tuple[int, int], rows: Tensor) -> Tensor:
     """Repeat what the heads [..., Hk, G, e] have for each of their rows, [..., Hk, rows, e]."""
     size = rows.shape[2] // math.prod(layout)
     return x[..., None, :, None, :].expand(*x.shape[:-2], layout[0], layout[1], size, -1).flatten(-4, -2)
-
-
-def _is_complete(features: FeatureMap) -> bool:
-    return features.sketched is None
 
 
 def _products_by_degree(features: FeatureMap, dtype: torch.dtype) -> tuple[Products, Products]:

@@ -140,7 +140,7 @@ def test_training_reaches_every_parameter() -> None:
         ({"add_bias_kv": True}, "add_bias_kv and add_zero_attn are not supported"),
         ({"kernel": "log"}, "kernel Log is defined for arguments below 1 only; set normalize=True"),
         ({"estimator": "favor"}, "unknown estimator 'favor'; choose one of: sketch, maclaurin"),
-        ({"kernel": "softmax"}, "unknown dotf 'softmax'"),
+        ({"kernel": "softmax"}, "unknown kernel 'softmax'"),
         ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, not 12 of 5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -219,3 +219,28 @@ def test_it_compiles_without_a_graph_break_with_a_float_padding_mask() -> None:
     torch.testing.assert_close(
         compiled(x, x, x, key_padding_mask=padding)[0], ours(x, x, x, key_padding_mask=padding)[0]
     )
+
+
+def test_self_attention_can_be_said_where_query_and_key_are_no_longer_one_object() -> None:
+    _, ours = pair(64)
+    x = tokens()
+    with torch.no_grad():
+        ours.in_proj_bias.normal_(std=3.0, generator=torch.Generator().manual_seed(0))
+    itself, cut = ours(x, x, x)[0], x[:]
+    assert not torch.equal(ours(x, cut, cut)[0], itself)
+    assert torch.equal(ours(x, cut, cut, self_attention=True)[0], itself)
+    assert torch.equal(ours(x, x, x, self_attention=False)[0], ours(x, cut, cut)[0])
+
+
+def test_a_single_query_is_not_broadcast_to_many_keys() -> None:
+    theirs, ours = pair(64)
+    x = tokens()
+    with pytest.raises(RuntimeError):
+        theirs(x[:, :1], x, x)
+    with pytest.raises(UserError, match=r"query \[1, 3, 9, 4\], key \[2, 3, 9, 4\] .* do not fit together"):
+        ours(x[:, :1], x, x)
+
+
+def test_its_repr_tells_sizes_and_settings() -> None:
+    text = repr(MultiheadKernelAttention(12, 3, kernel="trigh", num_features=32))
+    assert "12, num_heads=3, Estimate(kernel='trigh', num_features=32, estimator='sketch'" in text
