@@ -68,7 +68,7 @@ from schoenbat.ops.sparse import HeadKernels
 from schoenbat.replacement import _Transformers, replace
 
 TOKENS, CHUNK, SHARE_TEXTS, FITTING_TEXTS = 256, 25, 8, 8
-WINDOW, LENGTHS, REPEATS = 2048, (256, 4096), 3
+LOSS_TEXTS, WINDOW, LENGTHS, REPEATS = 400, 2048, (256, 4096), 3
 NUMBERS = {
     "cosine": ("cosine", "cosine_low", "cosine_high", "cosine_spread"),
     "mrr": ("mrr", "mrr_minus_exact", "mrr_minus_exact_low", "mrr_minus_exact_high", "mrr_spread"),
@@ -513,12 +513,11 @@ def described(method: Method, texts: str) -> dict[str, Any]:
 def measure_smollm2(folder: Path, options: argparse.Namespace, cache: Cache) -> Iterator[dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
     methods, seed, needed = of_smollm2(), options.seed, options.windows * WINDOW
-    tokenizer, ids = AutoTokenizer.from_pretrained(folder), list[int]()
-    for review in reviews(seed):
-        if len(ids) >= needed:
-            break
-        ids += tokenizer(review + "\n\n")["input_ids"]
-    windows = torch.tensor(ids[:needed]).unflatten(0, (options.windows, WINDOW))
+    text = "\n\n".join(reviews(seed)[:LOSS_TEXTS])
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False)["input_ids"])
+    if len(ids) < needed:
+        raise UserError(f"the reviews have {len(ids) // WINDOW} windows of {WINDOW} tokens: lower --windows")
+    windows = ids[:needed].unflatten(0, (options.windows, WINDOW))
 
     def loss(method: Method, window: int) -> float:
         set_up(model, method, seed)
