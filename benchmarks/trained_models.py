@@ -570,24 +570,35 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     # The same rows give the same bytes.
     rcParams.update({"svg.hashsalt": "schoenbat", "svg.fonttype": "none"})
     panels = {
-        "MiniLM": ("milliseconds_4096", "cosine", "attention of 4,096 tokens, ms", "cosine with the exact embedding"),
-        "SmolLM2": ("milliseconds_2048", "loss_minus_exact", "attention of 2,048 tokens, ms", "loss above exact, nats"),
+        "MiniLM": (
+            "milliseconds_4096",
+            "cosine",
+            "attention of 4,096 tokens, ms on {threads}",
+            "cosine with the exact embedding",
+        ),
+        "SmolLM2": (
+            "milliseconds_2048",
+            "loss_minus_exact",
+            "attention of 2,048 tokens, ms on {threads}",
+            "loss above exact, nats",
+        ),
     }
     models = [model for model in panels if any(row["model"] == model for row in rows)]
     figure = Figure(figsize=(6.5 * len(models), 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     colours = {ALONE: ("tab:orange", "s"), CHOSEN: ("tab:green", "*"), OTHERS: ("0.45", "X")}
     ours = [group for group in dict.fromkeys(row["group"] for row in rows) if group.startswith(OURS)]
-    blues = {"few": "#9ecae1", "some": "#4292c6", "complete": "#08306b"}
+    blues = {"few": "#6baed6", "some": "#2171b5", "complete": "#08306b"}
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         time_of, quality, x_label, y_label = panels[model]
         own = [row for row in rows if row["model"] == model]
         methods = {method.name: method for method in (of_minilm() if model == "MiniLM" else of_smollm2())}
-        groups = list(dict.fromkeys(row["group"] for row in own))
+        groups = sorted(dict.fromkeys(row["group"] for row in own), key=lambda group: group == OTHERS)
         sizes = [group for group in ours if group in groups]
         shades = ["few", "some", "complete"] if len(sizes) == 3 else ["few", "complete"]
         styles = colours | {group: (blues[shade], "o") for group, shade in zip(sizes, shades, strict=False)}
         exact = next(row for row in own if row["method"] == "exact")
+        threads = "one thread" if int(exact["threads"]) == 1 else f"{exact['threads']} threads"
         for group in groups:
             colour, marker = styles[group]
             points = []
@@ -600,7 +611,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     text.set(fontsize=8, color=colour, va="bottom")
                     continue
                 points.append((row[time_of], away))
-                axes.annotate(label, points[-1], xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour)
+                to_left = group in sizes[:-1] or group == CHOSEN
+                text = axes.annotate(label, points[-1], (-6 if to_left else 6, 3), textcoords="offset points")
+                text.set(fontsize=7, color=colour, ha="right" if to_left else "left")
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
@@ -612,14 +625,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             )
         axes.axvline(exact[time_of], color="k", linestyle="--", linewidth=1)
         axes.annotate(
-            "exact (SDPA)", (exact[time_of], 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8
+            "exact (SDPA)", (exact[time_of], 0.5), xycoords=("data", "axes fraction"), rotation=90, fontsize=8
         )
-        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=model)
+        axes.set(xscale="log", yscale="log", xlabel=x_label.format(threads=threads), ylabel=y_label, title=model)
         axes.invert_yaxis()
         if quality == "cosine":
             ticks = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99]
             axes.set_yticks([1 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.margins(x=0.1)
         axes.grid(color="0.92")
         axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, metadata={"Date": None})
