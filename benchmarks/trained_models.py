@@ -403,8 +403,10 @@ def reciprocal_ranks(beginnings: Tensor, middles: Tensor) -> Tensor:
     return 1.0 / (similarities >= own).sum(-1)
 
 
-def interval(values: Tensor, draws: int, seed: int) -> tuple[float, float]:
-    """Return where 95 % of the bootstrap means of `values` [n] are."""
+def interval(values: Tensor, draws: int, seed: int) -> tuple[float | None, float | None]:
+    """Return where 95 % of the bootstrap means of `values` [n] are; nowhere for a single one."""
+    if len(values) == 1:
+        return None, None
     chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.quantile(values.numpy()[chosen].mean(1), (0.025, 0.975))
     return float(low), float(high)
@@ -548,7 +550,7 @@ def measure_smollm2(folder: Path, options: argparse.Namespace, cache: Cache) -> 
             key = ("time", method.name, WINDOW)
             both = cache.get(key, functools.partial(timed, method))
             row |= dict(zip((f"milliseconds_{WINDOW}", f"of_sdpa_{WINDOW}"), both, strict=True))
-        yield described(method, f"{options.windows} windows of {WINDOW} tokens") | row
+        yield described(method, f"{options.windows} window{'s' * (options.windows > 1)} of {WINDOW} tokens") | row
 
 
 def find_minilm(folder: Path) -> Path:
