@@ -631,12 +631,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         )
         axes.set(xscale="log", yscale="log", xlabel=x_label.format(threads=threads), ylabel=y_label, title=model)
         axes.invert_yaxis()
+        limits = axes.get_xlim(), axes.get_ylim()
         if quality == "cosine":
             ticks = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99]
             axes.set_yticks([1 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
+        else:
+            ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([digit * 10**power for power in range(5) for digit in (1, 2, 5)])
+        axes.minorticks_off()
+        axes.set(xlim=(limits[0][0], 1.3 * limits[0][1]), ylim=limits[1])
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.margins(x=0.1)
         axes.grid(color="0.92")
         axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, metadata={"Date": None})
