@@ -40,10 +40,20 @@ from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.linear import attend
 from schoenbat.ops.reference import AttentionInputs, fill_masked
 
-__all__ = ["CALIBRATOR", "Calibrated", "Calibration", "FittedFeatures", "calibrate", "calibrate_tensors"]
+__all__ = [
+    "CALIBRATOR",
+    "Calibrated",
+    "Calibration",
+    "FittedFeatures",
+    "calibrate",
+    "calibrate_tensors",
+    "note_settings",
+]
 
 KEPT_AS = "kernel_features"
 """The name under which a layer of a model of another library has its own features."""
+KERNELS_KEPT_AS = "head_kernels"
+"""The name under which a layer has the kernels of its heads."""
 CALIBRATOR: ContextVar[Callable[..., None] | None] = ContextVar("calibrator", default=None)
 """Called by attention functions of other libraries' models, which are no modules, with (layer, estimate, query, key,
 value, key_mask, is_causal, scale=, self_attention=) before they look at the layer's features."""

@@ -14,6 +14,7 @@ head are settled by a few sequences. The model's own weights stay as they are.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacfwd
 
+from schoenbat.calibration import KERNELS_KEPT_AS, note_settings
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
+from schoenbat.nn.mha import MultiheadKernelAttention
 from schoenbat.ops import sparse
 from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.reference import AttentionInputs
@@ -209,7 +212,7 @@ def _kernels_of_exp(inputs: AttentionInputs) -> HeadKernels:
 def transfer(
     model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]], steps: int = STEPS, resume: bool = False
 ) -> Transfer:
-    """Fit the kernels of all layers that have a window or heavy keys, as `schoenbat.replace` or `install` gave them.
+    """Fit the kernels of all layers that have a window or heavy keys, such as `schoenbat.replace` gives them.
 
     The model runs once over the batches, and query, key and value of these layers are kept meanwhile. Every other
     batch, from the first one on, is fitted to; the rest judge. A layer gets the kernels as soon as they are fitted,
@@ -225,34 +228,35 @@ def transfer(
     """
     if not isinstance(batches, Sequence) or len(batches) < 2:
         raise UserError("transfer needs at least 2 batches, some to fit to and some to judge by")
-    layers = {name: layer for name, layer in model.named_modules() if _is_sparse(layer)}
-    if not layers:
-        raise UserError(
-            f"no layer of {type(model).__name__} has settings of its own with a window or heavy keys; call "
-            "schoenbat.replace or schoenbat.integrations.huggingface.install first"
-        )
-    from schoenbat.integrations.layers import KERNELS_KEPT_AS, kernels_of, record
-
+    estimates = {
+        name: estimate
+        for name, layer in model.named_modules()
+        if (estimate := _settings_of(layer)) is not None and estimate.sparsity is not None
+    }
+    if not estimates:
+        raise UserError(f"no layer of {type(model).__name__} has a window or heavy keys; call schoenbat.replace first")
+    layers = {name: model.get_submodule(name) for name in estimates}
     if resume:
-        layers = {name: layer for name, layer in layers.items() if kernels_of(layer) is None}
-    calls = _watch(model, layers, batches)
+        layers = {name: layer for name, layer in layers.items() if getattr(layer, KERNELS_KEPT_AS, None) is None}
     fits = []
-    for name, layer in layers.items():
-        fitted_to, judges = ([call for one in calls[name][half::2] for call in one] for half in (0, 1))
+    for name, calls in _watch(model, layers, batches).items():
+        fitted_to, judges = (list(chain.from_iterable(calls[half::2])) for half in (0, 1))
         if not fitted_to or not judges:
             continue
-        before = kernels_of(layer) or _kernels_of_exp(fitted_to[0].inputs)
-        kernels = _fit(layer.kernel_estimate, before, fitted_to, steps)
-        fits.append(Fit(name, *(_shares(layer.kernel_estimate, one, judges) for one in (before, kernels))))
+        layer, estimate = layers[name], estimates[name]
+        before = getattr(layer, KERNELS_KEPT_AS, None) or _kernels_of_exp(fitted_to[0].inputs)
+        kernels = _fit(estimate, before, fitted_to, steps)
+        fits.append(Fit(name, *(_shares(estimate, one, judges) for one in (before, kernels))))
         if fits[-1].gains:
-            layer.add_module(KERNELS_KEPT_AS, kernels)
-            record(model)
+            setattr(layer, KERNELS_KEPT_AS, kernels)
+            note_settings(model)
     return Transfer(tuple(fits))
 
 
-def _is_sparse(layer: nn.Module) -> bool:
-    estimate = getattr(layer, "kernel_estimate", None)
-    return isinstance(estimate, Estimate) and estimate.sparsity is not None
+def _settings_of(layer: nn.Module) -> Estimate | None:
+    if isinstance(layer, MultiheadKernelAttention):
+        return layer.estimate
+    return getattr(layer, "kernel_estimate", None)
 
 
 def _watch(

@@ -211,6 +211,7 @@ def _call(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
+    """Return whether it is a model of transformers, without an import of that library."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 

@@ -6,10 +6,10 @@ Importing this module registers the attention implementations "schoenbat" (kerne
 needed and held outside the model; `install` instead draws them per layer, as buffers in the model's state_dict.
 `register` gives another `schoenbat.Estimate` a name.
 
-What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows, soft caps,
-attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a model that does not
-go through the interface: when it is built with one of our names, when it does arithmetic with our mask, or by
-`install`.
+What linear attention cannot honour is a UserError: masks of pairs, packed sequences, sliding windows shorter than the
+text, soft caps, attention sinks, dropout of weights, attention weights as an output, caches of fixed length. So is a
+model that does not go through the interface: when it is built with one of our names, when it does arithmetic with our
+mask, or by `install`.
 
 `KernelCache` makes a causal model generate with a state of fixed size instead of all keys and values.
 """
@@ -208,20 +208,20 @@ class KernelCache(Cache):
     has_previous_state = update_indexer = _other_state
 
 
-class Grown(NamedTuple):
+class _Grown(NamedTuple):
     """The state of a layer that is exact: all its keys, values and masks, of a size that grows with the text."""
 
     key: Tensor
     value: Tensor
     key_mask: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Grown":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "_Grown":
         """Apply `function` to each tensor; all have the batch as their first dimension."""
-        return Grown(*map(function, self))
+        return _Grown(*map(function, self))
 
-    def join(self, other: "Grown") -> "Grown":
+    def join(self, other: "_Grown") -> "_Grown":
         """Put the tokens of `other` after these."""
-        return Grown(*(torch.cat(pair, -1 if pair[0].ndim == 2 else 2) for pair in zip(self, other, strict=True)))
+        return _Grown(*(torch.cat(pair, -1 if pair[0].ndim == 2 else 2) for pair in zip(self, other, strict=True)))
 
 
 class NotReadable(UserError, AttributeError):
@@ -415,8 +415,8 @@ def _exact(
             else key_mask
         )
         before = layer.state
-        now = Grown(key, value, mask)
-        assert before is None or isinstance(before, Grown)
+        now = _Grown(key, value, mask)
+        assert before is None or isinstance(before, _Grown)
         now = now if before is None else before.join(now)
         layer.state, (key, value, key_mask) = now, now
     length, past = query.shape[2], key.shape[2] - query.shape[2]

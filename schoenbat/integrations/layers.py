@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from schoenbat.calibration import KEPT_AS, Calibrated, FittedFeatures, note_settings
+from schoenbat.calibration import KEPT_AS, KERNELS_KEPT_AS, Calibrated, FittedFeatures, note_settings
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops.sparse import HeadKernels
 
 CONFIG_KEY = "schoenbat"
-KERNELS_KEPT_AS = "head_kernels"
 ESTIMATES: dict[str, Estimate] = {}
 """The settings behind each attention implementation that was registered."""
 _ESTIMATE, _IMPLEMENTATION = "kernel_estimate", "kernel_implementation"

@@ -11,6 +11,7 @@ from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
 from schoenbat.kernels import Kernel
+from schoenbat.ops.sparse import HeadKernels
 
 
 class MultiheadKernelAttention(nn.Module):
@@ -24,6 +25,9 @@ class MultiheadKernelAttention(nn.Module):
         dropout: must be 0; there it drops attention weights, which do not exist here.
         add_bias_kv, add_zero_attn: must be False.
         kernel, num_features, estimator, seed, normalize, max_degree, window, heavy, sinks: see `schoenbat.Estimate`.
+
+    Attributes:
+        head_kernels: those that `schoenbat.transfer` fitted, if any.
 
     The draw is made at once even on the meta device; `reset_parameters` draws it again, as needed after `to_empty`.
     """
@@ -83,6 +87,7 @@ class MultiheadKernelAttention(nn.Module):
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
+        self.head_kernels: HeadKernels | None = None
         self.features: FeatureMap | None = None
         if num_features is not None:
             self.features = self.estimate.make(self.head_dim)
@@ -131,7 +136,7 @@ class MultiheadKernelAttention(nn.Module):
             attn_mask: only the causal mask, bool or float. With `is_causal` it is not looked at.
             is_causal: query i sees keys up to i.
             self_attention: the queries are the tokens of the keys, and the estimate may use all of them (see
-                `schoenbat.ops.linear.attend`), which is of less error; None for whether `query` and `key` are the same
+                `schoenbat.ops.linear.attend`), which is of less error; None for whether query and key are the same
                 object, which a slice or a cast of one of them is not.
 
         Returns:
@@ -159,7 +164,16 @@ class MultiheadKernelAttention(nn.Module):
 
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(query, key, value))
         check_shapes(q, k, v)
-        out = self.estimate.attend(q, k, v, key_mask, is_causal, features=self.features, self_attention=self_attention)
+        out = self.estimate.attend(
+            q,
+            k,
+            v,
+            key_mask,
+            is_causal,
+            features=self.features,
+            self_attention=self_attention,
+            kernels=self.head_kernels,
+        )
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
         if not has_batch:
             return out.squeeze(0), None

@@ -218,9 +218,8 @@ def _choose_heavy(
     weights = scores.masked_fill(hidden[:, None, None], LOWEST).softmax(-1).masked_fill(~far[:, None, None], 0.0)
     worth = weights.square().sum((2, 3)).masked_fill(hidden, -1.0)
     places = worth.topk(number, -1).indices
-    rest = far[:, None, None] & torch.ones_like(scores, dtype=torch.bool).scatter(
-        -1, places[:, :, None, None].expand(*scores.shape[:-1], -1), value=False
-    )
+    free = torch.ones_like(worth, dtype=torch.bool).scatter(-1, places, value=False)
+    rest = far[:, None, None] & free[:, :, None, None]
     count = rest.sum(-1)
     scores = scores.masked_fill(~rest, 0.0)
     mean = scores.sum(-1) / count.clamp_min(1)
@@ -303,11 +302,11 @@ class Kept(NamedTuple):
     """Keys that are seen exactly.
 
     Attributes:
-        key, extended: [B, Hk, m, d] and [v, 1] [B, Hk, m, v + 1].
+        keys, extended: [B, Hk, m, d] and [v, 1] [B, Hk, m, v + 1].
         worth: the sum of squared weights that queries gave to each key, and the number of these queries, [B, Hk, m, 2].
     """
 
-    key: Tensor
+    keys: Tensor
     extended: Tensor
     worth: Tensor
 
@@ -351,12 +350,12 @@ def extend(
         given = Kept(key, extended, worth)
         outputs, start = [], 0
         while start < length:
-            end = min(length, start + sparsity.window - state.recent.key.shape[2] % sparsity.window)
+            end = min(length, start + sparsity.window - state.recent.keys.shape[2] % sparsity.window)
             recent = state.recent.join(given.part(start, end))
             state = state._replace(recent=recent)
             out, state = _attend_within(features, state, rows[:, :, :, start:end], real[:, start:end], kernels)
             outputs.append(out)
-            if recent.key.shape[2] == 2 * sparsity.window:
+            if recent.keys.shape[2] == 2 * sparsity.window:
                 state = _close(features, state, sparsity)
             start = end
         # Of no tokens the output is empty, but part of the graph.
@@ -371,11 +370,11 @@ def _attend_within(
     groups, length = rows.shape[2:4]
     recent, heavy = state.recent, state.heavy
     rows = rows.flatten(2, 3)
-    tokens = recent.key.shape[2]
+    tokens = recent.keys.shape[2]
     seen = torch.ones(length, tokens, dtype=torch.bool, device=rows.device).tril(tokens - length).repeat(groups, 1)
     centre = None if state.rest is None else state.rest.centre
     near, far = (
-        _look_at(rows, kept.key if centre is None else kept.key - centre, kept.extended) for kept in (recent, heavy)
+        _look_at(rows, kept.keys if centre is None else kept.keys - centre, kept.extended) for kept in (recent, heavy)
     )
     near = Exact(near.scores.masked_fill(~seen, LOWEST), near.extended)
     out, weights = _combine(features, state.rest, [near, far], rows, kernels, (1, groups))

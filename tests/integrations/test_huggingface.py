@@ -208,6 +208,14 @@ def test_calibrated_features_serve_no_other_settings() -> None:
         calibrate(model_of("bert", "eager"), **inputs_of("bert")[0])
 
 
+def test_a_layer_that_a_model_calls_more_than_once_is_not_calibrated() -> None:
+    model = family_of("albert", "schoenbat-test-few")
+    before = output_of(model, "bert")
+    with pytest.raises(UserError, match=r"layers\.0\.attention is called more than once, and one basis fits one call"):
+        calibrate(model, **inputs_of("bert")[0])
+    assert torch.equal(output_of(model, "bert"), before)
+
+
 def test_a_kernel_with_a_radius_works_between_unit_vectors() -> None:
     out = output_of(model_of("bert", "schoenbat-test-inverse"), "bert")
     assert torch.isfinite(out).all()

@@ -109,9 +109,27 @@ def test_resume_goes_on_with_layers_that_have_no_kernels(monkeypatch: pytest.Mon
 
 
 def test_a_model_without_such_layers_and_too_few_batches_are_refused() -> None:
-    with pytest.raises(UserError, match="no layer of Linear has"):
+    with pytest.raises(UserError, match="no layer of Linear has a window"):
         schoenbat.transfer(torch.nn.Linear(2, 2), batches_of(2))
-    with pytest.raises(UserError, match="no layer of BertModel has"):
+    with pytest.raises(UserError, match="no layer of BertModel has a window"):
         schoenbat.transfer(huggingface.uninstall(replaced()), batches_of(2))
     with pytest.raises(UserError, match="at least 2 batches"):
         schoenbat.transfer(replaced(), batches_of(1))
+
+
+def test_layers_of_torch_get_kernels_too() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    with torch.no_grad():
+        for part in encoder.layers:
+            part.self_attn.in_proj_weight[:64].mul_(3)
+    batches = list(torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(2)))
+    with torch.no_grad():
+        exact = encoder(batches[1])
+        schoenbat.replace(encoder, batches[0], share=-9.0, candidates=[Estimate(num_features=45, window=4, heavy=3)])
+        before = encoder(batches[1])
+        result = schoenbat.transfer(encoder, batches)
+        after = encoder(batches[1])
+    assert [fit.gains for fit in result.layers] == [True, True], str(result)
+    assert (after - exact).square().sum() < (before - exact).square().sum()

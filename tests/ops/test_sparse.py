@@ -129,8 +129,8 @@ def test_parts_give_what_the_whole_does(parts: list[int]) -> None:
     seen = mask[:, None, :, None]
     assert torch.allclose(torch.cat(outputs, 2) * seen, whole * seen, atol=1e-9)
     assert state is not None
-    assert state.heavy.key.shape[2] == SPARSITY.heavy + SPARSITY.sinks
-    assert state.recent.key.shape[2] < 2 * SPARSITY.window
+    assert state.heavy.keys.shape[2] == SPARSITY.heavy + SPARSITY.sinks
+    assert state.recent.keys.shape[2] < 2 * SPARSITY.window
 
 
 def test_first_tokens_that_count_stay() -> None:
@@ -139,7 +139,7 @@ def test_first_tokens_that_count_stay() -> None:
     mask[0, :10] = False
     _, state = sparse.extend(features_of(20), None, AttentionInputs(*tensors, mask, True, 0.4), SPARSITY)
     for b, first in ((0, 10), (1, 0)):
-        kept = state.heavy.key[b, 0]
+        kept = state.heavy.keys[b, 0]
         for place in range(first, first + SPARSITY.sinks):
             assert (kept == tensors[1][b, 0, place]).all(-1).any()
 
