@@ -275,6 +275,16 @@ def test_no_warning_where_self_attention_is_explained() -> None:
         schoenbat.dot_product_kernel_attention(query, key, value)
 
 
+def test_a_share_is_the_same_whatever_the_padding() -> None:
+    inputs = [x[:1] for x in tensors(length=60)]
+    padded = [nn.functional.pad(x, (0, 0, 0, 40), value=2.0) for x in inputs]
+    mask = torch.arange(100)[None] < 60
+    short = diagnose_tensors(*inputs, self_attention=True, num_features=(64,))
+    found = diagnose_tensors(*padded, mask, self_attention=True, num_features=(64,))
+    # Other queries are looked at.
+    assert [head.shares[64] for head in found] == pytest.approx([head.shares[64] for head in short], abs=0.05)
+
+
 def test_padding_hides_no_warning() -> None:
     query, key, value = tensors(8.0, length=400)
     mask = torch.arange(400).expand(2, -1) < 300

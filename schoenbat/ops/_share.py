@@ -36,8 +36,11 @@ class Exact(NamedTuple):
     def share_explained(self, out: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> list[float]:
         """Compute the share that `out` [B, H, N, v] of all queries explains, over the dimensions `dim`."""
         seen = self.allowed.any(-1, keepdim=True)
-        error = (out[:, :, self.rows].to(self.truth.dtype) - self.truth).masked_fill(~seen, 0.0)
-        error, distance, size = (x.square().sum(dim, keepdim) for x in (error, self.truth - self.uniform, self.truth))
+        error = out[:, :, self.rows].to(self.truth.dtype) - self.truth
+        # What a query that sees nothing has for an output means nothing.
+        error, distance, size = (
+            x.masked_fill(~seen, 0.0).square().sum(dim, keepdim) for x in (error, self.truth - self.uniform, self.truth)
+        )
         # Attention that is uniform is explained by anything.
         share = 1 - error / distance.clamp_min(torch.finfo(distance.dtype).tiny)
         return torch.where(error <= 1e-10 * size, 1.0, share).flatten().tolist()
