@@ -382,6 +382,8 @@ def _compare(
             raise
 
     for case in cases:
+        if not ignores_padding(eager, case):
+            continue
         note(case.name, lambda case=case: equal(models["sweep-exact"], case, lambda m: output_of(m, case.inputs)))
         if case.changed is not None and blind_alone(eager, case):
             note(case.name + ", future", lambda case=case: blind(case))
@@ -411,6 +413,18 @@ def _compare(
 
     note("set_attn_implementation", switched)
     note("install", installed)
+
+
+def ignores_padding(eager: PreTrainedModel, case: Case) -> bool:
+    """Return whether the model itself gives real tokens the same whatever tokens stand at padding.
+
+    Recurrent layers may read there what attention makes of padding, which means nothing and is not the same for all.
+    """
+    ids, mask = case.inputs.get("input_ids"), case.inputs.get("attention_mask")
+    if ids is None or mask is None or case.real is None:
+        return True
+    changed = {**case.inputs, "input_ids": ids.masked_fill(mask == 0, 7)}
+    return differs(output_of(eager, changed), output_of(eager, case.inputs), case.real) <= TOLERANCE
 
 
 def all_types() -> list[str]:
