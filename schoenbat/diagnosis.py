@@ -24,7 +24,7 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.reference import AttentionInputs, fill_masked
-from schoenbat.replacement import describe, is_of_transformers, kernel_form
+from schoenbat.replacement import describe, evaluating, is_of_transformers, kernel_form
 
 __all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
 
@@ -208,13 +208,15 @@ def diagnose(
     was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     token = WATCHER.set(lambda *given: take(inside[-1] if inside else "", *given))
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _through_our_interface(model):
-            model.eval()(*inputs, **named_inputs)
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            torch.compiler.set_stance("force_eager"),
+            _through_our_interface(model),
+        ):
+            model(*inputs, **named_inputs)
     finally:
-        for module, training in modes.items():
-            module.training = training
         WATCHER.reset(token)
         torch.backends.mha.set_fastpath_enabled(was_fused)
         for handle in handles:

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,14 +201,21 @@ class _Measured:
 Measure = Callable[[str, AttentionInputs], None]
 
 
-def _call(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
-    training = model.training
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block, and each of its modules back into its own mode after it."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
+        yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _call(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
+    with torch.no_grad(), evaluating(model):
+        model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def is_of_transformers(model: nn.Module) -> bool:

@@ -146,3 +146,14 @@ def test_what_cannot_be_is_named() -> None:
         schoenbat.replace(nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(UserError, match="put this layer into one"):
         schoenbat.replace(nn.MultiheadAttention(8, 2), torch.ones(1, 2, 8))
+
+
+def test_modules_keep_their_modes() -> None:
+    model, batch = model_of("bert")
+    model.train()
+    model.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    done = schoenbat.replace(model, batch, share=1.0, candidates=[Estimate(num_features=9, window=2, heavy=1)])
+    assert [module.training for module in model.modules()] == modes
+    done.undo()
+    assert [module.training for module in model.modules()] == modes

@@ -51,6 +51,7 @@ from schoenbat.integrations.layers import (
     give,
     kernels_of,
     record,
+    scale_of,
     serves,
     take_away,
 )
@@ -166,8 +167,7 @@ def give_drawn(layer: nn.Module, estimate: Estimate, generator: torch.Generator 
     """Give a layer settings of its own, with the next draw of `generator`; None for that of the settings' seed."""
     features = None
     if estimate.num_features is not None:
-        scale = getattr(layer, "scaling", None)
-        features = estimate.make(head_dim_of(layer), scale if isinstance(scale, float) else None, generator)
+        features = estimate.make(head_dim_of(layer), scale_of(layer), generator)
     give(layer, estimate, features)
 
 

@@ -121,14 +121,19 @@ def _settings(estimate: Estimate) -> dict[str, Any]:
     return {field.name: getattr(estimate, field.name) for field in fields(estimate) if field.init}
 
 
+def scale_of(layer: nn.Module) -> float | None:
+    """Return the factor of a layer's dot products; None where it does not say one."""
+    scale = getattr(layer, "scaling", None)
+    return scale if isinstance(scale, float) else None
+
+
 def build(layer: nn.Module, described: dict[str, Any], head_dim: int) -> None:
     """Give a layer modules in the form in which they were described, to be filled by a state_dict."""
     estimate = Estimate(**described["estimate"])
     features: nn.Module | None = None
     with torch.device("cpu"):
         if described["has_features"]:
-            scale = getattr(layer, "scaling", None)
-            features = estimate.make(head_dim, scale if isinstance(scale, float) else None)
+            features = estimate.make(head_dim, scale_of(layer))
         if fitted := described.get("calibrated"):
             assert estimate.num_features is not None
             own = FittedFeatures(
