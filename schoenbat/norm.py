@@ -2,24 +2,22 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def pre_sbn(x: Tensor, eps: float = 1e-12) -> Tensor:
     """Put each token's query or key on the unit sphere, per head.
 
-    Over the last axis: subtract the mean, divide by sqrt(biased variance + eps), divide by the L2 norm. A constant
-    vector has no direction and becomes 0.
+    Over the last axis: subtract the mean and divide by the L2 norm; the standard deviation, by which the paper divides
+    in between, cancels. A constant vector has no direction and becomes 0, and the length of a vector that is shorter
+    than about `eps` goes to 0 with it.
 
     Args:
         x: [..., head_dim], any float dtype; computed in float32 or wider.
     """
+    head_dim = x.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(-1, keepdim=True)
-    # Dividing by the standard deviation first is a no-op for the direction, except that it fixes the scale at
-    # which eps acts: below sqrt(eps) the length goes to 0 instead of amplifying rounding errors.
-    scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    squared_norm = scaled.square().sum(-1, keepdim=True)
-    return (scaled * torch.rsqrt(squared_norm.clamp_min(eps))).to(x.dtype)
+    return (F.layer_norm(wide, (head_dim,), eps=eps**2 / head_dim) * head_dim**-0.5).to(x.dtype)
 
 
 class PostSBN(nn.Module):

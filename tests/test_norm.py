@@ -24,6 +24,18 @@ def test_pre_sbn_of_a_constant_vector_is_zero_with_finite_gradient(dtype: torch.
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("length", [1e-9, 1e-6, 1.0, 1e9, 1e18])
+def test_pre_sbn_does_not_depend_on_the_length_of_a_vector(length: float) -> None:
+    x = torch.randn(50, 32)
+    torch.testing.assert_close(pre_sbn(length * x), pre_sbn(x.double()).float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 24, 33, 128])
+def test_pre_sbn_of_constant_vectors_is_zero_whatever_they_hold(head_dim: int) -> None:
+    constants = torch.logspace(-6, 6, 500)[:, None].expand(-1, head_dim)
+    assert not pre_sbn(constants).any()
+
+
 def test_pre_sbn_has_exact_gradients() -> None:
     assert torch.autograd.gradcheck(pre_sbn, (torch.randn(2, 5, dtype=torch.float64, requires_grad=True),))
 

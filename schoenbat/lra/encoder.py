@@ -16,6 +16,7 @@ from schoenbat.attention import ATTENTIONS, check_kernel, check_length
 from schoenbat.errors import UserError, unknown_name
 from schoenbat.kernels import KERNELS, Kernel
 from schoenbat.lra.config import build_config
+from schoenbat.lra.dropout import Dropout
 from schoenbat.lra.multihead import FORMERS, FormerConfig, SelfAttention
 from schoenbat.registry import base_name, check_bounds
 
@@ -75,10 +76,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(config.width, config.ffn_width),
             nn.GELU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(config.ffn_width, config.width),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
         if self.norm_first:
@@ -125,7 +126,7 @@ class Encoder(nn.Module):
             fixed = sinusoidal_positions(length, config.width) if config.positions == "sinusoidal" else None
             self.register_buffer("positions", fixed, persistent=False)
         self.convolution = ShortConvolution(config.convolution, config.width) if config.convolution else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
         self.cls = nn.Parameter(torch.randn(config.width) * EMBEDDING_STD) if config.pooling == "cls" else None
