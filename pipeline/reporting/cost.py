@@ -18,6 +18,7 @@ PASSES = ("forward", "forward+backward")
 CAUSAL_PASSES = ("causal forward", "causal forward+backward")
 SDPA = "sdpa"
 STEP = "training step"
+TOKEN = "one token"
 _MEASURED = ["attn", "dotf", "num_features", "threads"]
 
 
@@ -39,6 +40,9 @@ class Cost(Report):
             ):
                 yield from _figure(comparison, PASSES, quantity, name, axis)
                 yield from _figure(comparison, CAUSAL_PASSES, quantity, f"causal-{name}", axis)
+        tokens = timings[timings.direction == TOKEN]
+        if not tokens.empty:
+            yield _table("token", "Time of one causal token after so many others", tokens, results)
         steps = timings[timings.direction == STEP]
         if not steps.empty:
             yield _table("step", "Time and memory of one training step of the whole model", steps, results)

@@ -42,7 +42,7 @@ def test_every_mechanism_is_timed_at_every_length_it_can_bear(tmp_path: Path, pa
         rows = list(csv.DictReader(file))
     assert set(BENCH_VALUES) | set(BENCH_SETTING) | set(bench.CHECKS) < set(rows[0]), "what the report reads"
     counted = {name: hasattr(ATTENTIONS.get(name).Config(), "num_features") for name in ATTENTIONS.names()}
-    contenders = {("sdpa", "")} | {
+    contenders = {("sdpa", ""), *((bench.FUNCTION, features) for features in ("64", "32"))} | {
         (name, features) for name in ATTENTIONS.names() for features in (("64", "32") if counted[name] else ("",))
     }
     expected = {
@@ -54,16 +54,20 @@ def test_every_mechanism_is_timed_at_every_length_it_can_bear(tmp_path: Path, pa
     }
     found = Counter((row["threads"], row["length"], row["attn"], row["num_features"]) for row in rows)
     rivals = {key for key in found if key[2] in RIVALS}
-    causal = {"sdpa"} | {name for name in ATTENTIONS.names() if ATTENTIONS.get(name).has_causal_form}
-    assert {key: found[key] for key in found.keys() - rivals} == {key: 4 if key[2] in causal else 2 for key in expected}
+    causal = {"sdpa", bench.FUNCTION} | {name for name in ATTENTIONS.names() if ATTENTIONS.get(name).has_causal_form}
+    passes = {key: 4 if key[2] in causal else 2 for key in expected}
+    passes |= {key: 5 for key in expected if key[2] in ("sdpa", bench.FUNCTION)}
+    assert {key: found[key] for key in found.keys() - rivals} == passes
     directions = Counter(row["direction"] for row in rows if row["attn"] in causal)
+    assert directions.pop("one token") == sum(key[2] in ("sdpa", bench.FUNCTION) for key in expected)
     every = ("forward", "forward+backward", "causal forward", "causal forward+backward")
     assert directions == dict.fromkeys(every, sum(key[2] in causal for key in expected))
     for row in rows:
         assert float(row["milliseconds"]) > 0
         assert float(row["peak_memory_mb"]) > 0
         registered = row["attn"] in ATTENTIONS.names()
-        assert row["dotf"] == ("exp" if registered and ATTENTIONS.get(row["attn"]).needs_kernel else "")
+        needs_kernel = row["attn"] == bench.FUNCTION or (registered and ATTENTIONS.get(row["attn"]).needs_kernel)
+        assert row["dotf"] == ("exp" if needs_kernel else "")
         assert float(row["speedup_vs_sdpa"]) > 0
         of_its_own = registered and not row["dotf"] and row["attn"] not in QUADRATIC - {"gaussian"}
         bound = math.inf if of_its_own else 1e-4 if row["attn"] in QUADRATIC else 1
@@ -113,6 +117,24 @@ def test_a_wrong_gradient_is_not_timed(tmp_path: Path, params: Params, monkeypat
     )
     with pytest.raises(TrainingFailed, match="gradients"):
         bench.run(params, tmp_path / "bench.csv")
+
+
+def test_a_pass_whose_quartiles_are_far_apart_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has a spread of half its median once, the second always, the third never."""
+    asked: list[list[int]] = []
+
+    def interleaved(tasks: dict[int, Callable[[], None]], _: int) -> dict[int, list[float]]:
+        asked.append(list(tasks))
+        wide, narrow = [1.5, 2.0, 2.5], [2.0, 2.0, 2.1]
+        return {i: wide if i == 1 or (i == 0 and len(asked) == 1) else narrow for i in tasks}
+
+    monkeypatch.setattr(bench, "_interleaved", interleaved)
+    what = {"direction": "forward", "length": 8, "num_features": None, "relative_error": None}
+    rows = list(
+        bench._time([(what | {"attn": name}, list) for name in ("sdpa", "a", "b")], "sdpa", 3, torch.device("cpu"))
+    )
+    assert asked == [[0, 1, 2], [0, 1], [1]]
+    assert [row["spread"] for row in rows] == pytest.approx([0.05, 0.5, 0.05])
 
 
 def test_peak_memory_is_what_is_held_at_once() -> None:
