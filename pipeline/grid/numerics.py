@@ -50,10 +50,12 @@ _NO_NUMERICS = (
     "schoenbat.files",
     "schoenbat.registry",
     "schoenbat.lra.config",
+    "schoenbat.lra.data.fetch",
     "pipeline.host",
     "pipeline.grid",
 )
-"""Prefixes of modules: errors, files, the look-up of names and the grid compute nothing that a result is made of."""
+"""Prefixes of modules: errors, files, the look-up of names, downloads, which are verified, and the grid compute nothing
+that a result is made of."""
 
 
 def component_digests(kind: str, name: str) -> dict[str, str]:

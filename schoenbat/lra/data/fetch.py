@@ -13,10 +13,14 @@ import hashlib
 import http.client
 import json
 import os
+import re
+import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,10 @@ from schoenbat.errors import DataUnavailable
 
 TIMEOUT_SECONDS = 10
 """For connecting, and for silence on an open line."""
+ANSWER_SECONDS = 60.0
+"""Until a server has answered, however many redirections that takes."""
+SPAN_SECONDS, LEAST_BYTES = 30.0, 30_000
+"""What a line must bring in every such span of time."""
 ATTEMPTS = 5
 """How often one URL is asked in all, as long as something came before the line broke."""
 BLOCK = 1 << 20
@@ -232,23 +240,25 @@ def _receive_rest(
     """Request the rest of the part file where the server can tell that it is the same file, else all."""
     have = target.seek(0, os.SEEK_END)
     record = _read_record(destination)
-    request = urllib.request.Request(url, headers={"User-Agent": "schoenbat", "Accept-Encoding": "identity"})
+    headers = {"User-Agent": "schoenbat", "Accept-Encoding": "identity"}
     if have and record.get("url") == url:
         if have == record["size"]:
             return have
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", record["validator"])
+        headers |= {"Range": f"bytes={have}-", "If-Range": record["validator"]}
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+        response = _open(url, headers)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
             target.truncate(0)
         raise _SourceFailed(f"HTTP {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
+    except TimeoutError:
+        raise _SourceFailed("does not answer") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # A ValueError is about an address that is none, in a redirection too, or a header that is none.
         raise _SourceFailed(_reason(error)) from None
     with response:
-        if response.status == 206 and request.has_header("Range"):
+        if response.status == 206 and "Range" in headers:
             if response.headers.get("Content-Range") != f"bytes {have}-{record['size'] - 1}/{record['size']}":
                 target.truncate(0)
                 raise _SourceFailed(f"answered with another range: {response.headers.get('Content-Range')}")
@@ -260,18 +270,39 @@ def _receive_rest(
             have = 0
             _write_record(destination, url, response, total)
         target.seek(have)
+        before, began = have, time.monotonic()
         while have < total:
             try:
-                block = response.read(min(BLOCK, total - have))
+                block = response.read1(min(BLOCK, total - have))
             except (OSError, http.client.HTTPException) as error:
                 raise _SourceFailed(f"broke off after {have} of {total} bytes: {_reason(error)}") from None
             if not block:
                 raise _SourceFailed(f"broke off after {have} of {total} bytes")
             target.write(block)
             have += len(block)
+            if time.monotonic() - began > SPAN_SECONDS:
+                if have - before < LEAST_BYTES:
+                    raise _SourceFailed(f"is too slow: {have} of {total} bytes have come")
+                before, began = have, time.monotonic()
             if on_progress:
                 on_progress(have, total)
     return total
+
+
+def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """Return the answer to a request; raises TimeoutError after ANSWER_SECONDS, as urllib's only counts silence."""
+    answer: Future[http.client.HTTPResponse] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(
+                urllib.request.urlopen(urllib.request.Request(url, headers=headers), None, TIMEOUT_SECONDS)
+            )
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="fetch", daemon=True).start()
+    return answer.result(ANSWER_SECONDS)
 
 
 def _announced_size(response: http.client.HTTPResponse, file: RemoteFile) -> int:
@@ -280,6 +311,8 @@ def _announced_size(response: http.client.HTTPResponse, file: RemoteFile) -> int
         if not file.size_is_exact:
             raise _SourceFailed("does not say how long the file is")
         return file.size
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise _SourceFailed(f"says that the file has {length[:40]!r} bytes")
     if file.size_is_exact and int(length) != file.size:
         raise _SourceFailed(f"offers {length} bytes instead of {file.size}")
     return int(length)

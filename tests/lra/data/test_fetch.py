@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from schoenbat.errors import DataUnavailable
+from schoenbat.lra.data import fetch as fetching
 from schoenbat.lra.data.fetch import CorruptFile, RemoteFile, fetch
 
 CONTENT = bytes(range(256)) * 12_000
@@ -26,7 +28,10 @@ MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
 
 @dataclass
 class Behaviour:
-    """What the server does; `requests` is what it was asked: the path and the Range header."""
+    """What the server does; `requests` is what it was asked: the path and the Range header.
+
+    With `pause_seconds` it pauses after each byte, of the headers or of the content.
+    """
 
     content: bytes = CONTENT
     etag: str | None = '"one"'
@@ -35,6 +40,10 @@ class Behaviour:
     knows_ranges: bool = True
     status: int = 200
     announces_length: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
+    pause_seconds: float = 0.0
+    pauses_before_headers: bool = False
+    redirects: bool = False
     requests: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -47,6 +56,14 @@ class Handler(BaseHTTPRequestHandler):
         if behaviour.status != 200 or self.path == "/missing":
             self.send_error(behaviour.status if behaviour.status != 200 else 404)
             return
+        if behaviour.redirects:
+            self.send_response(302)
+            self.send_header("Location", behaviour.headers["Location"])
+            self.end_headers()
+            return
+        if behaviour.pauses_before_headers:
+            self.dribble(b"HTTP/1.1 200 OK\r\n" + b"X-Long: 1\r\n" * 100_000)
+            return
         start = 0
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and behaviour.knows_ranges and self.headers.get("If-Range") == behaviour.etag:
@@ -57,8 +74,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = behaviour.content[start:]
-        if behaviour.announces_length:
+        if behaviour.announces_length and "Content-Length" not in behaviour.headers:
             self.send_header("Content-Length", str(len(body)))
+        for name, value in behaviour.headers.items():
+            self.send_header(name, value)
         if behaviour.etag:
             self.send_header("ETag", behaviour.etag)
         self.end_headers()
@@ -66,7 +85,13 @@ class Handler(BaseHTTPRequestHandler):
             behaviour.cuts -= 1
             body = body[: behaviour.cut_after]
         with suppress(ConnectionError):  # the other side may hang up on what it does not want
-            self.wfile.write(body)
+            self.dribble(body) if behaviour.pause_seconds else self.wfile.write(body)
+
+    def dribble(self, content: bytes) -> None:
+        with suppress(ConnectionError):
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(self.behaviour.pause_seconds)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -200,6 +225,53 @@ def test_no_network_is_one_line_and_leaves_nothing(tmp_path: Path, url: str) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", ["abc", "-5", "", "1e6", "9" * 5000])
+@pytest.mark.parametrize("size_is_exact", [True, False])
+def test_a_size_that_is_none_is_data_that_cannot_be_had(
+    server: Server, tmp_path: Path, size: str, size_is_exact: bool
+) -> None:
+    server.behaviour.headers = {"Content-Length": size}
+    with pytest.raises(DataUnavailable, match="says that the file has"):
+        get(server.file(size_is_exact=size_is_exact), tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "place", ["http://[::bad/", "http://127.0.0.1:port/", "gopher://a/", "http://\u00e9\u00e9/", "//["]
+)
+def test_a_redirection_to_nowhere_is_data_that_cannot_be_had(server: Server, tmp_path: Path, place: str) -> None:
+    server.behaviour.headers, server.behaviour.redirects = {"Location": place}, True
+    with pytest.raises(DataUnavailable, match=r"^f cannot be downloaded: [^\n]+$"):
+        get(server.file(), tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_is_none_is_data_that_cannot_be_had(tmp_path: Path) -> None:
+    with pytest.raises(DataUnavailable, match="cannot be downloaded"):
+        get(RemoteFile("f", ("http://[::bad/f",), 1, SHA256), tmp_path / "f")
+
+
+def test_a_line_that_brings_next_to_nothing_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "SPAN_SECONDS", 0.2)
+    server.behaviour.pause_seconds = 0.01
+    with pytest.raises(DataUnavailable, match="is too slow"):
+        get(server.file(), tmp_path / "f")
+    assert len(server.behaviour.requests) == fetching.ATTEMPTS
+    assert (tmp_path / "f.part").stat().st_size > 0
+
+
+def test_a_server_that_dribbles_its_answer_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "ANSWER_SECONDS", 0.2)
+    server.behaviour.pause_seconds, server.behaviour.pauses_before_headers = 0.01, True
+    with pytest.raises(DataUnavailable, match="does not answer"):
+        get(server.file(), tmp_path / "f")
+    server.behaviour.pause_seconds = 0.0
+
+
 def test_urls_are_tried_in_turn(server: Server, tmp_path: Path) -> None:
     urls = (refused_url(), f"{server.url}/missing", f"{server.url}/file.bin")
     assert get(server.file(urls=urls), tmp_path / "f") == urls[2]
@@ -309,6 +381,7 @@ def test_a_gzip_file_without_published_checksum_is_checked_by_its_own(server: Se
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from schoenbat.lra.data import fetch as fetching
 from schoenbat.lra.data.fetch import RemoteFile, fetch
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 url, size, checksum, destination = sys.argv[1:]
