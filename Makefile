@@ -15,8 +15,10 @@ $(STAMP): pyproject.toml pipeline/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[hf]" -e "pipeline[dev]"
 	@touch $(STAMP)
 
+# The quick grid takes the place of the profile in params.yaml, unless that is one of your own.
 # Exit code 3 says that the data of some task could not be had; the report shows which, and the rest is done.
 run: setup
+	@$(WITH_PATH) $(BIN)/schoenbat-exp use quick
 	@code=0; $(WITH_PATH) $(BIN)/schoenbat-exp run --grid || code=$$?; test $$code -eq 0 || test $$code -eq 3 || exit $$code
 
 PYTEST := $(WITH_PATH) $(BIN)/python -m pytest

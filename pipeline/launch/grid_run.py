@@ -28,7 +28,7 @@ from pipeline.launch.slurm import SlurmBackend, plan_slurm
 from pipeline.mlflow import tracking
 from pipeline.monitor import status
 from pipeline.monitor.live import show_grid
-from pipeline.record.writer import Recorder, changed_stages, mend_lock
+from pipeline.record.writer import Recorder, changed_stages, exchange_record, mend_lock
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 
@@ -67,8 +67,7 @@ def run_grid(params: Params, typed: RunOptions) -> int:
         check_folders()
         if not typed.dry_run:
             backend.clear()
-            mend_lock()
-            write_numerics(params.grid.components())
+            _prepare_record(params)
         freshness = Freshness(read_yaml(PARAMS_FILE))
         # DVC writes even to tell, so a plan in a checkout that may only be read goes by cells alone.
         changed = {} if typed.dry_run and not os.access(".dvc", os.W_OK) else changed_stages()
@@ -105,14 +104,20 @@ def recording(params: Params) -> Iterator[None]:
         UserError: something could not be put on record.
     """
     with session.only_grid(_LOGS, _say):
-        mend_lock()
-        write_numerics(params.grid.components())
+        _prepare_record(params)
         yield
         recorder = Recorder()
         recorder.add(_unrecorded(expand(params), Freshness(read_yaml(PARAMS_FILE)), changed_stages()))
         recorder.finish(patient=True)
         for stage, why in recorder.failed.items():
             raise UserError(f"not on record: {stage}: {why}")
+
+
+def _prepare_record(params: Params) -> None:
+    mend_lock()
+    # A clone has the record of a published profile, and none in place.
+    exchange_record(params.profile, params.profile)
+    write_numerics(params.grid.components())
 
 
 def _unrecorded(cells: Collection[Cell], freshness: Freshness, changed: Mapping[str, bool]) -> list[str]:

@@ -243,16 +243,14 @@ def mend_lock() -> None:
 
 
 def exchange_record(former: str, profile: str) -> None:
-    """Put the record of a profile in place, and keep that of the former one beside its settings.
+    """Put the record of a profile in place, and keep that of the former one, if it is another, beside its settings.
 
     So a profile on record costs the others nothing: DVC reads and writes all of dvc.lock for each stage. Nothing is
     computed again where a record is lost; the next grid puts it on record anew.
     """
-    if former == profile:
-        return
-    if LOCK_FILE.is_file():
+    if LOCK_FILE.is_file() and former != profile:
         LOCK_FILE.replace(_kept_record(former))
-    if _kept_record(profile).is_file():
+    if _kept_record(profile).is_file() and not LOCK_FILE.is_file():
         write_bytes(LOCK_FILE, _kept_record(profile).read_bytes())
 
 

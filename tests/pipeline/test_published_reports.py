@@ -1,6 +1,11 @@
 """The reports in the repository follow from the results in the repository."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +36,26 @@ def test_a_published_report_is_what_its_results_give_when_it_is_built_again(tmp_
             assert (built / name).read_bytes() == (kept / name).read_bytes(), name
         elif name.endswith(".svg"):
             assert texts_of(built / name) == texts_of(kept / name), name
+
+
+def test_a_clone_is_set_to_a_profile_whose_results_dvc_shows_at_once(tmp_path: Path) -> None:
+    profile = load_params(ROOT / "params.yaml").profile
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / f"profiles/{profile}.yaml").read_bytes()
+    for name in ("dvc.yaml", "params.yaml", ".dvc/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "runs" / profile, tmp_path / "runs" / profile)
+    command = [sys.executable, "-m", "dvc", "metrics", "show", "--json"]
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "failed to load" not in shown.stderr
+    found = json.loads(shown.stdout)[""]["data"]
+    files = [*tmp_path.glob("runs/*/*/metrics/*.json"), *tmp_path.glob("runs/*/*/test/*.json")]
+    assert {name for name, read in found.items() if "error" not in read} == {
+        file.relative_to(tmp_path).as_posix() for file in files
+    }
+    assert len(files) > 100
 
 
 def texts_of(drawing: Path) -> list[str]:

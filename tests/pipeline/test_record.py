@@ -206,6 +206,19 @@ def test_wherever_dvc_is_killed_while_it_writes_nothing_that_was_on_record_is_lo
     assert Path("dvc.lock").read_bytes() == before
 
 
+def test_a_clone_gets_the_record_of_its_profile_in_place_and_one_that_is_there_stays(made: Path) -> None:
+    writer.record(STAGES)
+    ours = Path("dvc.lock").read_bytes()
+    Path("profiles").mkdir(exist_ok=True)
+    Path("dvc.lock").rename("profiles/tiny.lock")
+    writer.exchange_record("tiny", "tiny")
+    assert Path("dvc.lock").read_bytes() == ours
+    Path("dvc.lock").write_bytes(b"newer")
+    writer.exchange_record("tiny", "tiny")
+    assert Path("dvc.lock").read_bytes() == b"newer"
+    assert Path("profiles/tiny.lock").read_bytes() == ours
+
+
 def test_a_stage_that_dvc_trips_over_leaves_the_others_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = writer._commit
 
