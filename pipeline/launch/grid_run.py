@@ -166,7 +166,7 @@ def _show_plan(jobs: Sequence[Job], unrecorded: Sequence[str], title: str, as_js
 def _show_unrecorded(recorder: Recorder) -> int:
     """Say what could not be put on record; return the exit code."""
     for stage, why in recorder.failed.items():
-        print(f"not on record: {stage}: {why}; the next run sees to it")
+        print(f"not on record: {stage}: {why}")
     return int(bool(recorder.failed))
 
 

@@ -51,7 +51,7 @@ def changed_stages() -> dict[str, bool]:
         with _repo() as repo:
             changes = repo.status()
     except LockError as error:
-        raise UserError(f"{_LOCKED}; run again when it has ended") from error
+        raise UserError(_LOCKED) from error
     except DvcException as error:
         raise UserError(
             f"DVC cannot read dvc.yaml and {LOCK_FILE} ({_reason(error)}); where a merge has left {LOCK_FILE} in two, "
@@ -142,7 +142,7 @@ class Recorder:
         return [name for name, why in results.items() if not why]
 
 
-_LOCKED = "another process of DVC has locked the project"
+_LOCKED = "another process of DVC has locked the project; run again when it has ended"
 
 
 def record(names: Sequence[str]) -> dict[str, str]:
@@ -164,7 +164,7 @@ def record(names: Sequence[str]) -> dict[str, str]:
             # After DVC has looked at the files, so that what has changed meanwhile is noticed.
             current = _current_stages()
             for name in [name for name, why in results.items() if not why]:
-                changed = "" if name in current else "code, settings or data have changed since it ran"
+                changed = "" if name in current else "code, settings or data have changed since it ran; run again"
                 results[name] = changed or _told(_commit, stages[name])
             ready = [stages[name] for name, why in results.items() if not why]
             if ready:

@@ -5,7 +5,6 @@ A new report is one new file here: a subclass of `Report` that takes its rows fr
 function of the files under runs/PROFILE and of params.yaml: the same inputs give the same bytes.
 """
 
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -15,18 +14,14 @@ from typing import ClassVar
 import matplotlib.style
 
 from pipeline.grid.params import Params
-from pipeline.host.text import counted
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._figure import STYLE, Figure
 from pipeline.reporting._page import render_page
 from pipeline.reporting._results import collect
 from pipeline.reporting._statistics import MARGIN
 from pipeline.reporting._table import Table, Text
-from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.registry import Registry
-
-_FINISHED = re.compile(r"^(\d+) of \d+ cells are finished\.$", re.MULTILINE)
 
 
 class Report(ABC):
@@ -44,9 +39,7 @@ class Report(ABC):
 REPORTS: Registry[Report] = Registry("report", "pipeline.reporting", Report)  # type: ignore[type-abstract]
 
 
-def build(
-    params: Params, root: Path, *, reference: str = "softmax", margin: float = MARGIN, force: bool = False
-) -> None:
+def build(params: Params, root: Path, *, reference: str = "softmax", margin: float = MARGIN) -> None:
     """Write reports/PROFILE and reports/index.md from whatever is finished.
 
     Args:
@@ -54,21 +47,9 @@ def build(
         root: the project's folder.
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two mechanisms count as equal.
-        force: replace a report even if it shows more finished cells.
-
-    Raises:
-        UserError: the report that is there shows more finished cells.
     """
     results = collect(params, root, reference, margin)
     folder = root / "reports" / params.profile
-    index = folder / "index.md"
-    found = _FINISHED.search(index.read_text(encoding="utf-8", errors="replace")) if index.is_file() else None
-    before = int(found[1]) if found else 0
-    if before > results.num_finished and not force:
-        raise UserError(
-            f"{folder.relative_to(root)} shows {counted(before, 'finished cell')}, a new report would show "
-            f"{results.num_finished}; pass --force to replace it"
-        )
     building, former = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (building, former):
         shutil.rmtree(leftover, ignore_errors=True)

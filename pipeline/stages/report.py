@@ -8,18 +8,17 @@ from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 
 
-def run(params: Params, *, reference: str, margin: float, force: bool) -> None:
+def run(params: Params, *, reference: str, margin: float) -> None:
     """Write reports/PROFILE; cells that are missing are shown as such.
 
     Args:
-        reference, margin, force: as in `reporting.build`.
+        reference, margin: as in `reporting.build`.
 
     Raises:
-        UserError: an unknown mechanism, a margin that is not positive, or a report that would show less than the one
-            that is there.
+        UserError: an unknown mechanism, or a margin that is not positive.
     """
     ATTENTIONS.get(reference)
     if not 0 < margin <= 100:
         raise UserError(f"--margin must lie between 0 and 100 points, not {margin:g}")
-    reporting.build(params, Path(), reference=reference, margin=margin, force=force)
+    reporting.build(params, Path(), reference=reference, margin=margin)
     print(f"report: reports/{params.profile}/index.html")

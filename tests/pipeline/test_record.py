@@ -28,7 +28,7 @@ TRAIN, EVALUATE = f"train@tiny-{MEAN}", f"evaluate@tiny-{MEAN}"
 DATA = ("download@tiny-lra-listops", "preprocess@tiny-lra-listops")
 STAGES = ("numerics", *DATA, TRAIN, EVALUATE, f"train@tiny-{SOFTMAX}", f"evaluate@tiny-{SOFTMAX}")
 NOT_CELLS = {"bench@tiny", "report@tiny"}
-CHANGED = "code, settings or data have changed since it ran"
+CHANGED = "code, settings or data have changed since it ran; run again"
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_recorder_waits_for_another_process_of_dvc_and_says_so_if_it_must_not(
         hurried = writer.Recorder()
         hurried.add([TRAIN])
         assert hurried.finish(patient=False) == []
-        assert hurried.failed == {TRAIN: "another process of DVC has locked the project"}
+        assert hurried.failed == {TRAIN: "another process of DVC has locked the project; run again when it has ended"}
         patient = writer.Recorder()
         patient.add([TRAIN])
         release = threading.Timer(3.0, lambda: other.communicate("\n"))

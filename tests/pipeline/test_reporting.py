@@ -404,13 +404,10 @@ def test_latex_specials_are_escaped(complete: Path) -> None:
     assert "±" not in text
 
 
-def test_a_report_is_not_replaced_by_one_that_shows_fewer_cells(complete: Path, tmp_path: Path, params: Params) -> None:
-    shutil.copytree(complete / "reports", tmp_path / "reports")
-    before = read_all(tmp_path / "reports")
-    message = r"reports/cpu shows 24 finished cells, a new report would show 0; pass --force to replace it"
-    with pytest.raises(UserError, match=message):
-        reporting.build(params, tmp_path)
-    assert read_all(tmp_path / "reports") == before
+def test_a_grid_made_smaller_gets_its_smaller_report(complete: Path, tmp_path: Path, params: Params) -> None:
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
+    reporting.build(dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"])), tmp_path)
+    assert "12 of 12 cells are finished." in (tmp_path / "reports/cpu/index.md").read_text()
 
 
 def test_a_single_task_is_said_to_be_one(tmp_path: Path, params: Params) -> None:

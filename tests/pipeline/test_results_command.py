@@ -77,19 +77,11 @@ def test_results_for_programs_are_plain_values(finished: Project, invoke: Invoke
     assert found["tasks"]["lra-text"] == {"baselines": {}, "mechanisms": []}
 
 
-def test_a_report_that_would_show_less_is_refused_in_one_line_and_made_with_force(
-    finished: Project, invoke: Invoke
-) -> None:
+def test_a_report_shows_what_is_finished_in_place_of_the_one_before(finished: Project, invoke: Invoke) -> None:
     folder = Path("reports/tiny")
     folder.mkdir(parents=True)
     (folder / "index.md").write_text("# Profile tiny\n\nFor tests.\n\n7 of 12 cells are finished.\n")
-    code, out, err = invoke("report")
-    assert (code, out) == (2, "")
-    assert err == (
-        "error: reports/tiny shows 7 finished cells, a new report would show 6; pass --force to replace it\n"
-    )
-    assert [path.name for path in folder.iterdir()] == ["index.md"]
-    code, out, err = invoke("report", "--force", "--reference", "mean", "--margin", "2")
+    code, out, err = invoke("report", "--reference", "mean", "--margin", "2")
     assert (code, out, err) == (0, "report: reports/tiny/index.html\n", "")
     index = (folder / "index.md").read_text()
     assert "6 of 12 cells are finished." in index
