@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import matplotlib.style
+import pandas as pd
 
 from pipeline.grid.params import Params
+from pipeline.host.text import counted
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._figure import STYLE, Figure
 from pipeline.reporting._page import render_page
-from pipeline.reporting._results import collect
+from pipeline.reporting._results import CELL, Results, collect
 from pipeline.reporting._statistics import MARGIN
 from pipeline.reporting._table import Table, Text
+from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.registry import Registry
 
@@ -39,7 +42,9 @@ class Report(ABC):
 REPORTS: Registry[Report] = Registry("report", "pipeline.reporting", Report)  # type: ignore[type-abstract]
 
 
-def build(params: Params, root: Path, *, reference: str = "softmax", margin: float = MARGIN) -> None:
+def build(
+    params: Params, root: Path, *, reference: str = "softmax", margin: float = MARGIN, force: bool = False
+) -> None:
     """Write reports/PROFILE and reports/index.md from whatever is finished.
 
     Args:
@@ -47,9 +52,19 @@ def build(params: Params, root: Path, *, reference: str = "softmax", margin: flo
         root: the project's folder.
         reference: the mechanism that the others are compared with.
         margin: points of accuracy within which two mechanisms count as equal.
+        force: also where the report that is there shows cells of the grid of which there are no results any more.
+
+    Raises:
+        UserError: there are such cells.
     """
     results = collect(params, root, reference, margin)
     folder = root / "reports" / params.profile
+    lost = [] if force else _lost(results, folder / "tables/cells.csv")
+    if lost:
+        raise UserError(
+            f"reports/{params.profile} shows {counted(len(lost), 'finished cell')} without results by now, such as "
+            f"{lost[0]}; `schoenbat-exp report --force` builds it without"
+        )
     building, former = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (building, former):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -70,6 +85,15 @@ def build(params: Params, root: Path, *, reference: str = "softmax", margin: flo
     building.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
     _write_overview(root / "reports")
+
+
+def _lost(results: Results, table: Path) -> list[str]:
+    """Return the cells of the grid without results that are finished in a table of cells."""
+    if not table.is_file():
+        return []
+    shown = pd.read_csv(table, dtype=str, keep_default_na=False)
+    finished = {"-".join(filter(None, axes)) for axes in shown[shown.test_accuracy != ""][CELL].itertuples(index=False)}
+    return [cell for cell in results.cells.id[results.cells.state == "missing"] if cell in finished]
 
 
 def _write_overview(folder: Path) -> None:

@@ -174,11 +174,12 @@ def report(
     profile: Profile = None,
     reference: Annotated[str, option("The mechanism that the others are compared with.")] = "softmax",
     margin: Annotated[float, option("Points of accuracy within which two count as equal.")] = 1.0,
+    force: Annotated[bool, option("Even if the report there shows results that are gone.", "--force")] = False,
 ) -> None:
     """Build tables, figures and the page from what is finished."""
     from pipeline.stages import report as stage
 
-    stage.run(load(profile), reference=reference, margin=margin)
+    stage.run(load(profile), reference=reference, margin=margin, force=force)
 
 
 @_add("bench")

@@ -8,17 +8,17 @@ from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 
 
-def run(params: Params, *, reference: str, margin: float) -> None:
+def run(params: Params, *, reference: str, margin: float, force: bool) -> None:
     """Write reports/PROFILE; cells that are missing are shown as such.
 
     Args:
-        reference, margin: as in `reporting.build`.
+        reference, margin, force: as in `reporting.build`.
 
     Raises:
-        UserError: an unknown mechanism, or a margin that is not positive.
+        UserError: an unknown mechanism, a margin that is not positive, or a report that shows results that are gone.
     """
     ATTENTIONS.get(reference)
     if not 0 < margin <= 100:
         raise UserError(f"--margin must lie between 0 and 100 points, not {margin:g}")
-    reporting.build(params, Path(), reference=reference, margin=margin)
+    reporting.build(params, Path(), reference=reference, margin=margin, force=force)
     print(f"report: reports/{params.profile}/index.html")

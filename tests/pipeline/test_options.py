@@ -55,7 +55,7 @@ WHERE = {
     ("logs", "-f"): HERE,
     ("list", "--json"): HERE,
     ("use", "--force"): HERE,
-    **{("report", option): "test_results_command.py" for option in ("--reference", "--margin")},
+    **{("report", option): "test_results_command.py" for option in ("--reference", "--margin", "--force")},
     ("results", "--json"): "test_results_command.py",
     ("doctor", "--json"): "test_doctor.py",
     ("", "--version"): HERE,

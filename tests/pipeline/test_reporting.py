@@ -404,6 +404,22 @@ def test_latex_specials_are_escaped(complete: Path) -> None:
     assert "±" not in text
 
 
+def test_a_report_is_not_replaced_by_one_without_results_that_are_gone(
+    complete: Path, tmp_path: Path, params: Params
+) -> None:
+    shutil.copytree(complete / "reports", tmp_path / "reports")
+    before = read_all(tmp_path / "reports")
+    message = (
+        "reports/cpu shows 24 finished cells without results by now, such as lra-listops-softmax-transformer-42; "
+        "`schoenbat-exp report --force` builds it without"
+    )
+    with pytest.raises(UserError, match=message):
+        reporting.build(params, tmp_path)
+    assert read_all(tmp_path / "reports") == before
+    reporting.build(params, tmp_path, force=True)
+    assert "0 of 24 cells are finished." in (tmp_path / "reports/cpu/index.md").read_text()
+
+
 def test_a_grid_made_smaller_gets_its_smaller_report(complete: Path, tmp_path: Path, params: Params) -> None:
     shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
     reporting.build(dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"])), tmp_path)

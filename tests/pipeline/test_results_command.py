@@ -81,7 +81,7 @@ def test_a_report_shows_what_is_finished_in_place_of_the_one_before(finished: Pr
     folder = Path("reports/tiny")
     folder.mkdir(parents=True)
     (folder / "index.md").write_text("# Profile tiny\n\nFor tests.\n\n7 of 12 cells are finished.\n")
-    code, out, err = invoke("report", "--reference", "mean", "--margin", "2")
+    code, out, err = invoke("report", "--force", "--reference", "mean", "--margin", "2")
     assert (code, out, err) == (0, "report: reports/tiny/index.html\n", "")
     index = (folder / "index.md").read_text()
     assert "6 of 12 cells are finished." in index
