@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def run(
     if trained.code_has_changed():
         print(f"warning: the code has changed since {cell} was trained, so its answers may have, too", file=sys.stderr)
     trained.classifier.model.to(device)
-    found = [dict(list(ranked.items())[:top]) for ranked in trained.classifier.predict(examples)]
+    with warnings.catch_warnings(record=True, action="always") as told:
+        found = [dict(list(ranked.items())[:top]) for ranked in trained.classifier.predict(examples)]
+    for warning in told:
+        print(f"warning: {warning.message}", file=sys.stderr)
     if as_json:
         answers = [{"text": example, "classes": ranked} for example, ranked in zip(examples, found, strict=True)]
         print(json.dumps({"cell": cell, "profile": trained.profile, "predictions": answers}))

@@ -7,6 +7,7 @@ from and how a text becomes tokens. Needs safetensors (extra `schoenbat[pretrain
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.tasks import TASKS, Task
+from schoenbat.lra.tasks.table import UNKNOWN
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -156,6 +158,8 @@ class PretrainedClassifier:
     def predict(self, examples: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[dict[str, float]]:
         """Return for each example the probabilities of all classes by their names, the likeliest first.
 
+        Warns of an example most of whose words or characters no text of the training has: its answer says little.
+
         Raises:
             UserError: as `encode` does, or the task has labels at positions and not of texts.
         """
@@ -164,7 +168,17 @@ class PretrainedClassifier:
         device = next(self.model.parameters()).device
         found = []
         for start in range(0, len(examples), batch_size):
-            logits = self.model(self.encode(examples[start : start + batch_size]).to(device))
+            tokens = self.encode(examples[start : start + batch_size])
+            if "vocabulary" in self.config.data:
+                for number, of_example in enumerate(tokens, start=start + 1):
+                    unknown, total = (int(found.sum()) for found in (of_example == UNKNOWN, of_example != 0))
+                    if 2 * unknown > total:
+                        warnings.warn(
+                            f"text {number}: {unknown} of its {total} {self.config.data['tokens']} are in no training "
+                            "text, so its answer says little",
+                            stacklevel=2,
+                        )
+            logits = self.model(tokens.to(device))
             for row in logits.double().softmax(-1).tolist():
                 ranked = sorted(zip(self.class_names, row, strict=True), key=lambda named: -named[1])
                 found.append(dict(ranked))

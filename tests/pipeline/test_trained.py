@@ -94,6 +94,14 @@ def test_predict_names_the_classes_of_texts_it_has_never_seen(trained: Path, inv
     assert out.splitlines()[0].endswith("%  a dull thing")
 
 
+def test_predict_says_of_a_text_of_unknown_words_that_its_answer_says_little(trained: Path, invoke: Invoke) -> None:
+    code, out, err = invoke("predict", "--cell", SOFTMAX, "a dull thing", "quibble zounds", "zounds, a film")
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert err == ("warning: text 2: 2 of its 2 words are in no training text, so its answer says little\n")
+    with pytest.warns(UserWarning, match="2 of its 2 words"):
+        load_trained(SOFTMAX).classifier.predict(["quibble zounds"])
+
+
 def test_predict_reads_a_file_or_standard_input_and_speaks_json(
     trained: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
