@@ -23,7 +23,7 @@ from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
-from schoenbat.ops.reference import AttentionInputs, fill_masked
+from schoenbat.ops.reference import AttentionInputs, fill_masked, normalise
 from schoenbat.replacement import describe, evaluating, is_of_transformers, kernel_form
 
 __all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
@@ -140,7 +140,7 @@ def _look(
         deviation = (scores.square().sum(-1) / counts - mean.square()).clamp_min(0).sqrt()
         largest = scores.abs().amax((0, 2, 3)).tolist()
         spread = (deviation.sum((0, 2)) / seen.sum().clamp_min(1)).tolist()
-        squares = estimate.function.normalise(scores, exact.allowed).square().sum(-1)
+        squares = normalise(estimate.function, scores, exact.allowed).square().sum(-1)
         keys = (squares.reciprocal().masked_fill(~seen, 0.0).sum((0, 2)) / seen.sum().clamp_min(1)).tolist()
         shares: dict[int | Estimate, list[float]] = {}
         for setting in settings:

@@ -59,6 +59,7 @@ from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.training import add_gradients, examples_at_once
 from schoenbat.norm import pre_sbn
 from schoenbat.ops.linear import State, extend
+from schoenbat.ops.reference import normalise
 
 CHECKS = ("attn", "dotf", "length", "direction", "num_features", "threads", "relative_error")
 DOTF = "exp"
@@ -334,7 +335,7 @@ def _errors(contender: Contender, inputs: tuple[Tensor, Tensor, Tensor], weight:
     query, key, value = (x.detach().double().requires_grad_() for x in inputs)
     allowed = torch.arange(length, device=weight.device) <= picked[:, None] if contender.is_causal else None
     scores = query[..., picked, :] @ key.mT * query.shape[-1] ** -0.5
-    truth = KERNELS.get(DOTF)().normalise(scores, allowed) @ value
+    truth = normalise(KERNELS.get(DOTF)(), scores, allowed) @ value
     true_gradients = torch.autograd.grad(truth, (query, key, value), weight.double())
     found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
     errors = _relative_error([output.detach()], [truth.detach()]), _relative_error(found, true_gradients)

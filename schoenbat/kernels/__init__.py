@@ -21,8 +21,6 @@ from schoenbat.errors import UserError
 from schoenbat.kernels._series import MaclaurinSeries
 from schoenbat.registry import Registry
 
-SMALLEST_SHARE = 1e-3
-"""The least that a sum of weights counts for in `Kernel.normalise`, as a share of the sum of their absolute values."""
 _RANGE = 16.0
 """Where a kernel that is defined everywhere is looked at."""
 _LOW = 32
@@ -92,34 +90,6 @@ class Kernel(ABC):
             hint = "; named kernels are KERNELS.get(name)()" if isinstance(f, str) else ""
             raise UserError(f"Kernel.from_callable takes a function of a tensor, not {f!r} ({type(f).__name__}){hint}")
         return _CallableKernel(f, radius, name or str(getattr(f, "__name__", type(f).__name__)))
-
-    def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        """Divide f(scores) where `allowed`, else 0, by its sum along the last axis.
-
-        What `scores` holds where it is not allowed, NaN and infinity included, changes no bit of the result. Weights
-        of any size are normalised alike. A row in which nothing is allowed comes out finite and means nothing, and one
-        whose weights are all 0 comes out as 0. Where f is negative somewhere, a sum of weights closer to 0 than
-        `SMALLEST_SHARE` of the sum of their absolute values is moved there with its sign, which keeps the result
-        finite; other kernels never meet this rule.
-
-        Args:
-            scores: [..., M], below `radius` in absolute value wherever allowed.
-            allowed: bool, broadcastable to `scores`, or None for everywhere.
-        """
-        if self.is_exponential:
-            if allowed is not None:
-                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-            return torch.softmax(scores, -1)
-        if allowed is None:
-            weights = self(scores)
-        else:
-            # 0 lies inside every radius of convergence, so f is evaluated only where it is defined.
-            weights = self(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
-        total = weights.sum(-1, keepdim=True)
-        size = torch.linalg.vector_norm(weights, 1, -1, keepdim=True)
-        least = SMALLEST_SHARE * size
-        total = torch.where(total < 0, torch.minimum(total, -least), torch.maximum(total, least))
-        return weights / total.masked_fill(size == 0, 1.0)
 
 
 class _CallableKernel(Kernel):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from schoenbat.features.plan import FeatureMap, Products
-from schoenbat.ops.reference import two_point_mean
+from schoenbat.ops.reference import least_sum, two_point_mean
 
 STANDARD_ERRORS = 3.0
 FEW_KEYS = 4.0
@@ -176,9 +176,11 @@ def _least_denominator(features: FeatureMap, moments: Moments) -> Tensor:
     values = [(weight, kernel((node * spread).clamp(-largest, largest))) for node, weight in _NODES]
     expected = sum(weight * value for weight, value in values)
     mean_square = sum(weight * value.square() for weight, value in values)
+    noise = STANDARD_ERRORS * features.error * _root(mean_square / number)
+    if kernel.is_signed:
+        return torch.maximum(least_sum(kernel, square), noise)
     typical = two_point_mean(kernel, mean, square)
-    typical = typical + features.error * (expected - typical).clamp_min(0)
-    return torch.maximum(typical, STANDARD_ERRORS * features.error * _root(mean_square / number))
+    return torch.maximum(typical + features.error * (expected - typical).clamp_min(0), noise)
 
 
 def trust(features: FeatureMap, number: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.ops._bounds import cooled_parts, limits_of, lost_mass, moments_of, trust
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, look_up_in_parts, sum_keys
-from schoenbat.ops.reference import divide, split, two_point_mean
+from schoenbat.ops.reference import away_from_zero, divide, keep_from_zero, least_sum, split
 
 MANY_CHUNKS = 128
 """Beyond so many chunks a scan over them is faster than a product with a triangle."""
@@ -207,7 +207,9 @@ def _attend(
         highest = torch.maximum(top, level.detach())
         near = torch.exp(top - highest) * near + torch.exp(level - highest) * found
     numerator, total = split(near)
-    return numerator / torch.where(total > 0, total, 1.0)
+    if features.kernel.is_signed:
+        numerator, total = _keep_sum_from_zero(features, numerator, total, far, query, key, extended, lower, scale)
+    return numerator / torch.where(total == 0, 1.0, total)
 
 
 def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,8 +221,6 @@ def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lo
     allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
     weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
     products = weights @ extended
-    if kernel.is_signed:
-        products = products + _lacking_near(features, products, scores, allowed, extended)
     return products, torch.zeros_like(products[..., :1])
 
 
@@ -242,19 +242,33 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         level = level + lost_mass(moments.square - moments.mean.square(), factor, count)
         query = query * factor
     found = look_up_in_parts(cooled_parts(features, products, query, first, second, moments), far.sums)
-    denominator = torch.maximum(found[..., -1:], count * least)
+    denominator = keep_from_zero(features.kernel, found[..., -1:], count * least)
     # Shrink the numerator towards denominator * mean value.
     kept = trust(features, count)
     found = torch.addcmul(kept * found, denominator - kept * found[..., -1:], far.total / count)
     return found, torch.where(total > 0, level, LOWEST)
 
 
-def _lacking_near(features: FeatureMap, products: Tensor, scores: Tensor, allowed: Tensor, extended: Tensor) -> Tensor:
-    """Compute what numerators and denominators of a chunk lack to the floor of a kernel of both signs."""
-    kept = allowed.to(scores.dtype)
-    total = kept.sum(-1, keepdim=True)
-    count = total.clamp_min(1)
-    scores = scores * kept
-    mean, square = scores.sum(-1, keepdim=True) / count, scores.square().sum(-1, keepdim=True) / count
-    lacking = (total * two_point_mean(features.kernel, mean, square) - products[..., -1:]).clamp_min(0)
-    return lacking * (kept @ extended / count)
+def _keep_sum_from_zero(
+    features: FeatureMap,
+    numerator: Tensor,
+    total: Tensor,
+    far: Far | None,
+    query: Tensor,
+    key: Tensor,
+    extended: Tensor,
+    lower: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Keep the sum of the weights of a kernel of both signs from 0, as `reference.normalise` does."""
+    allowed = (lower & (extended[..., -1].unsqueeze(-2) > 0)).to(query.dtype)
+    values = allowed @ extended
+    square = ((scale * query @ key.mT).square() * allowed).sum(-1, keepdim=True)
+    if far is not None:
+        assert far.moments is not None
+        values = values + far.total
+        square = square + scale**2 * ((query @ far.moments[..., 1:, :]) * query).sum(-1, keepdim=True)
+    value, number = split(values)
+    count = number.clamp_min(1)
+    kept = away_from_zero(total, number * least_sum(features.kernel, square.clamp_min(0) / count))
+    return numerator + (kept - total) * value / count, kept

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from schoenbat.kernels import Kernel
-from schoenbat.ops.reference import AttentionInputs, fill_masked
+from schoenbat.ops.reference import AttentionInputs, fill_masked, normalise
 
 POOR = 0.5
 _QUERIES = 64
@@ -64,4 +64,4 @@ def compare_exactly(kernel: Kernel, inputs: AttentionInputs) -> Exact:
             allowed = allowed & key_mask[:, None, rows, None]
     scores = scale * (query[:, :, rows].to(wide) @ k.mT).masked_fill(~allowed, 0.0)
     counts = allowed.sum(-1, keepdim=True).clamp_min(1)
-    return Exact(kernel.normalise(scores, allowed) @ v, allowed.to(wide) @ v / counts, scores, allowed, rows)
+    return Exact(normalise(kernel, scores, allowed) @ v, allowed.to(wide) @ v / counts, scores, allowed, rows)

@@ -31,7 +31,7 @@ from schoenbat.ops import _causal
 from schoenbat.ops._bounds import cooled_parts, limits_of, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_in_parts, attend_plainly, extend_value
-from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
+from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, keep_from_zero, split
 
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
 
@@ -217,9 +217,10 @@ def _bounded(
     query = query if factor is None else query * factor
     parts = cooled_parts(features, products, query, first, second, moments)
     deviation, denominator = split(attend_in_parts(parts, key, extended))
-    denominator = torch.maximum(denominator if excess is None else denominator - mass * excess, mass * least)
+    denominator = denominator if excess is None else denominator - mass * excess
+    denominator = keep_from_zero(features.kernel, denominator, mass * least)
     # Where no key is there, all is 0.
-    denominator = torch.where(denominator > 0, denominator, 1.0)
+    denominator = torch.where(denominator == 0, 1.0, denominator)
     return torch.addcmul(average, trust(features, number), deviation / denominator)
 
 
@@ -233,6 +234,8 @@ def _extend(
     bounded: bool,
 ) -> tuple[Tensor, State]:
     if isinstance(features, FeatureMap) and features.near:
+        # The sum of a kernel of both signs is kept from 0 by the moments that bounds need.
+        bounded = bounded or features.kernel.is_signed
         return _causal.extend(features, state, query, key, extended, scale, bounded)
     root = math.sqrt(scale)
     unit = features.plan.unit if isinstance(features, FeatureMap) else 1.0

@@ -17,7 +17,15 @@ from torch import Tensor
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops._bounds import Moments, limits_of, lost_mass, trust
 from schoenbat.ops._causal import chunk_length
-from schoenbat.ops.reference import SMALLEST, AttentionInputs, divide, fill_masked, two_point_mean
+from schoenbat.ops.reference import (
+    SMALLEST,
+    AttentionInputs,
+    away_from_zero,
+    divide,
+    fill_masked,
+    keep_from_zero,
+    least_sum,
+)
 
 
 def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool) -> Tensor:
@@ -45,20 +53,22 @@ def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool
     else:
         chunk = chunk_length(features)
         near = seen * (place // chunk == row // chunk)
-        scores, count = near * (scale * query @ key.mT), near.sum(-1, keepdim=True).clamp_min(1)
-        weights = near * kernel(scores)
+        scores = scale * query @ key.mT
+        weights = near * kernel(near * scores)
         numerator, total = weights @ value, weights.sum(-1, keepdim=True)
-        if kernel.is_signed:
-            mean, square = (moment.sum(-1, keepdim=True) / count for moment in (scores, scores.square()))
-            floor = near.sum(-1, keepdim=True) * two_point_mean(kernel, mean, square)
-            lacking = (floor - total).clamp_min(0)
-            numerator, total = numerator + lacking * (near @ value) / count, total + lacking
         first = there[:, :, :chunk] * kernel.is_exponential
         centre = (first * key[:, :, :chunk]).sum(-2, keepdim=True) / first.sum(-2, keepdim=True).clamp_min(1)
+        bounded = bounded or kernel.is_signed
         far = _estimate(features, inputs._replace(query=query, key=key - centre), seen - near, bounded, False)
         shift = torch.exp(scale * query @ centre.mT)
         numerator, total = numerator + shift * far[0], total + shift * far[1]
-        out = numerator / torch.where(total > 0, total, 1.0)
+        if kernel.is_signed:
+            count = seen.sum(-1, keepdim=True)
+            kept = away_from_zero(
+                total, count * least_sum(kernel, (seen * scores.square()).sum(-1, keepdim=True) / count)
+            )
+            numerator, total = numerator + (kept - total) * (seen @ value) / count, kept
+        out = numerator / torch.where(total == 0, 1.0, total)
     return out.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
@@ -99,7 +109,7 @@ def _estimate(
     below, above = features(root * factor * query), features(root * factor * cooler * query)
     weight = weight * (torch.cat([below[..., :low], above[..., low:]], -1) @ key_features.mT)
     total = weight.sum(-1, keepdim=True)
-    floored = torch.maximum(total if excess is None else total - excess * mass, mass * least)
+    floored = keep_from_zero(features.kernel, total if excess is None else total - excess * mass, mass * least)
     numerator = floored * (share @ value) + trust(features, number) * (weight @ value - total * (share @ value))
     if features.kernel.is_exponential and not centred:
         lost = torch.exp((1 - factor) * first + lost_mass(square - first.square(), factor, number))

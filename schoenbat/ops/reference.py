@@ -4,8 +4,8 @@ Shapes here and in the sister modules: B batch, H heads, N queries, M keys, D fe
 v width of a value. `key_mask` is [B, M], True = attend.
 
 A kernel that takes both signs (`Kernel.is_signed`), such as x or sinh, makes the quotient ill-posed: its denominator
-passes zero. There a denominator is kept above what the first two moments of the arguments give (`two_point_mean`), and
-what is added to it goes to the mean value.
+passes zero. One that is closer to 0 than `least_sum` is moved there with its sign, and what is added to it goes to the
+mean value. Any other quotient is the formula, with a negative sum as a negative sum.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from schoenbat.kernels import Kernel
 
 SMALLEST = 1e-6
 """Denominators closer to 0 than this part of what all keys together could weigh are moved there."""
-SIGNED_FLOOR = 0.1
+SMALLEST_SHARE = 1e-3
 """For a kernel of both signs, the least denominator as a part of what arguments of one sign would give."""
 
 
@@ -56,9 +56,24 @@ def divide(numerator: Tensor, denominator: Tensor, smallest: float = SMALLEST) -
     return numerator / away_from_zero(denominator, smallest)
 
 
-def away_from_zero(denominator: Tensor, smallest: float = SMALLEST) -> Tensor:
-    """Return the denominator that `divide` divides by."""
+def away_from_zero(denominator: Tensor, smallest: float | Tensor) -> Tensor:
+    """Move a denominator that is closer to 0 than `smallest` there, with its sign."""
     return torch.where(denominator < 0, denominator.clamp_max(-smallest), denominator.clamp_min(smallest))
+
+
+def least_sum(kernel: Kernel, mean_square: Tensor) -> Tensor:
+    """Return how far from 0 the mean weight of keys is kept, by the mean square of their arguments.
+
+    It is a part of f at their root mean square, for a kernel of both signs, and 0 for others.
+    """
+    if not kernel.is_signed:
+        return torch.zeros_like(mean_square)
+    return SMALLEST_SHARE * kernel(mean_square.clamp_min(torch.finfo(mean_square.dtype).tiny).sqrt())
+
+
+def keep_from_zero(kernel: Kernel, denominator: Tensor, least: Tensor) -> Tensor:
+    """Keep an estimated denominator at least `least`; that of a kernel of both signs so far from 0, with its sign."""
+    return away_from_zero(denominator, least) if kernel.is_signed else torch.maximum(denominator, least)
 
 
 def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
@@ -67,26 +82,45 @@ def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
         f_even(r) + f_odd(r) mean / r,    r^2 the mean square.
 
     Its even part is at most that of any other arguments with these moments, as an even f with non-negative coefficients
-    is convex in x^2 (Jensen); for f of degree 2 it is the mean of all. It has the sign of f; for a kernel of both signs
-    it is raised to at least a tenth of f(r).
+    is convex in x^2 (Jensen); for f of degree 2 it is the mean of all.
     """
     root = mean_square.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
     plus, minus = kernel(root), kernel(-root)
     # Rounding may put the mean outside of what the mean square allows.
     share = (mean / root).clamp(-1, 1)
-    found = (plus * (1 + share) + minus * (1 - share)) / 2
-    return torch.maximum(found, SIGNED_FLOOR * plus) if kernel.is_signed else found
+    return (plus * (1 + share) + minus * (1 - share)) / 2
 
 
-def settle(products: Tensor, least: Tensor, mean: Tensor) -> Tensor:
-    """Divide numerators by denominators, [..., N, v + 1] to [..., N, v], where none may be below `least`.
+def normalise(kernel: Kernel, scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Divide f(scores) where `allowed`, else 0, by its sum along the last axis.
 
-    What a denominator lacks is the weight of keys whose share is not known: it goes to the `mean` value.
+    What `scores` holds where it is not allowed, NaN and infinity included, changes no bit of the result. Weights of any
+    size are normalised alike, and always sum to 1; where all are 0 they come out uniform, and a row in which nothing is
+    allowed comes out finite and means nothing.
+
+    Args:
+        kernel: f.
+        scores: [..., M], below the radius of f in absolute value wherever allowed.
+        allowed: bool, broadcastable to `scores`, or None for everywhere.
     """
-    numerator, denominator = split(products)
-    lacking = (least - denominator).clamp_min(0)
-    total = denominator + lacking
-    return (numerator + lacking * mean) / torch.where(total > 0, total, 1.0)
+    if kernel.is_exponential:
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, -1)
+    if allowed is None:
+        count: int | Tensor = scores.shape[-1]
+        weights = kernel(scores)
+    else:
+        # 0 lies inside every radius of convergence, so f is evaluated only where it is defined.
+        scores, count = scores.masked_fill(~allowed, 0.0), allowed.sum(-1, keepdim=True).clamp_min(1)
+        weights = kernel(scores).masked_fill(~allowed, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    kept = total
+    if kernel.is_signed:
+        kept = away_from_zero(total, count * least_sum(kernel, scores.square().sum(-1, keepdim=True) / count))
+    kept = torch.where(kept == 0, 1.0, kept)
+    weights = weights / kept + (1 - total / kept) / count
+    return weights if allowed is None else weights.masked_fill(~allowed, 0.0)
 
 
 def fill_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -120,21 +154,8 @@ def kernel_attention(
         check_square(query, key)
         lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         allowed = lower if allowed is None else allowed & lower
-    if kernel.is_signed:
-        return _attend_signed(scores, value, kernel, allowed)
-    attended = kernel.normalise(scores, allowed) @ value
+    attended = normalise(kernel, scores, allowed) @ value
     return attended if allowed is None else attended.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-
-
-def _attend_signed(scores: Tensor, value: Tensor, kernel: Kernel, allowed: Tensor | None) -> Tensor:
-    kept = torch.ones_like(scores) if allowed is None else allowed.to(scores.dtype).expand(scores.shape)
-    scores = scores * kept
-    extended = torch.nn.functional.pad(value, (0, 1), value=1.0)
-    total = kept.sum(-1, keepdim=True)
-    count = total.clamp_min(1)
-    mean, mean_square = scores.sum(-1, keepdim=True) / count, scores.square().sum(-1, keepdim=True) / count
-    least = total * two_point_mean(kernel, mean, mean_square)
-    return settle((kernel(scores) * kept) @ extended, least, kept @ value / count)
 
 
 def check_square(query: Tensor, key: Tensor) -> None:
