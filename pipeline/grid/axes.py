@@ -129,6 +129,11 @@ def stage_names(profile: str, cell: Cell) -> tuple[str, str]:
     return f"train{kernel}@{profile}-{cell.group}", f"evaluate{kernel}@{profile}-{cell.group}"
 
 
+def replace_stage_name(profile: str, cell: str) -> str:
+    """Return the stage of DVC of a cell of `trained.cells`."""
+    return f"replace@{profile}-{cell}"
+
+
 def data_stage_names(profile: str, task: str) -> tuple[str, str]:
     """Return the stages of DVC that fetch and prepare the data of a task."""
     return f"download@{profile}-{task}", f"preprocess@{profile}-{task}"

@@ -27,6 +27,7 @@ _METADATA = ("*.dist-info", "*.egg-info")
 def load_checked(path: Path = PARAMS_FILE) -> "Params":
     """Return all of a params file; raises UserError in one line that names the key."""
     from pipeline.grid.cells import check_models, expand
+    from pipeline.grid.freshness import PAPERS, REVIEWS
     from pipeline.grid.params import load_params
 
     digest = _digest(path)
@@ -38,6 +39,8 @@ def load_checked(path: Path = PARAMS_FILE) -> "Params":
             if name not in groups:
                 choices = list_choices(name, groups)
                 raise UserError(f"{path}: errors.trained: the grid has no {name!r}; choose from: {choices}")
+        if params.trained.cells and not {REVIEWS, PAPERS} <= {*params.grid.tasks}:
+            raise UserError(f"{path}: trained.cells read the texts of {REVIEWS} and {PAPERS}; list them in grid.tasks")
         check_models(params, cells)
         # Where the checkout may only be read, the next command checks it anew.
         if path == PARAMS_FILE and os.access(_RECORD.parent if _RECORD.parent.exists() else ".", os.W_OK):

@@ -50,6 +50,7 @@ grid_task, grid_attn, grid_dotf, grid_former, grid_seed, cell, group = map(
     _axis, ("task", "attn", "dotf", "former", "seed", "id", "group")
 )
 """Those of the grid, for filters."""
+replaced = _quietly(lambda: _settings()["trained"]["cells"])
 profile = _quietly(lambda: sorted(path.stem for path in Path("profiles").glob("*.yaml")))
 log = _quietly(lambda: sorted(path.stem for path in Path("logs").glob("*/*.log")))
 trained = _quietly(lambda: sorted(cell for cells in _trained().values() for cell in cells))

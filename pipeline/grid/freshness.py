@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.grid import numerics
-from pipeline.grid.axes import Cell, stage_names
+from pipeline.grid.axes import Cell, replace_stage_name, stage_names
 from pipeline.grid.numerics import digest
-from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.grid.results import CellResults, Fingerprint, Replaced
 from pipeline.host.files import read_json
 from schoenbat.errors import UserError
 
+REVIEWS, PAPERS = "lra-text", "lra-retrieval"
+"""The tasks whose texts trained models are given."""
 PROVENANCE = "provenance.json"
 CODE_VARIABLE = "SCHOENBAT_CODE"
 """The fingerprint that a grid has found for the code of a cell when it started."""
@@ -110,13 +112,25 @@ class Freshness:
         """Return whether training and test of the cell are up to date."""
         return CellResults(self.profile, cell.id).fingerprints() == [str(self.fingerprint(cell))] * 2
 
+    def replaced(self, cell: str) -> Fingerprint | None:
+        """Return what a result of a cell of `trained.cells` would be made from; None if its data has to be made."""
+        trained, data = self._settings["trained"], [self.data(task) for task in (REVIEWS, PAPERS)]
+        settings = digest([cell, trained["model"][cell.partition("-")[0]], trained["cells"][cell]])
+        return None if None in data else Fingerprint(digest(self._digests("stage", "replace")), settings, digest(data))
+
+    def is_replaced(self, cell: str) -> bool:
+        """Return whether the result of a cell of `trained.cells` is up to date."""
+        return Replaced(self.profile, cell).fingerprint() == str(self.replaced(cell))
+
     def cell_stages(self, cells: Iterable[Cell]) -> dict[str, bool]:
-        """Return of the stages of DVC that train and test `cells` whether all of these are up to date."""
+        """Return whether the stages of DVC that train and test `cells`, and those that replace, are up to date."""
         stages: dict[str, bool] = {}
         for cell in cells:
             train, test = stage_names(self.profile, cell)
             stages[train] = stages.get(train, True) and self.is_trained(cell)
             stages[test] = stages.get(test, True) and self.is_finished(cell)
+        for name in self._settings["trained"]["cells"]:
+            stages[replace_stage_name(self.profile, name)] = self.is_replaced(name)
         return stages
 
 

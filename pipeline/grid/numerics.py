@@ -23,6 +23,9 @@ from pipeline.host.files import write_json
 from schoenbat.registry import VARIANT_MARK, Registry, base_name
 
 FOLDER = Path("numerics")
+PACKAGES = ("schoenbat", "pipeline")
+REPLACING = ("linear", "mean", "nystromformer", "performer", "rfa", "window")
+"""Mechanisms that can replace the attention of a trained model."""
 _ENTRY_POINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "attention": {
         "schoenbat.lra.training": ("fit", "predict", "save_model", "load_model"),
@@ -39,12 +42,12 @@ _REGISTRIES: Mapping[str, Registry[Any]] = {
     "kernel": Registry("dotf", "schoenbat.kernels", object),
     "task": Registry("task", "schoenbat.lra.tasks", object, group="schoenbat.tasks"),
 }
-_STAGES: Mapping[str, str] = {
-    "bench": "pipeline.stages.bench",
-    "errors": "pipeline.stages.errors",
-    "report": "pipeline.reporting",
+_STAGES: Mapping[str, tuple[str, ...]] = {
+    "bench": ("pipeline.stages.bench",),
+    "errors": ("pipeline.stages.errors",),
+    "replace": ("pipeline.stages.replace", *(f"schoenbat.attention.{name}" for name in REPLACING)),
+    "report": ("pipeline.reporting",),
 }
-PACKAGES = ("schoenbat", "pipeline")
 _NO_NUMERICS = (
     "schoenbat.errors",
     "schoenbat.files",
@@ -66,7 +69,7 @@ def component_digests(kind: str, name: str) -> dict[str, str]:
         name: of the component, variants included, or of the stage.
     """
     if kind == "stage":
-        return _reachable({_STAGES[name]: None})
+        return _reachable(dict.fromkeys(_STAGES[name]))
     registry = _REGISTRIES[kind]
     entry = registry.external().get(base_name(name))
     own = f"{registry.package}.{base_name(name)}" if entry is None else entry.module

@@ -8,14 +8,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.grid.axes import Cell, GridParams
+from pipeline.grid.numerics import REPLACING
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, read_yaml
 from schoenbat.attention import ATTENTIONS, MAX_FEATURES
 from schoenbat.errors import UserError, shorten, unknown_name
+from schoenbat.estimate import Estimate
 from schoenbat.kernels import KERNELS
 from schoenbat.lra.config import build_config
 from schoenbat.lra.encoder import ModelConfig
@@ -183,6 +185,95 @@ class ErrorsParams:
         check_bounds(self, num_features=(1, MAX_FEATURES), tokens=(2, 2**14), draws=(2, 10_000))
 
 
+@dataclass(frozen=True)
+class ModelParams:
+    """A trained model whose attention is replaced.
+
+    Attributes:
+        source: a file of an installed package, PACKAGE/FILE, or a folder that `from_pretrained` reads.
+        sha256: of that file, or of the folder's model.safetensors.
+        install: what to do where the package is not installed.
+        texts: reviews, and pairs of parts of papers; or windows.
+        tokens: of a text or window.
+        causal: a language model, whose loss is measured; else an encoder, whose embeddings are.
+    """
+
+    source: str
+    sha256: str
+    install: str
+    texts: int
+    tokens: int
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self, texts=(2, 10**5), tokens=(4, 2**20))
+
+
+@dataclass(frozen=True)
+class ReplacementParams:
+    """How a trained model attends instead; exactly where nothing is said.
+
+    Attributes:
+        estimate: arguments of `schoenbat.Estimate`, for all layers.
+        share: what `schoenbat.replace` is asked for, which chooses for each layer.
+        attention: a mechanism, with its `options`.
+        bare: of the estimate the near and heavy keys alone.
+        fit: let `schoenbat.transfer` fit kernels to a few texts.
+        draws: of the features.
+    """
+
+    estimate: dict[str, Any] = field(default_factory=dict)
+    share: float | None = None
+    attention: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    bare: bool = False
+    fit: bool = False
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        check_bounds(self, draws=(1, 1000))
+        if bool(self.estimate) + (self.share is not None) + (self.attention is not None) > 1:
+            raise ValueError("give one of estimate, share and attention")
+        if (self.bare or self.fit) and not self.estimate:
+            raise ValueError("bare and fit are for an estimate")
+        if self.estimate:
+            known = [field.name for field in fields(Estimate) if field.init]
+            for name in self.estimate:
+                if name not in known:
+                    raise unknown_name("argument of estimate", name, known)
+            Estimate(**self.estimate)
+        if self.attention is not None:
+            if self.attention not in REPLACING:
+                raise unknown_name("attention", self.attention, REPLACING)
+            build_config(ATTENTIONS.get(self.attention).Config, self.options, "options")
+
+
+@dataclass(frozen=True)
+class TrainedParams:
+    """Trained models whose attention is replaced.
+
+    Attributes:
+        cells: by name, MODEL-METHOD.
+        model: by name, without a hyphen.
+        lengths: at which the attention of each cell is timed by `bench`.
+    """
+
+    cells: dict[str, ReplacementParams]
+    model: dict[str, ModelParams] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, lengths=(1, MAX_LENGTH))
+        for name in self.cells:
+            if not _PROFILE_NAME.fullmatch(name) or model_of(name) not in self.model:
+                raise ValueError(f"cells must be called MODEL-METHOD after a section of model, not {shorten(name)}")
+
+
+def model_of(cell: str) -> str:
+    """Return the model of a cell of `trained.cells`."""
+    return cell.partition("-")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Written:
     """params.yaml as it is written; what dvc.yaml names has no default, as DVC would not know it.
@@ -200,6 +291,7 @@ class _Written:
     former: dict[str, dict[str, Any] | None]
     bench: BenchParams
     errors: ErrorsParams
+    trained: TrainedParams
     data: DataParams = field(default_factory=DataParams)
     run: RunParams = field(default_factory=RunParams)
 

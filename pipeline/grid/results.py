@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -204,6 +204,39 @@ class CellResults:
     def write_test(self, score: TestScore, predictions: "Predictions") -> None:
         write_bytes(self._file("predictions"), pack_predictions(predictions))
         write_json(self._file("test"), dataclasses.asdict(score))
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What a trained model gives whose attention is replaced, by the name of its cell in `trained.cells`.
+
+    In runs/PROFILE/trained: CELL.csv, a row for each text, and CELL.json, what it was made with, written last.
+    """
+
+    profile: str
+    cell: str
+    root: Path = Path()
+
+    def files(self) -> list[Path]:
+        folder = self.root / "runs" / self.profile / "trained"
+        return [folder / f"{self.cell}.csv", folder / f"{self.cell}.json"]
+
+    def read(self) -> tuple[list[dict[str, float]], dict[str, Any]] | None:
+        """Return the rows and what they were made with; None where there is no result."""
+        values, about = self.files()
+        return (read_rows(values, None), read_json(about)) if about.is_file() else None
+
+    def fingerprint(self) -> str | None:
+        """Return that of the result; None where there is none."""
+        about = self.files()[1]
+        return str(Fingerprint(**read_json(about)["fingerprint"])) if about.is_file() else None
+
+    def write(self, rows: Sequence[Mapping[str, float]], about: Mapping[str, Any]) -> None:
+        """Write the values of texts, rounded to six digits, and what they were made with."""
+        values, described = self.files()
+        described.unlink(missing_ok=True)
+        write_csv(values, [{name: f"{value:.6g}" for name, value in row.items()} for row in rows])
+        write_json(described, about)
 
 
 def trained_cells(profile: str, root: Path = Path()) -> list[str]:

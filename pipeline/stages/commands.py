@@ -150,7 +150,9 @@ def golden(
     from pipeline.stages import golden as stage
 
     params = load(profile)
-    stage.run(params, select(expand(params), id=cell), out)
+    chosen = [name for name in cell or () if name not in params.trained.cells]
+    replaced = [name for name in params.trained.cells if not cell or name in cell]
+    stage.run(params, select(expand(params), id=chosen) if chosen or not cell else [], replaced, out)
 
 
 @_add("download --task lra-text")
@@ -203,6 +205,18 @@ def errors(
     params = load(profile)
     cell, *_ = select(expand(params), group=[group])
     stage.run(params, cell, Path("runs", params.profile, "errors", f"{group}.csv"))
+
+
+@_add("replace --cell minilm-exact")
+def replace(
+    cell: Annotated[str, option("MODEL-METHOD of trained.cells.", names=completion.replaced)],
+    profile: Profile = None,
+    force: Force = False,
+) -> None:
+    """Measure what another attention makes of a trained model."""
+    from pipeline.stages import replace as stage
+
+    stage.run(load(profile), cell, force=force)
 
 
 def load(profile: str | None = None) -> "Params":

@@ -19,10 +19,10 @@ from schoenbat.lra.training import fit, load_model, predict, save_model
 STEPS = 4
 
 
-def run(params: Params, cells: Sequence[Cell], out: Path) -> None:
-    """Train each cell for a few steps at its own settings, and write what that gives into an .npz file.
+def run(params: Params, cells: Sequence[Cell], replaced: Sequence[str], out: Path) -> None:
+    """Write what cells give after a few steps of training at their own settings, and replaced ones on few texts.
 
-    Bits differ between processors and numbers of threads, so records are compared on one machine alone.
+    It is an .npz file. Bits differ between processors and numbers of threads, so compare on one machine alone.
 
     Raises:
         UserError: the data of a cell is not prepared.
@@ -33,6 +33,11 @@ def run(params: Params, cells: Sequence[Cell], out: Path) -> None:
     for cell in cells:
         content |= {f"{cell.id}/{name}": value for name, value in golden_record(params, cell).items()}
         print(f"{cell.id}: {STEPS} steps", flush=True)
+    for name in replaced:
+        from pipeline.stages import replace
+
+        content |= {f"{name}/{kind}": value for kind, value in replace.golden_record(params, name).items()}
+        print(f"{name}: {replace.GOLDEN_TEXTS} texts", flush=True)
     packed = io.BytesIO()
     np.savez_compressed(packed, **content)  # type: ignore[arg-type]
     write_bytes(out, packed.getvalue())

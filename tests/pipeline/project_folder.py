@@ -61,6 +61,7 @@ SETTINGS: dict[str, Any] = {
     "run": {"device": "cpu", "threads": 1},
     "bench": {"lengths": [64], "repeats": 1},
     "errors": {"num_features": [4], "tokens": 8, "draws": 2, "trained": []},
+    "trained": {"cells": {}},
 }
 
 

@@ -54,6 +54,7 @@ attention: {softmax: {}, mean: {}, kernelized: {}, rmfa: {num_features: 128, max
 former: {transformer: {}, maclauformer: {power: false}}
 bench: {lengths: [512, 1024], repeats: 5}
 errors: {num_features: [16], tokens: 8, draws: 2, trained: []}
+trained: {cells: {}}
 """
 
 
