@@ -303,7 +303,7 @@ def log(profile: OfProfile = None) -> None:
     from pipeline.models import trained
 
     profile = profile or trained.current_profile()
-    cells = trained.trained_cells(profile)
+    cells = [*trained.trained_cells(profile), *(path.stem for path in Path("runs", profile, "trained").glob("*.json"))]
     if problem := tracking.Tracker(profile, cells).finish():
         raise UserError(problem)
     print(f"MLflow has all {len(cells)} finished cells of profile {profile}: {tracking.shown(tracking.store_uri())}")

@@ -56,6 +56,7 @@ class Freshness:
         self._digests = functools.cache(digests)
         self.data = functools.cache(self._read_data)
         self.profile: str = settings["profile"]
+        self.replacing = list(settings["trained"]["cells"])
 
     def look_again(self) -> "Freshness":
         """Return the same with data and results as they are by now, and code and settings as they were."""
@@ -129,7 +130,7 @@ class Freshness:
             train, test = stage_names(self.profile, cell)
             stages[train] = stages.get(train, True) and self.is_trained(cell)
             stages[test] = stages.get(test, True) and self.is_finished(cell)
-        for name in self._settings["trained"]["cells"]:
+        for name in self.replacing:
             stages[replace_stage_name(self.profile, name)] = self.is_replaced(name)
         return stages
 

@@ -231,6 +231,11 @@ class Replaced:
         about = self.files()[1]
         return str(Fingerprint(**read_json(about)["fingerprint"])) if about.is_file() else None
 
+    def set_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Say of a result that is there that it is made from this."""
+        about = self.files()[1]
+        write_json(about, read_json(about) | {"fingerprint": dataclasses.asdict(fingerprint)})
+
     def write(self, rows: Sequence[Mapping[str, float]], about: Mapping[str, Any]) -> None:
         """Write the values of texts, rounded to six digits, and what they were made with."""
         values, described = self.files()

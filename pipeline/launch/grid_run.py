@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
 from pipeline.grid.cells import expand, select
 from pipeline.grid.code import check_code
-from pipeline.grid.freshness import Freshness, check_folders
+from pipeline.grid.freshness import PAPERS, REVIEWS, Freshness, check_folders
 from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import Params
 from pipeline.grid.results import CellResults
@@ -58,8 +58,11 @@ class RunOptions:
 
 def run_grid(params: Params, typed: RunOptions) -> int:
     """Bring the chosen cells up to date, or everything, and put it on record; return the exit code."""
-    cells = expand(params)
-    chosen = select(cells, **typed.filters)
+    cells, everything = expand(params), not any(typed.filters.values())
+    named = typed.filters.get("id") or ()
+    replacing = [name for name in params.trained.cells if everything or name in named]
+    filters = {**typed.filters, "id": [name for name in named if name not in replacing]}
+    chosen = select(cells, **filters) if everything or any(filters.values()) else []
     check_code()
     backend, at_once, kind = _backend(params, typed)
     alone = contextlib.nullcontext() if typed.dry_run else session.only_grid(_LOGS, _say)
@@ -72,10 +75,12 @@ def run_grid(params: Params, typed: RunOptions) -> int:
         # DVC writes even to tell, so a plan in a checkout that may only be read goes by cells alone.
         changed = {} if typed.dry_run and not os.access(".dvc", os.W_OK) else changed_stages()
         due = [cell for cell in chosen if typed.force or not freshness.is_finished(cell)]
-        others = _other_stages(params, due, changed, everything=not any(typed.filters.values()))
-        jobs = plan.plan_jobs(params, due, freshness, others, force=typed.force, device=kind)
+        replaced = [name for name in replacing if typed.force or not freshness.is_replaced(name)]
+        others = _other_stages(params, due, changed, everything=everything, replaced=bool(replaced))
+        jobs = plan.plan_jobs(params, due, freshness, others, force=typed.force, device=kind, replacing=replaced)
         unrecorded = _unrecorded(cells, freshness, changed)
-        title = f"profile {params.profile}: {len(due):,} of {counted(len(chosen), 'cell')} to run"
+        ids = [*(cell.id for cell in chosen), *replacing]
+        title = f"profile {params.profile}: {len(due) + len(replaced):,} of {counted(len(ids), 'cell')} to run"
         if typed.dry_run:
             _show_plan(sorted(jobs, key=lambda job: (job.exclusive, -job.seconds)), unrecorded, title, typed.as_json)
             return 0
@@ -83,17 +88,21 @@ def run_grid(params: Params, typed: RunOptions) -> int:
         recorder.add(unrecorded)
         if not jobs:
             recorder.finish(patient=True)
-            asked = share(len(chosen), len(cells), "cell", f"of profile {params.profile}")
+            asked = share(len(ids), _number(params), "cell", f"of profile {params.profile}")
             print(f"nothing to do: {asked} up to date, and so is the report; see: schoenbat-exp results")
             if tracking.is_due(params.profile):
                 with session.counted_stops() as stops:
-                    _log_rest(tracking.Tracker(params.profile, [cell.id for cell in chosen]), "FINISHED", stops)
+                    _log_rest(tracking.Tracker(params.profile, ids), "FINISHED", stops)
             return _show_unrecorded(recorder)
         print(title)
         for cell in chosen if typed.restart else ():
             CellResults(params.profile, cell.id).checkpoint.unlink(missing_ok=True)
         _say(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}")
-        return _Run(params, chosen, jobs, typed, freshness, recorder).run(backend, at_once)
+        return _Run(params, ids, jobs, typed, freshness, recorder).run(backend, at_once)
+
+
+def _number(params: Params) -> int:
+    return len(expand(params)) + len(params.trained.cells)
 
 
 @contextlib.contextmanager
@@ -125,8 +134,14 @@ def _unrecorded(cells: Collection[Cell], freshness: Freshness, changed: Mapping[
     return [name for name in _complete_stages(cells, freshness) if changed.get(name)]
 
 
-def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool) -> list[str]:
-    """Return the stages that belong to no cell and are out of date now, or will be when the cells are done."""
+def _other_stages(
+    params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool, replaced: bool = False
+) -> list[str]:
+    """Return the stages that belong to no cell and are out of date now, or will be when the cells are done.
+
+    Args:
+        replaced: whether a cell of `trained.cells` is due.
+    """
     suffix, folder = f"@{params.profile}", Path("runs", params.profile)
     first = {cell.group: cell for cell in reversed(expand(params))}
     groups = {cell.group for cell in due}
@@ -139,13 +154,13 @@ def _other_stages(params: Params, due: Sequence[Cell], changed: Mapping[str, boo
     due_now = [name for name, out in outs.items() if name in again or changed.get(name) or not out.exists()]
     found = due_now if everything else []
     report, page = f"report{suffix}", Path("reports", params.profile, "index.html")
-    return [*found, report] if due or found or changed.get(report) or not page.exists() else []
+    return [*found, report] if due or replaced or found or changed.get(report) or not page.exists() else []
 
 
 def _complete_stages(cells: Collection[Cell], freshness: Freshness) -> list[str]:
     """Return the stages of data and of groups of cells whose outputs are complete and up to date."""
     stages = {"numerics": True, **freshness.cell_stages(cells)}
-    for task in dict.fromkeys(cell.task for cell in cells):
+    for task in dict.fromkeys([*(cell.task for cell in cells), *((REVIEWS, PAPERS) if freshness.replacing else ())]):
         stages |= dict.fromkeys(data_stage_names(freshness.profile, task), freshness.has_arrays(task))
     return [name for name, complete in stages.items() if complete]
 
@@ -191,7 +206,7 @@ class _Run:
     """One grid that runs: its jobs, and the record of what they have made."""
 
     params: Params
-    chosen: Sequence[Cell]
+    chosen: Sequence[str]
     jobs: Sequence[Job]
     typed: RunOptions
     freshness: Freshness
@@ -201,7 +216,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._by_name = {job.name: job for job in self.jobs}
-        done = [cell.id for cell in self.chosen if cell.id not in self._by_name]
+        done = [cell for cell in self.chosen if cell not in self._by_name]
         self._tracker = tracking.Tracker(self.params.profile, done)
         self._cells = {cell.id: cell for cell in expand(self.params)}
 
@@ -220,7 +235,7 @@ class _Run:
         with session.counted_stops() as stops:
             try:
                 with (
-                    show_grid(params.profile, [cell.id for cell in self.chosen], state) as show,
+                    show_grid(params.profile, self.chosen, state) as show,
                     contextlib.closing(run_jobs(self.jobs, backend, heartbeat, options, state, stops)) as events,
                 ):
                     for event in events:
@@ -248,7 +263,7 @@ class _Run:
                 self.recorder.add(self._complete_stages_of(event.job))
             if event.state in (*_FAILURES, "skipped", "stopped"):
                 self.ended[event.job] = event
-            if event.state == "done" and event.job in self._cells:
+            if event.state == "done" and event.job in self.chosen:
                 self._tracker.add(event.job)
             self.measures |= event.state == "started" and self._by_name[event.job].exclusive
         if not self.measures:
@@ -290,7 +305,7 @@ class _Run:
         causes = {str(event.cause): event for event in ended.values() if event.state in _FAILURES}
         for stage, event in causes.items():
             print(f"{event.state}: {stage}: {event.text} (log: {event.log})")
-        ends = [ended[cell.id] for cell in self.chosen if cell.id in ended]
+        ends = [ended[cell] for cell in self.chosen if cell in ended]
         for stage, number in Counter(str(end.cause) for end in ends if end.state == "skipped").items():
             print(f"not run, because {stage} {causes[stage].state}: {counted(number, 'cell')}")
         waiting = sum(event.state == "stopped" and event.log is None for event in ended.values())
@@ -298,7 +313,7 @@ class _Run:
             print(f"not started: {counted(waiting, 'job')}")
         unrecorded = _show_unrecorded(self.recorder)
         if not ended and not unrecorded:
-            print(f"{share(len(self.chosen), len(self._cells), 'cell', f'of profile {profile}')} done")
+            print(f"{share(len(self.chosen), _number(self.params), 'cell', f'of profile {profile}')} done")
         if any(event.state != "unavailable" for event in causes.values()) or unrecorded:
             return 1
         return 3 if causes else 0

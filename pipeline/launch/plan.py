@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import psutil
 
-from pipeline.grid.axes import Cell, data_stage_names, stage_names
+from pipeline.grid.axes import Cell, data_stage_names, replace_stage_name, stage_names
 from pipeline.grid.cells import expand
-from pipeline.grid.freshness import CODE_VARIABLE, Freshness
+from pipeline.grid.freshness import CODE_VARIABLE, PAPERS, REVIEWS, Freshness
 from pipeline.grid.params import Params, cell_training
 from pipeline.grid.results import CellResults, Resources
 from pipeline.grid.settings import PARAMS_FILE, PARAMS_VARIABLE
@@ -29,9 +29,16 @@ _TOKENS_PER_SECOND, _PAIRS_PER_SECOND = 2e4, 2e7
 
 
 def plan_jobs(
-    params: Params, due: Sequence[Cell], freshness: Freshness, others: Sequence[str], *, force: bool, device: str
+    params: Params,
+    due: Sequence[Cell],
+    freshness: Freshness,
+    others: Sequence[str],
+    *,
+    force: bool,
+    device: str,
+    replacing: Sequence[str] = (),
 ) -> list[Job]:
-    """Return the jobs that bring `due` up to date: one per task for its data, one per cell, one for anything else.
+    """Return the jobs that bring cells up to date: one per task for its data, one per cell, one for anything else.
 
     What is neither data nor a cell measures the machine or gathers results, so it gets the machine and comes last,
     whatever became of the cells. DVC runs it, if it is out of date by then.
@@ -40,11 +47,12 @@ def plan_jobs(
         freshness: of the start of the grid, which is fixed for it.
         others: stages of DVC that belong to no cell, in the order in which they can run.
         force: train and test again what is up to date.
+        replacing: due cells of `trained.cells`.
         device: the kind of device they run on, "cpu" or "cuda": memory is known for the kind it was measured on.
     """
     profile, minutes = params.profile, params.run.timeout_minutes
     jobs = []
-    for task in dict.fromkeys(cell.task for cell in due):
+    for task in dict.fromkeys([*(cell.task for cell in due), *((REVIEWS, PAPERS) if replacing else ())]):
         if not freshness.has_arrays(task):
             stages = dict(zip(data_stage_names(profile, task), ("download", "preprocess"), strict=True))
             work = _work(stages, ["--profile", profile, "--task", task])
@@ -58,6 +66,10 @@ def plan_jobs(
         seconds, memory = known.expected(cell)
         data = (f"data-{cell.task}",)
         jobs.append(Job(cell.id, work, needs=data, seconds=seconds, memory_mb=memory, saves=True))
+    for name in replacing:
+        options = ["--profile", profile, "--cell", name, *(["--force"] if force else [])]
+        work = _work({replace_stage_name(profile, name): "replace"}, options)
+        jobs.append(Job(name, work, needs=(f"data-{REVIEWS}", f"data-{PAPERS}")))
     for position, name in enumerate(others):
         # DVC reads params.yaml itself, so the command has to read the same.
         command = f"dvc repro --single-item {shlex.quote(name)}"

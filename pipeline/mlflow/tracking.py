@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import re
+import statistics
 import tempfile
 import threading
 import time
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from pipeline.grid.results import CellResults, Metrics
+from pipeline.grid.results import CellResults, Fingerprint, Metrics, Replaced
 from pipeline.grid.settings import flat
 from pipeline.host.heartbeat import HEARTBEAT_VARIABLE
 from pipeline.host.text import counted
@@ -212,6 +213,7 @@ class _Runs:
         results = CellResults(self.profile, cell)
         metrics = results.metrics()
         if metrics is None:
+            self.log_replaced(Replaced(self.profile, cell))
             return
         figures = _figures(results, metrics)
         identity = {"mlflow.parentRunId": self.parent, "cell": cell, "fingerprint": str(metrics.fingerprint)}
@@ -253,6 +255,31 @@ class _Runs:
                 self.client.finalize_logged_model(made.model_id, "READY")
                 self.client.log_outputs(number, [LoggedModelOutput(made.model_id, 0)])
         self.client.set_terminated(number, "FINISHED", began + milliseconds)
+
+    def log_replaced(self, results: Replaced) -> None:
+        """Log a cell of `trained.cells` if it is measured and MLflow lacks it."""
+        from mlflow.entities import Metric, Param
+
+        if (found := results.read()) is None:
+            return
+        rows, about = found
+        made_from = str(Fingerprint(**about["fingerprint"]))
+        identity = {"mlflow.parentRunId": self.parent, "cell": results.cell, "fingerprint": made_from}
+        known = self.find(identity)
+        if any(run.info.status == "FINISHED" for run in known):
+            return
+        for run in known:
+            self.client.delete_run(run.info.run_id)
+        tags = identity | {"git_sha": about["git_revision"], "torch": about["torch"], "device": about["device"]}
+        run = self.client.create_run(self.experiment, None, tags, results.cell)
+        model, _, method = results.cell.partition("-")
+        params = {"profile": self.profile, "model": model, "method": method, "draws": about["draws"]}
+        means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+        if heads := about["heads"]:
+            means |= {"share_median": statistics.median(heads), "share_worst": min(heads)}
+        logged = [Metric(name, mean, run.info.start_time, 0) for name, mean in means.items()]
+        self.client.log_batch(run.info.run_id, logged, [Param(name, str(value)) for name, value in params.items()])
+        self.client.set_terminated(run.info.run_id, "FINISHED")
 
 
 def _figures(results: CellResults, metrics: Metrics) -> dict[str, float]:

@@ -86,6 +86,9 @@ def take_snapshot() -> Snapshot:
         else _idle_row(profile, cell)
         for cell in cells
     ]
+    for name in freshness.replacing:
+        idle = Row(name, "done") if freshness.is_replaced(name) else _failed_row(profile, name, name)
+        rows.append(job_row(profile, name, jobs[name]) if name in jobs else idle or Row(name, "to run"))
     return assemble(profile, running, rows, jobs)
 
 
@@ -111,13 +114,20 @@ def job_row(profile: str, name: str, job: Mapping[str, Any]) -> Row:
 def _idle_row(profile: str, cell: Cell) -> Row:
     """Return the row of a cell that is not finished and that no grid is running."""
     for name in (cell.id, f"data-{cell.task}"):
-        outcome = peek(Path("logs", profile, f"{name}.outcome.json"))
-        if outcome and outcome["kind"] != "stopped":
-            state = "unavailable" if outcome["kind"] == "unavailable" else "failed"
-            return Row(cell.id, state, outcome["message"], str(Path("logs", profile, f"{name}.log")))
+        if failed := _failed_row(profile, cell.id, name):
+            return failed
     if CellResults(profile, cell.id).checkpoint.is_file():
         return Row(cell.id, "interrupted", "goes on from its checkpoint")
     return Row(cell.id, "to run")
+
+
+def _failed_row(profile: str, cell: str, job: str) -> Row | None:
+    """Return the row of a cell for which a job failed; None where it did not."""
+    outcome = peek(Path("logs", profile, f"{job}.outcome.json"))
+    if not outcome or outcome["kind"] == "stopped":
+        return None
+    state = "unavailable" if outcome["kind"] == "unavailable" else "failed"
+    return Row(cell, state, outcome["message"], str(Path("logs", profile, f"{job}.log")))
 
 
 def _seconds_left(jobs: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> float | None:

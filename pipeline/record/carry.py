@@ -16,7 +16,7 @@ from pipeline.grid.axes import Cell
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params
-from pipeline.grid.results import CellResults, read_rows
+from pipeline.grid.results import CellResults, Replaced, read_rows
 from pipeline.grid.settings import PARAMS_FILE
 from pipeline.host.devices import describe_device
 from pipeline.host.files import git, git_revision, write_csv
@@ -42,34 +42,40 @@ def carry_over(params: Params, revision: str, *, tolerance: float) -> None:
     for cell in expand(params):
         if _is_of_other_code(cell, freshness):
             groups.setdefault(cell.group, []).append(cell)
-    if not groups:
+    replaced = [name for name in freshness.replacing if _is_replaced_by_other_code(name, freshness)]
+    if not groups and not replaced:
         print("no results are out of date for their code alone")
         return
     if git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
         raise UserError(f"{revision!r} is no git revision")
     firsts = [cells[0] for cells in groups.values()]
     with _checked_out(revision) as tree:
-        before, after = _golden(params.profile, firsts, tree), _golden(params.profile, firsts, Path.cwd())
+        ids = [*(cell.id for cell in firsts), *replaced]
+        before, after = _golden(params.profile, ids, tree), _golden(params.profile, ids, Path.cwd())
     commit = git("rev-parse", "--short=12", revision)
     made = {
         **{"from": commit, "to": git_revision(), "device": describe_device(torch.device("cpu"))},
         **{"threads": params.run.threads, "torch": torch.__version__, "steps": STEPS},
     }
     rows = []
-    for cell in firsts:
-        difference = _difference(before, after, cell.id)
+    for name, compared in {**{cell.group: cell.id for cell in firsts}, **{name: name for name in replaced}}.items():
+        difference = _difference(before, after, compared)
         if math.isnan(difference) or difference > tolerance:
-            print(f"{cell.group}: differs by {difference:.3g}, so it is out of date")
+            print(f"{name}: differs by {difference:.3g}, so it is out of date")
             continue
-        rows.append({"group": cell.group, **made, "difference": difference})
-        for each in groups[cell.group]:
+        rows.append({"group": name, **made, "difference": difference})
+        for each in groups.get(name, ()):
             fingerprint = freshness.fingerprint(each)
             assert fingerprint is not None
             CellResults(params.profile, each.id).set_fingerprint(fingerprint)
+        if name in replaced:
+            fingerprint = freshness.replaced(name)
+            assert fingerprint is not None
+            Replaced(params.profile, name).set_fingerprint(fingerprint)
     path = Path("runs", params.profile, "carried.csv")
     if rows:
         write_csv(path, [*(read_rows(path, ()) if path.is_file() else ()), *rows])
-    print(f"{len(rows)} of {len(groups)} groups of cells compute the same as at {commit}: {path}")
+    print(f"{len(rows)} of {len(groups) + len(replaced)} groups of cells compute the same as at {commit}: {path}")
 
 
 def take_over(params: Params, folder: Path) -> None:
@@ -98,7 +104,21 @@ def take_over(params: Params, folder: Path) -> None:
             if source.is_file():
                 write_bytes(target, source.read_bytes())
         taken += 1
-    print(f"{share(taken, len(cells), 'cell', f'of profile {params.profile}')} taken from {folder}")
+    for name in freshness.replacing:
+        given = Replaced(params.profile, name, folder)
+        if not freshness.is_replaced(name) and given.fingerprint() == str(freshness.replaced(name)):
+            for source, target in zip(given.files(), Replaced(params.profile, name).files(), strict=True):
+                write_bytes(target, source.read_bytes())
+            taken += 1
+    number = len(cells) + len(freshness.replacing)
+    print(f"{share(taken, number, 'cell', f'of profile {params.profile}')} taken from {folder}")
+
+
+def _is_replaced_by_other_code(name: str, freshness: Freshness) -> bool:
+    wanted, found = freshness.replaced(name), Replaced(freshness.profile, name).fingerprint()
+    if wanted is None or found is None or found == str(wanted):
+        return False
+    return found.endswith(f"-{wanted.settings}-{wanted.data}")
 
 
 def _is_of_other_code(cell: Cell, freshness: Freshness) -> bool:
@@ -123,11 +143,11 @@ def _checked_out(revision: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True, capture_output=True)
 
 
-def _golden(profile: str, cells: Sequence[Cell], tree: Path) -> dict[str, np.ndarray]:
+def _golden(profile: str, cells: Sequence[str], tree: Path) -> dict[str, np.ndarray]:
     """Return the golden records of cells by the code of a checkout."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "golden.npz")
-        options = [word for cell in cells for word in ("--cell", cell.id)]
+        options = [word for cell in cells for word in ("--cell", cell)]
         command = [sys.executable, "-m", "pipeline.cli", "golden", str(out), "--profile", profile, *options]
         done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
         if done.returncode:
@@ -138,7 +158,7 @@ def _golden(profile: str, cells: Sequence[Cell], tree: Path) -> dict[str, np.nda
 
 def _difference(before: dict[str, np.ndarray], after: dict[str, np.ndarray], cell: str) -> float:
     """Return the largest difference relative to the largest value of its kind; 0 for the same bits."""
-    names = [f"{cell}/{name}" for name in ("weights", "losses", "outputs")]
+    names = [name for name in before if name.startswith(f"{cell}/")]
     pairs = [(before[name], after[name]) for name in names if not np.array_equal(before[name], after[name])]
     if any(one.shape != other.shape for one, other in pairs):
         return math.inf

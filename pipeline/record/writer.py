@@ -210,6 +210,7 @@ def _current_stages() -> set[str]:
         stages[downloaded] = not sources_have_changed(raw_folder(task))
         stages[prepared] = recorded.data(task) is not None
     stages["numerics"] = all(recorded.code(cell.attn, cell.dotf) == here.code(cell.attn, cell.dotf) for cell in cells)
+    stages["numerics"] &= all(recorded.replaced(name) == here.replaced(name) for name in here.replacing)
     return {name for name, current in stages.items() if current}
 
 

@@ -63,12 +63,14 @@ class Figure:
         )
 
 
-def new_canvas(width: float, height: float, panels: int = 1, columns: int = 1) -> tuple[Canvas, list[Axes]]:
-    """Return a figure of width x height inches with axes in rows of `columns`, of one vertical scale."""
+def new_canvas(
+    width: float, height: float, panels: int = 1, columns: int = 1, share_y: bool = True
+) -> tuple[Canvas, list[Axes]]:
+    """Return a figure of width x height inches with axes in rows of `columns`, of one vertical scale if `share_y`."""
     # A text is a little wider in one format than in another.
     canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(canvas)
-    every = list(canvas.subplots(math.ceil(panels / columns), columns, squeeze=False, sharey=True).flat)
+    every = list(canvas.subplots(math.ceil(panels / columns), columns, squeeze=False, sharey=share_y).flat)
     for axes in every[panels:]:
         axes.remove()
     return canvas, every[:panels]

@@ -45,7 +45,7 @@ def render_page(results: Results, sections: Sections, figures: Path) -> str:
     page = environment.get_template("page.html.j2").render(
         results=results,
         sections=sections,
-        finished=f"{results.num_finished} of {counted(len(results.cells), 'cell')}",
+        finished=f"{results.num_finished} of {counted(results.num_cells, 'cell')}",
         seeds=counted(len(results.seeds), "seed"),
     )
     return page + "\n"

@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, summary_file
 from pipeline.grid.params import Params, cell_training
-from pipeline.grid.results import CellResults, read_rows
+from pipeline.grid.results import CellResults, Fingerprint, Replaced, read_rows
 from pipeline.host.files import read_json
 from pipeline.host.text import counted
 from pipeline.reporting._mechanisms import Mechanism
@@ -32,6 +32,8 @@ BENCH_COUNTS = ["num_features", "threads", "length"]
 BENCH_VALUES = ["milliseconds", "peak_memory_mb", "relative_error", "speedup_vs_sdpa", "spread"]
 BENCH_SETTING = ["batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision"]
 ERROR_VALUES = ["kernel_error", "kernel_spread", "output_error", "output_spread", "unexplained", "unexplained_spread"]
+REPLACED_SETTING = ["device", "threads", "torch", "transformers", "git_revision"]
+REPLACED_TIMED = ["device", "threads", "torch", "git_revision"]
 ERROR_SETTING = ["tokens", "draws", "head_dim", "torch", "git_revision"]
 BEYOND = 2.0
 """Standard errors by which dev accuracy must be above a baseline to have passed it."""
@@ -48,6 +50,9 @@ class Results:
         curves: one row per evaluation: CELL and the columns of curves/SEED.csv.
         bench: one row per timing, with the columns of bench.csv; 0 features where a mechanism has none.
         errors: one row per estimate in a trained cell, with the columns of errors/GROUP.csv and the id as `cell`.
+        replaced: of each cell of `trained.cells` that is up to date the values of its texts, and what they were made
+            with.
+        replaced_times: one row per timing of these, with the columns of bench-trained.csv.
         data: of each prepared task, the summary of its data.
         scores: by (task, mechanism), what a mechanism gets right.
         reference: the mechanism that the others are compared with.
@@ -59,6 +64,8 @@ class Results:
     curves: pd.DataFrame
     bench: pd.DataFrame
     errors: pd.DataFrame
+    replaced: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]]
+    replaced_times: pd.DataFrame
     data: Mapping[str, Mapping[str, Any]]
     scores: Mapping[tuple[str, Mechanism], Scores]
     reference: str
@@ -78,12 +85,16 @@ class Results:
 
     @property
     def num_finished(self) -> int:
-        return int((self.cells.state == "finished").sum())
+        return int((self.cells.state == "finished").sum()) + len(self.replaced)
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.cells) + len(self.params.trained.cells)
 
     @property
     def is_check(self) -> bool:
         """Whether the profile shows that everything works, and no more."""
-        return self.profile.startswith("quick") or len(self.seeds) < 2
+        return self.profile.startswith("quick") or (len(self.seeds) < 2 and not self.params.trained.cells)
 
     @property
     def unavailable(self) -> list[str]:
@@ -134,6 +145,15 @@ class Results:
         note = f" Not trained yet, so left out: {', '.join(missing)}." if missing else ""
         return self._described({name: _distinct(self.errors[name]) for name in ERROR_SETTING}) + note
 
+    def replaced_caption(self) -> str:
+        """Describe the circumstances of replaced attentions in one line."""
+        found = pd.DataFrame([about for _, about in self.replaced.values()])
+        missing = [name for name in self.params.trained.cells if name not in self.replaced]
+        note = f" Not measured, or out of date, so left out: {', '.join(missing)}." if missing else ""
+        made = {name: _distinct(found[name]) for name in REPLACED_SETTING}
+        timed = {f"{name} of times": _distinct(self.replaced_times[name]) for name in REPLACED_TIMED}
+        return self._described(made | (timed if len(self.replaced_times) else {})) + note
+
     def _described(self, circumstances: Mapping[str, str]) -> str:
         profile = f"Profile {self.profile}: {self.params.note}".rstrip(": .")
         parts = (f"{name.replace('_', ' ')}: {text}" for name, text in circumstances.items())
@@ -153,7 +173,7 @@ class Results:
     def status(self) -> list[str]:
         """Return what the report covers and what is missing, as paragraphs of Markdown."""
         check = ["**This is a check, not a result.**"] if self.is_check else []
-        finished = f"{self.num_finished} of {len(self.cells)} cells are finished."
+        finished = f"{self.num_finished} of {self.num_cells} cells are finished."
         return [self.params.note or "No note.", finished, *check, *self.gaps()]
 
     def gaps(self) -> list[str]:
@@ -168,7 +188,7 @@ class Results:
             named = [cell for cell in self.cells.id[self.cells.state == state] if not cell.startswith(without_data)]
             if named:
                 sentences.append(f"{title}: {', '.join(named)}.")
-        if self.num_finished and self.bench.empty:
+        if self.scores and self.bench.empty:
             sentences.append("No benchmark.")
         return sentences
 
@@ -217,11 +237,21 @@ def collect(params: Params, root: Path, reference: str = "softmax", margin: floa
     bench = _read_table([folder / "bench.csv"], [*BENCH_TEXTS, *BENCH_SETTING], BENCH_COUNTS, BENCH_VALUES)
     paths = [folder / "errors" / f"{group}.csv" for group in params.errors.trained]
     errors = _read_table(paths, ["points", "dotf", "estimator", *ERROR_SETTING], ["num_features"], ERROR_VALUES)
+    times = [folder / "bench-trained.csv"]
+    replaced = {}
+    for name in params.trained.cells:
+        if (found_texts := Replaced(params.profile, name, root).read()) is not None:
+            rows, about = found_texts
+            made, wanted_now = Fingerprint(**about["fingerprint"]), freshness.replaced(name)
+            if wanted_now is not None and (made.settings, made.data) == (wanted_now.settings, wanted_now.data):
+                replaced[name] = pd.DataFrame(rows), about
     return Results(
         params,
         cells=pd.DataFrame(cells, columns=cell_columns).astype(dict.fromkeys(CELL_VALUES, float)),
         curves=pd.DataFrame(curves, columns=curve_columns),
         bench=bench,
+        replaced=replaced,
+        replaced_times=_read_table(times, ["cell", *REPLACED_TIMED], ["length"], ["milliseconds", "spread", "of_sdpa"]),
         errors=errors.assign(cell=errors.points.str.removeprefix("trained ")),
         data=data,
         scores={key: Scores.of(by_seed) for key, by_seed in predictions.items()},

@@ -26,13 +26,16 @@ def show_results(params: Params, root: Path) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     results = collect(params, root)
-    cells = counted(len(results.cells), "cell")
+    cells = counted(results.num_cells, "cell")
     console.print(Text(f"profile {results.profile}: {results.num_finished} of {cells} done"))
     if results.scores:
         comparison = Comparison(results)
         for table in _tables(comparison, console.width):
             console.print(table)
         console.print(Text(_legend(comparison), style="dim"))
+    for name, (texts, _) in results.replaced.items():
+        means = ", ".join(f"{str(measured).replace('_', ' ')} {mean:.4f}" for measured, mean in texts.mean().items())
+        console.print(Text(f"{name}: {means}"))
     for line in _next(results, root):
         console.print(Text(line))
 
@@ -58,9 +61,10 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
     return {
         "profile": results.profile,
         "finished": results.num_finished,
-        "cells": len(results.cells),
+        "cells": results.num_cells,
         "report": str(_report(results)) if (root / _report(results)).is_file() else None,
         "tasks": tasks,
+        "trained": {name: texts.mean().to_dict() for name, (texts, _) in results.replaced.items()},
     }
 
 
@@ -118,7 +122,7 @@ def _next(results: Results, root: Path) -> Iterator[str]:
         yield "This is a check, not a result."
     if has_report:
         yield f"report: {_report(results)}"
-    if results.num_finished < len(results.cells):
+    if results.num_finished < results.num_cells:
         yield "next: schoenbat-exp run --grid (schoenbat-exp status says what is missing)"
     elif not has_report:
         yield "next: schoenbat-exp report"

@@ -23,6 +23,8 @@ class Findings(Report):
     order = 0
 
     def make(self, comparison: Comparison) -> Iterator[Text]:
+        if comparison.results.cells.empty:
+            return
         shown = [line for task, on_task in comparison.tasks.items() for line in _on_task(comparison, task, on_task)]
         shown += [*_attention_matters(comparison), *_on_ppsbn(comparison)]
         yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",), "findings")
@@ -133,7 +135,7 @@ def _open(comparison: Comparison, task: str, on_task: OnTask) -> Iterator[str]:
 
 def _in_general(comparison: Comparison) -> Iterator[str]:
     results = comparison.results
-    seeds, cells = len(results.seeds), len(results.cells)
+    seeds, cells = len(results.seeds), results.num_cells
     if seeds < 2:
         yield "There is one seed: no difference can be tested."
     elif seeds < LEAST_SEEDS:

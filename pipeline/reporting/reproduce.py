@@ -19,20 +19,23 @@ class Setup(Report):
 
     def make(self, comparison: Comparison) -> Iterator[Text | Table]:
         results = comparison.results
+        of_cells = (
+            f"Seeds: {', '.join(map(str, results.seeds)) or 'none'}. At one seed all mechanisms start from the "
+            "same weights and see the same batches.",
+            f"Code: git revision {results.made_with('git_revision')}.",
+            f"Device: {results.made_with('device')}; torch {results.made_with('torch')}.",
+        )
         yield Text(
             "",
             (
-                f"Seeds: {', '.join(map(str, results.seeds)) or 'none'}. At one seed all mechanisms start from the "
-                "same weights and see the same batches.",
-                f"Code: git revision {results.made_with('git_revision')}.",
-                f"Device: {results.made_with('device')}; torch {results.made_with('torch')}.",
+                *(() if results.cells.empty else of_cells),
                 f"To make it again: schoenbat-exp use {results.profile} && schoenbat-exp run --grid",
                 f"All tables are computed from the files in runs/{results.profile}.",
             ),
         )
-        sections = {task: results.params.task[task] for task in results.tasks}
-        if not sections:
+        if results.cells.empty:
             return
+        sections = {task: results.params.task[task] for task in results.tasks}
         options = {task: asdict(section.model) | asdict(section.training) for task, section in sections.items()}
         values = pd.DataFrame.from_dict(options, orient="index", dtype=object)
         shown = values.map(_text).T.rename(index=lambda name: name.replace("_", " "))

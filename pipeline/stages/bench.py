@@ -25,12 +25,17 @@ Peak memory is what torch's allocator held at most, beyond the inputs, during on
 allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
 not seen. Mechanisms of quadratic cost are left out above `bench.max_quadratic_length`, except torch's own, which the
 speed-ups refer to.
+
+For cells of `trained.cells` that are measured, bench-trained.csv beside it has the time of a layer's forward pass on
+random tensors of the model's heads, next to torch's exact attention.
 """
 
 import functools
+import itertools
 import math
 import os
 import timeit
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,11 +47,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import timer
 
-from pipeline.grid.params import Params
+from pipeline.grid.params import Params, ReplacementParams, model_of
+from pipeline.grid.results import Replaced
 from pipeline.host.devices import describe_device, get_device, prepare_host
 from pipeline.host.files import git_revision, write_csv
 from pipeline.stages._rivals import installed_rivals
-from schoenbat.attention import ATTENTIONS, KernelAttention
+from schoenbat.attention import ATTENTIONS, Attention, KernelAttention
 from schoenbat.errors import TrainingFailed
 from schoenbat.estimate import Estimate
 from schoenbat.features.plan import FeatureMap
@@ -58,6 +64,7 @@ from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
 from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.training import add_gradients, examples_at_once
 from schoenbat.norm import pre_sbn
+from schoenbat.ops._share import PoorEstimateWarning
 from schoenbat.ops.linear import State, extend
 from schoenbat.ops.reference import normalise
 
@@ -132,20 +139,77 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
             timed += _time(_tokens(params, shape, length, device), "sdpa", repeats, device)
         if params.bench.step:
             timed += _time(_training_steps(params, device), "softmax", repeats, device)
-    setting = {
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "dtype": str(shape.dtype).removeprefix("torch."),
+    where = {
         "repeats": repeats,
         "device": describe_device(device),
         "torch": torch.__version__,
         "git_revision": git_revision(),
     }
-    write_csv(out, [row | setting for row in timed])
+    sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch.")}
+    write_csv(out, [row | sizes | where for row in timed])
     errors = [(row, row["relative_error"]) for row in timed if row["relative_error"] is not None]
     checks = [{name: row[name] for name in CHECKS} | {"relative_error": f"{error:.1e}"} for row, error in errors]
     write_csv(out.with_name("bench-checks.csv"), checks)
     print(f"{len(timed)} rows: {out}")
+    if replaced := [row | where for row in _time_replaced(params)]:
+        write_csv(out.with_name("bench-trained.csv"), replaced)
+
+
+def _time_replaced(params: Params) -> Iterator[Row]:
+    """Yield the times of one layer of each cell of `trained.cells` that is measured, the mean where layers differ."""
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, method in params.trained.cells.items():
+        found = Replaced(params.profile, name).read()
+        # What a cell without features computes in vain has to be left out first.
+        if found is not None and not method.bare:
+            measured.setdefault(model_of(name), {})[name] = found[1]
+    for threads, length in itertools.product(params.bench.threads, params.trained.lengths):
+        prepare_host(threads)
+        for model, cells in measured.items():
+            first, *_ = cells.values()
+            shape, generator = first["shape"], torch.Generator().manual_seed(length)
+            head_dim = shape["head_dim"]
+            query, key, value = (
+                torch.randn(1, shape[heads], length, head_dim, generator=generator)
+                for heads in ("heads", "key_heads", "key_heads")
+            )
+            layers = {name: _layers(params.trained.cells[name], cells[name]) for name in cells}
+            calls = {
+                setting: functools.partial(_call_replaced, setting, query, key, value, shape["causal"])
+                for setting in dict.fromkeys([None, *itertools.chain(*layers.values())])
+            }
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", PoorEstimateWarning)
+                samples = _interleaved(calls, params.bench.repeats)
+            for name in cells:
+                of_layers = np.mean([samples[setting] for setting in layers[name]], 0)
+                low, median, high = np.percentile(of_layers, (25, 50, 75)).tolist()
+                print(f"{length:>6} {name:<40} {median:10.3f} ms", flush=True)
+                yield {
+                    **{"cell": name, "model": model, "length": length, "milliseconds": median, "spread": high - low},
+                    **{"of_sdpa": median / float(np.median(samples[None])), "threads": threads},
+                }
+
+
+def _layers(method: ReplacementParams, about: Mapping[str, Any]) -> list[Estimate | Attention | None]:
+    """Return how each layer of a cell attends; None for torch's exact attention."""
+    if method.attention is not None:
+        found, generator = ATTENTIONS.get(method.attention), torch.Generator().manual_seed(0)
+        head_dim = about["shape"]["head_dim"]
+        return [found(found.Config(**method.options), head_dim=head_dim, kernel=None, generator=generator)]
+    given = [layer if layer and layer["num_features"] else None for layer in about["layers"]]
+    return [layer and Estimate(**method.estimate | layer) for layer in given]
+
+
+def _call_replaced(how: Estimate | Attention | None, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> None:
+    if isinstance(how, Estimate):
+        how.attend(query, key, value, None, causal, self_attention=True)
+        return
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    if how is None:
+        F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    else:
+        how(query, key, value, None, causal)
 
 
 def _contenders(params: Params, shape: Shape, device: torch.device) -> Iterator[Contender]:

@@ -100,7 +100,7 @@ def measure(params: Params, name: str, code: str) -> tuple[dict[str, Tensor], di
     """Return the values of each text, [draws, n] by what they are, and how attention was set.
 
     Args:
-        code: names what embeddings by exact attention are made from: they are kept, as all methods of a model need them.
+        code: names what embeddings by exact attention are made from; these are kept, as all methods need them.
     """
     model_params, method = params.trained.model[model_of(name)], params.trained.cells[name]
     # What is measured is what they warn of.
@@ -109,9 +109,10 @@ def measure(params: Params, name: str, code: str) -> tuple[dict[str, Tensor], di
     kind = AutoModelForCausalLM if model_params.causal else AutoModel
     model = kind.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
     texts = read_texts(params.profile, AutoTokenizer.from_pretrained(folder), model_params)
+    heads: list[float] = []
     with torch.no_grad(), Meter(f"{name}: texts") as meter:
         if model_params.causal:
-            values, heads = {"loss": _measure_losses(model, texts, name, method, meter)}, []
+            values = {"loss": _measure_losses(model, texts, name, method, meter)}
         else:
             known = digest([code, asdict(model_params)])
             cache = Path("checkpoints", params.profile, f"{model_of(name)}-{known}.npy")
