@@ -109,9 +109,9 @@ class FittedFeatures(FeatureMap):
     def _pack(self) -> Tensor:
         """Return the coordinates in the order of the runs, and set the plan, which follows from the spread."""
         spread = self.spread
-        factors = [self.kernel.coefficient(n) * math.factorial(n) for n in range(self.max_degree + 1)]
+        factors = [self.kernel.relative_coefficient(n) * math.factorial(n) for n in range(self.max_degree + 1)]
         chosen = list(itertools.islice(_by_size(factors, spread), self.num_features))
-        base = math.sqrt(factors[1]) if any(len(term.monomial) == 1 for term in chosen) else 1.0
+        base = self.kernel.unit_argument**-0.5
         columns = [i for (i,) in (term.monomial for term in chosen if len(term.monomial) == 1)]
         num_linear = len(columns)
         alike: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
@@ -127,7 +127,8 @@ class FittedFeatures(FeatureMap):
             runs.append(Run(offsets, len(monomials), weight))
         has_constant = any(not term.monomial for term in chosen)
         unit = self._describe(factors, spread, chosen)
-        self.plan = Plan(math.sqrt(factors[0]) if has_constant else 0.0, num_linear, tuple(runs), unit)
+        linear_weight = math.sqrt(factors[1]) / base if num_linear else 1.0
+        self.plan = Plan(math.sqrt(factors[0]) if has_constant else 0.0, num_linear, tuple(runs), unit, linear_weight)
         projection = torch.zeros(len(spread), len(columns), device=self.spread_bits.device)
         projection[columns, torch.arange(len(columns), device=projection.device)] = base
         return projection

@@ -167,8 +167,9 @@ class Estimate:
         """Normalise query and key if these settings say so, and make the scale positive; arguments as for `attend`.
 
         Raises:
-            UserError: dot products beyond the radius of convergence of f, a scale that is no finite number, a mask of
-                another shape than that of keys, heavy keys without a window in causal attention, or DTensors.
+            UserError: dot products beyond the radius of convergence of f, or for which it overflows, a scale that is no
+                finite number, a mask of another shape than that of keys, heavy keys without a window in causal
+                attention, or DTensors.
         """
         if any(type(x).__name__ == "DTensor" for x in (query, key, value)):
             raise UserError("a DTensor is not supported; give its local tensors, as by DTensor.to_local()")
@@ -187,7 +188,7 @@ class Estimate:
         if isinstance(scale, Tensor):
             query = query * (self._of_heads(scale, query.shape[1]) / default).to(query.dtype)
         if not self.normalize:
-            self._check_radius(query, key, factor, key_mask)
+            self._check_arguments(query, key, factor, key_mask, self_attention or is_causal)
         signed = -query if factor < 0 else query
         return AttentionInputs(signed, key, value, key_mask, is_causal, abs(factor), self_attention)
 
@@ -291,20 +292,37 @@ class Estimate:
             q, k, v = query.to(wide) * root, key.to(wide) * root, value.to(wide)
             return exact_attention(q, k, v, self.function, key_mask, is_causal).to(query.dtype)
 
-    def _check_radius(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> None:
+    def _check_arguments(
+        self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, self_attention: bool
+    ) -> None:
         kernel = self.function
-        if math.isinf(kernel.radius):
+        limit = kernel.largest_argument
+        if math.isinf(limit) or not (query.numel() and key.numel()):
             return
-        lengths = key.detach().float().norm(dim=-1)
+        if math.isinf(kernel.radius) and torch.compiler.is_compiling():
+            return
+        lengths = [x.detach().float().norm(dim=-1) for x in (query, key)]
         if key_mask is not None:
-            lengths = lengths.masked_fill(~key_mask[:, None], 0.0)
-        largest = 0.0
-        if query.numel() and key.numel():
-            largest = abs(scale) * float(query.detach().float().norm(dim=-1).amax() * lengths.amax())
-        if not largest < kernel.radius:
+            lengths[1] = lengths[1].masked_fill(~key_mask[:, None], 0.0)
+            if self_attention:
+                lengths[0] = lengths[0].masked_fill(~key_mask[:, None], 0.0)
+        try:
+            largest = abs(scale) * float(lengths[0].amax()) * float(lengths[1].amax())
+        except RuntimeError:
+            # Under vmap tensors have no values to look at.
+            if math.isinf(kernel.radius):
+                return
+            raise
+        name = type(kernel).__name__
+        if math.isinf(kernel.radius) and largest > limit:
             raise UserError(
-                f"kernel {type(kernel).__name__} is defined for arguments below {kernel.radius:g}; scale |query| |key| "
-                f"reaches {largest:.3g} here. Put query and key through schoenbat.norm.pre_sbn, or lower scale"
+                f"kernel {name} leaves the range of floating-point numbers for arguments above {limit:.3g}; "
+                f"scale |query| |key| reaches {largest:.3g} here. Lower scale, or set normalize=True"
+            )
+        if not math.isinf(kernel.radius) and not largest < limit:
+            raise UserError(
+                f"kernel {name} is defined for arguments below {limit:g}; scale |query| |key| reaches {largest:.3g} "
+                "here. Put query and key through schoenbat.norm.pre_sbn, or lower scale"
             )
 
 

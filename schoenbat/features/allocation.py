@@ -134,7 +134,7 @@ def allocate(
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if not 0 < scale < kernel.radius:
         raise ValueError(f"scale must lie between 0 and the kernel's radius {kernel.radius:g}, not {scale:g}")
-    coefficients = [kernel.coefficient(degree) for degree in range(max_degree + 1)]
+    coefficients = [kernel.relative_coefficient(degree) for degree in range(max_degree + 1)]
     candidates = []
     for exact_through in [-1, *range(2, max_degree + 1)]:
         exact = [p for p in range(exact_through + 1) if coefficients[p] > 0]
@@ -169,7 +169,7 @@ def _allocate_rest(
 
     def integrand(t: np.ndarray) -> np.ndarray:
         u = torch.from_numpy(scale * t)
-        value = kernel(u)
+        value = kernel.relative(u)
         rest = value - sum((coefficients[p] * u**p for p in exact), torch.zeros_like(u))
         harmonics = itertools.islice(_gegenbauer(t, head_dim), len(degrees))
         products = [rest.numpy() * harmonic for harmonic in harmonics]
@@ -193,7 +193,7 @@ def _allocate_rest(
             squared += weights[degree]
             left -= gains[degree] * (head_dim if degree else 1)
         count = num_monomials(head_dim, degree)
-        shares.append(Share(degree, count, count, True, math.sqrt(squared), 0.0))
+        shares.append(Share(degree, count, count, True, math.sqrt(squared * kernel.magnitude), 0.0))
         budget -= count
     for degree in sorted(set(degrees) - set(exact), key=lambda degree: -gains[degree]):
         capacity = math.comb(head_dim, degree)
@@ -206,7 +206,7 @@ def _allocate_rest(
             enlarged = boost * used[degree]
             gain = 2 * projections[degree] * enlarged - enlarged**2
             complete = degree <= 1 and count == capacity
-            weight = math.sqrt(boost * weights[degree])
+            weight = math.sqrt(boost * weights[degree] * kernel.magnitude)
             shares.append(Share(degree, count, harmonics, complete, weight, gain / total))
             left -= count * gain
             budget -= count
@@ -214,7 +214,8 @@ def _allocate_rest(
     # Rounding may leave less than nothing.
     left = max(left, 0.0)
     unexplained = min(1.0, left / max(total - mean**2, 1e-15 * total))
-    return Allocation(head_dim, scale, tuple(shares), math.sqrt(left / total), math.sqrt(total), unexplained)
+    size = kernel.magnitude * math.sqrt(total)
+    return Allocation(head_dim, scale, tuple(shares), math.sqrt(left / total), size, unexplained)
 
 
 def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:

@@ -38,7 +38,7 @@ class RandomMaclaurin(FeatureMap):
             raise ValueError(f"num_features must be at least 1, not {num_features}")
         if max_degree < 1:
             raise ValueError(f"max_degree must be at least 1, not {max_degree}")
-        self.coefficients = [kernel.coefficient(degree) for degree in range(max_degree + 1)]
+        self.coefficients = [kernel.relative_coefficient(degree) for degree in range(max_degree + 1)]
         # The shapes do not depend on the draw, so that any state_dict of this configuration can be loaded; what the
         # forward pass uses is packed from them.
         drawn = num_features - 1

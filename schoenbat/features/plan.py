@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The features in order: the constant (0 for none), the linear ones, the runs.
+    """The features in order: the constant (0 for none), the linear ones with a weight, the runs.
 
     `unit` is the size of a kernel value, by which a sum of estimates is judged to be close to 0.
     """
@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     num_linear: int
     runs: tuple[Run, ...]
     unit: float = 1.0
+    linear_weight: float = 1.0
 
     @property
     def num_features(self) -> int:
@@ -48,15 +49,15 @@ class Plan(NamedTuple):
     @property
     def weights(self) -> list[float]:
         """The factors of the products of coordinates."""
-        ones = [1.0] * (bool(self.constant) + self.num_linear)
-        return ones + [run.weight for run in self.runs for _ in range(run.length)]
+        low = [1.0] * bool(self.constant) + [self.linear_weight] * self.num_linear
+        return low + [run.weight for run in self.runs for _ in range(run.length)]
 
     def split(self, degree: int) -> tuple["Plan", "Plan"]:
         """Split into the features below `degree`, which come first, and the others."""
         low = tuple(run for run in self.runs if len(run.offsets) < degree)
         linear = self.num_linear if degree > 1 else 0
-        rest = Plan(0.0, self.num_linear - linear, self.runs[len(low) :], self.unit)
-        return Plan(self.constant, linear, low, self.unit), rest
+        rest = self._replace(constant=0.0, num_linear=self.num_linear - linear, runs=self.runs[len(low) :])
+        return self._replace(num_linear=linear, runs=low), rest
 
 
 class Products(NamedTuple):
@@ -80,6 +81,8 @@ class Products(NamedTuple):
 
 class FeatureMap(nn.Module):
     """phi: [..., N, head_dim] to [..., N, D] with <phi(x), phi(y)> close to f(<x, y>), the same draw for every head.
+
+    The plan, and everything in attention, is for f over `Kernel.magnitude`: f times a constant is the same attention.
 
     A subclass fills `projection_bits` in `_pack` from buffers of its own that hold the draw. Whatever holds it is made
     of integers, so that a module that is cast to another dtype keeps the draw that it was made with.
@@ -123,6 +126,12 @@ class FeatureMap(nn.Module):
     def reach(self) -> float:
         """Up to which degree f is described, counting incomplete degrees by their shares."""
         return sum(share for degree, share in self.shares.items() if degree)
+
+    @property
+    def largest_coordinate(self) -> float:
+        """A vector's coordinates up to which sums of its features, and fourth powers of it, are float32."""
+        degree = max([4, *(len(run.offsets) for run in self.plan.runs)])
+        return float(10 ** (30 / degree))
 
     def reset_parameters(self) -> None:
         """Draw again what was drawn at construction, as after `to_empty`, which leaves buffers without a value."""
@@ -172,11 +181,13 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute features in float32 or wider, whatever the dtype of x: sums over many tokens come next."""
+        return self.relative(x) * math.sqrt(self.kernel.magnitude)
+
+    def relative(self, x: Tensor) -> Tensor:
+        """Compute features of f over its magnitude."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            products = expand(x.to(dtype) @ self.projection(dtype), self.plan)
-            is_weighted = any(run.weight != 1 for run in self.plan.runs)
-            return products * self.weights(dtype) if is_weighted else products
+            return expand(x.to(dtype) @ self.projection(dtype), self.plan) * self.weights(dtype)
 
 
 def _pack_again(module: nn.Module, _: Any) -> None:

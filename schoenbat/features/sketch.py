@@ -68,13 +68,15 @@ class Sketch(FeatureMap):
         shares = {share.degree: share for share in self.allocation.shares}
         linear = shares.get(1)
         higher = [share for share in self.allocation.shares if share.degree >= 2]
-        # The linear features are coordinates as they are, so these carry their weight.
-        self.base_weight = linear.weight if linear else 1.0
+        # Coordinates of vectors of the usual size are of the size of a unit vector's.
+        self.base_weight = kernel.unit_argument**-0.5
+        root = math.sqrt(kernel.magnitude)
         self.plan = Plan(
-            constant=shares[0].weight if 0 in shares else 0.0,
+            constant=shares[0].weight / root if 0 in shares else 0.0,
             num_linear=linear.num_features if linear else 0,
-            runs=tuple(run for share in higher for run in _runs(share, head_dim, self.base_weight)),
-            unit=self.allocation.root_mean_square,
+            runs=tuple(run for share in higher for run in _runs(share, head_dim, self.base_weight, root)),
+            unit=self.allocation.root_mean_square / kernel.magnitude,
+            linear_weight=_rounded(linear.weight / root / self.base_weight) if linear else 1.0,
         )
         self.error = self.allocation.expected_error
         self.unexplained = self.allocation.unexplained
@@ -103,15 +105,19 @@ class Sketch(FeatureMap):
         return self.base_weight * rotation[:, columns]
 
 
-def _runs(share: Share, head_dim: int, base_weight: float) -> Iterator[Run]:
-    """Yield the features of one degree, orbit by orbit."""
+def _rounded(weight: float) -> float:
+    """Round a weight that is 1 up to rounding."""
+    return 1.0 if math.isclose(weight, 1, rel_tol=1e-12) else weight
+
+
+def _runs(share: Share, head_dim: int, base_weight: float, root: float) -> Iterator[Run]:
+    """Yield the features of one degree, orbit by orbit; their weights are over the root of the kernel's magnitude."""
     left = share.num_features
     for offsets, length in _orbits(head_dim, share.degree, share.exact):
         repeated = math.prod(math.factorial(count) for count in Counter(offsets).values())
-        weight = share.weight / math.sqrt(repeated) / base_weight**share.degree
-        weight = 1.0 if math.isclose(weight, 1, rel_tol=1e-12) else weight
+        weight = share.weight / root / math.sqrt(repeated) / base_weight**share.degree
         length = min(length, left)
-        yield Run(offsets, length, weight)
+        yield Run(offsets, length, _rounded(weight))
         left -= length
         if not left:
             return

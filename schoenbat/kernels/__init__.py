@@ -12,7 +12,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from schoenbat.errors import UserError
 from schoenbat.kernels._series import MaclaurinSeries
 from schoenbat.registry import Registry
 
+_LARGEST = 1e36
+"""Values beyond it, or sums of some hundred of them, are no float32 any more."""
 _RANGE = 16.0
 """Where a kernel that is defined everywhere is looked at."""
 _LOW = 32
@@ -33,8 +34,8 @@ class Kernel(ABC):
     A subclass that does not define `coefficient` must take complex tensors as well: then its coefficients are computed.
     """
 
-    is_exponential: ClassVar[bool] = False
-    """Whether f = exp, so that normalised weights are a softmax: it cannot overflow and has fused forms."""
+    is_exponential: bool = False
+    """Whether f = c exp, so that normalised weights are a softmax: it cannot overflow and has fused forms."""
     radius: float = math.inf
     """Radius of convergence of the series; arguments must stay below it in absolute value."""
 
@@ -54,6 +55,45 @@ class Kernel(ABC):
             UserError: f is no dot-product kernel, such as one with a negative coefficient.
         """
         return MaclaurinSeries(self, self.radius, type(self).__name__)
+
+    @property
+    def unit_argument(self) -> float:
+        """1, or half the radius of convergence if that is less: an argument of the usual size."""
+        return min(1.0, self.radius / 2)
+
+    @cached_property
+    def magnitude(self) -> float:
+        """What attention divides f by, so that f times a constant is computed as f is: f at the unit argument.
+
+        For c exp it is c. Where f overflows, the argument is halved.
+        """
+        at = torch.tensor(0.0 if self.is_exponential else self.unit_argument, dtype=torch.float64, device="cpu")
+        return next(value for k in range(64) if math.isfinite(value := float(self(at * 0.5**k))))
+
+    def relative_coefficient(self, degree: int) -> float:
+        """Return a_degree / `magnitude`."""
+        return self.coefficient(degree) / self.magnitude
+
+    def relative(self, x: Tensor) -> Tensor:
+        """Evaluate f(x) / `magnitude`, in the dtype of x or in float64."""
+        if 1e-20 < self.magnitude < 1e20 or x.dtype == torch.float64:
+            return self(x) / self.magnitude
+        return self._relative_in_float64(x)
+
+    def _relative_in_float64(self, x: Tensor) -> Tensor:
+        # MPS has no float64.
+        return self(x if x.device.type == "mps" else x.double()) / self.magnitude
+
+    @cached_property
+    def largest_argument(self) -> float:
+        """Where `relative` leaves the numbers of its dtype, or `radius` if that comes first; exp has no such limit."""
+        if self.is_exponential or not math.isinf(self.radius):
+            return self.radius
+        powers = 2.0 ** torch.arange(-8, 512, 0.25, dtype=torch.float64, device="cpu")
+        within = (self._relative_in_float64(powers).abs() < self._largest).tolist()
+        return float(powers[within.index(False) - 1]) if False in within else math.inf
+
+    _largest = _LARGEST
 
     @cached_property
     def is_signed(self) -> bool:
@@ -93,13 +133,33 @@ class Kernel(ABC):
 
 
 class _CallableKernel(Kernel):
+    """Evaluated in float64 for attention: nothing is known of how fast f grows."""
+
+    _largest = 1e290
+
     def __init__(self, f: Callable[[Tensor], Tensor], radius: float, name: str) -> None:
         self._f = f
         self.radius = radius
         self.series = MaclaurinSeries(f, radius, name)
+        points = torch.linspace(-8, 8, 65, dtype=torch.float64)
+        self.is_exponential = math.isinf(radius) and bool(
+            torch.allclose(self(points), self(torch.zeros_like(points)) * points.exp(), rtol=1e-12, atol=0)
+        )
+
+        # Looked up here, as torch.compile cannot follow a look-up.
+        assert self.magnitude > 0
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._f(x.clone())
+
+    def coefficient(self, degree: int) -> float:
+        return self.magnitude / math.factorial(degree) if self.is_exponential else self.series.coefficient(degree)
+
+    def relative_coefficient(self, degree: int) -> float:
+        return 1 / math.factorial(degree) if self.is_exponential else self.series.relative(degree)
+
+    def relative(self, x: Tensor) -> Tensor:
+        return self._relative_in_float64(x)
 
 
 KERNELS: Registry[Kernel] = Registry("dotf", "schoenbat.kernels", Kernel)  # type: ignore[type-abstract]

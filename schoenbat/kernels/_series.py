@@ -43,9 +43,12 @@ _EPS = torch.finfo(torch.float64).eps
 _LARGE = 1e60
 """Beyond a circle on which f exceeds its lowest term this many times no larger one is tried."""
 _OVERFLOW = 1e250
-"""Nor beyond one on which f exceeds this."""
+"""A circle on which f overflows ends the ladder if f exceeds this on the one before, and is an error otherwise."""
+_TOO_LARGE = 1e305
+"""Beyond a circle on which f exceeds this no larger one is tried."""
 _UNDERFLOW = 1e-280
-"""A circle on which f stays below this says nothing: rounding there is no longer relative to f."""
+_TOO_SMALL = 1e-305
+"""A circle on which f, or f over its size, stays below this or `_UNDERFLOW` says nothing: rounding is not relative."""
 _NOISE = 1e-9
 """More noise than this share of f is no rounding in float64: f is not analytic, or is computed in less."""
 
@@ -100,9 +103,13 @@ class MaclaurinSeries:
         self._name = name
         self._values: list[float] = []
         self._errors: list[float] = []
+        self._size = 1.0
         at_zero = self._evaluate(torch.zeros(1, dtype=torch.float64)).real.item()
         if not math.isfinite(at_zero):
             raise UserError(f"kernel {name!r} is not finite at 0: f(0) = {at_zero:g}")
+        # All that follows is for f over its size, so that neither it nor a coefficient of high degree underflows.
+        size = abs(self._evaluate(torch.full((1,), min(1.0, radius / 2), dtype=torch.float64)).real.item())
+        self._size = size if 1e-307 < size < math.inf else 1.0
         self._circles = self._ladder()
         values, errors = self._block(0)
         self._check_real_axis(values, errors)
@@ -110,6 +117,10 @@ class MaclaurinSeries:
 
     def coefficient(self, degree: int) -> float:
         """Return a_degree, or 0 where it is within its error; raises UserError when it is negative beyond that."""
+        return self._size * self.relative(degree)
+
+    def relative(self, degree: int) -> float:
+        """Return a_degree over f(1), or over f at half the radius if that is less than 1."""
         self._extend(degree)
         value, error = self._values[degree], self._errors[degree]
         return value if value > error else 0.0
@@ -117,7 +128,7 @@ class MaclaurinSeries:
     def error(self, degree: int) -> float:
         """Return the bound on the error of a_degree (see the module)."""
         self._extend(degree)
-        return self._errors[degree]
+        return self._size * self._errors[degree]
 
     def _extend(self, degree: int) -> None:
         if not 0 <= degree <= MAX_DEGREE:
@@ -130,8 +141,9 @@ class MaclaurinSeries:
             degree = len(self._values)
             if value < -error:
                 raise UserError(
-                    f"kernel {self._name!r}: the Maclaurin coefficient of degree {degree} is {value:.6g} (error at "
-                    f"most {error:.1g}), but a dot-product kernel has none below 0 (Schoenberg)"
+                    f"kernel {self._name!r}: the Maclaurin coefficient of degree {degree} is "
+                    f"{self._size * value:.6g} (error at most {self._size * error:.1g}), but a dot-product kernel has "
+                    "none below 0 (Schoenberg)"
                 )
             self._values.append(value)
             self._errors.append(error)
@@ -147,7 +159,7 @@ class MaclaurinSeries:
             raise UserError(f"kernel {self._name!r} must map a tensor to a tensor of the same shape")
         if out.is_complex() and not x.is_complex():
             raise UserError(f"kernel {self._name!r} must map real tensors to real ones, or its series is not real")
-        return out
+        return out * (1 / self._size)
 
     def _ladder(self) -> list[_Circle]:
         """Make circles from near 0 to near the radius of convergence (or 1024), as far as f is of use on them."""
@@ -160,14 +172,16 @@ class MaclaurinSeries:
         for r in radii:
             maximum = self._on_circle(r, 256).abs().max().item()
             if not math.isfinite(maximum):
+                if kept and self._size * kept[-1][1] > _OVERFLOW:
+                    break
                 raise UserError(
                     f"kernel {self._name!r} is not finite on the circle abs(x) = {r:.6g}, inside its radius "
                     f"{self._radius:g}; pass its radius of convergence, or a smaller one"
                 )
-            if maximum < _UNDERFLOW:
+            if maximum < _UNDERFLOW or self._size * maximum < _TOO_SMALL:
                 continue
             kept.append((r, max(maximum, kept[-1][1]) if kept else maximum))
-            if len(kept) > 1 and (maximum > _OVERFLOW or _growth(kept) > math.log(_LARGE)):
+            if len(kept) > 1 and (self._size * maximum > _TOO_LARGE or _growth(kept) > math.log(_LARGE)):
                 break
         if len(kept) < 2:
             raise UserError(f"kernel {self._name!r} is 0 everywhere, but one of its coefficients must be positive")
@@ -215,7 +229,7 @@ class MaclaurinSeries:
             raise UserError(
                 f"kernel {self._name!r}: its values on the circles abs(x) = {self._circles[row].radius:.6g} and "
                 f"{used.radius:.6g} give different coefficients of degree {first + column}: "
-                f"{stacked[row, column]:.17g} and {chosen[column]:.17g}; {self._promise()}"
+                f"{self._size * stacked[row, column]:.17g} and {self._size * chosen[column]:.17g}; {self._promise()}"
             )
         return chosen, best.values
 
@@ -250,8 +264,8 @@ class MaclaurinSeries:
             for x, one, other, limit in torch.stack([points, given, summed, allowed]).T.tolist():
                 if not abs(one - other) <= limit:
                     raise UserError(
-                        f"kernel {self._name!r}: f({x:.6g}) = {one:.17g}, but the series made of its values at complex "
-                        f"numbers gives {other:.17g}; {self._promise()}"
+                        f"kernel {self._name!r}: f({x:.6g}) = {self._size * one:.17g}, but the series made of its "
+                        f"values at complex numbers gives {self._size * other:.17g}; {self._promise()}"
                     )
 
     def _promise(self) -> str:

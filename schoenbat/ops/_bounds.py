@@ -32,6 +32,8 @@ from schoenbat.ops.reference import least_sum, two_point_mean
 STANDARD_ERRORS = 3.0
 FEW_KEYS = 4.0
 """So many keys cancel as a rule, by trial over random kernels (benchmarks/bounds.py)."""
+LARGE_VARIANCE = 40.0
+"""Of arguments, from which on nothing is left of an output but the mean value; exp(2 x) would soon overflow."""
 _NODES = tuple(
     (float(node), float(weight / math.sqrt(2 * math.pi)))
     for node, weight in zip(*np.polynomial.hermite_e.hermegauss(8), strict=True)
@@ -91,7 +93,7 @@ def limits_of(features: FeatureMap, moments: Moments) -> Limits:
     cooled = limit / moments.square.clamp_min(limit)
     factor = cooled.sqrt()
     # E exp(2 x) and the part of it that the features describe, by degrees of Hermite's polynomials.
-    variance = moments.isotropic * cooled
+    variance = (moments.isotropic * cooled).clamp_max(LARGE_VARIANCE)
     grown = variance.exp()
     noise = (grown - _described(features, variance)).clamp_min(0) * grown
     least = (STANDARD_ERRORS * _root(noise / moments.number)).clamp_min(1)
@@ -173,7 +175,7 @@ def _least_denominator(features: FeatureMap, moments: Moments) -> Tensor:
     assert mean is not None
     largest = min(0.99 * kernel.radius, torch.finfo(mean.dtype).max)
     spread = _root(isotropic)
-    values = [(weight, kernel((node * spread).clamp(-largest, largest))) for node, weight in _NODES]
+    values = [(weight, kernel.relative((node * spread).clamp(-largest, largest))) for node, weight in _NODES]
     expected = sum(weight * value for weight, value in values)
     mean_square = sum(weight * value.square() for weight, value in values)
     noise = STANDARD_ERRORS * features.error * _root(mean_square / number)

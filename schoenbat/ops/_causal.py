@@ -219,8 +219,8 @@ def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lo
         return near_of_exp(query, key, extended, lower)
     scores = query @ key.mT
     allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
-    weights = kernel(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
-    products = weights @ extended
+    weights = kernel.relative(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
+    products = weights @ extended.to(weights.dtype)
     return products, torch.zeros_like(products[..., :1])
 
 

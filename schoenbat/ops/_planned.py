@@ -62,7 +62,8 @@ def attend_in_parts(parts: list[tuple[Tensor, Products]], key: Tensor, extended:
             continue
         if products.plan.num_linear:
             # All coordinates in an orthogonal basis: dot products themselves, times the square of its vectors' length.
-            out = out + query @ (key.mT @ extended * products.projection[:, 0].square().sum())
+            square = products.plan.linear_weight**2 * products.projection[:, 0].square().sum()
+            out = out + query @ (key.mT @ extended * square)
         out = out + products.plan.constant**2 * extended.sum(-2, keepdim=True)
     return out
 

@@ -78,6 +78,7 @@ def attend(
         bounded = isinstance(features, FeatureMap) and features.is_bounded
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = _prepare(query, key, value, key_mask)
+        q, k = _within_range(features, q), _within_range(features, k)
         if is_causal:
             check_square(q, k)
             return _causal_blocks(features, q, k, v, key_mask, scale, block, bounded).to(query.dtype)
@@ -115,6 +116,7 @@ def extend(
     """
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = _prepare(query, key, value, key_mask)
+        q, k = _within_range(features, q), _within_range(features, k)
         bounded = isinstance(features, FeatureMap) and features.is_bounded
         out, state = _extend(features, state, q, k, _extended(v, key_mask), scale, bounded)
         return out.to(query.dtype), state
@@ -149,6 +151,13 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None)
     """Convert all to float32 or wider, with 0 at masked places of key and value."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.to(dtype), fill_masked(key.to(dtype), key_mask), fill_masked(value.to(dtype), key_mask)
+
+
+def _within_range(features: Features, x: Tensor) -> Tensor:
+    """Clamp coordinates so large that features or moments would overflow: nothing is known of f there."""
+    if not (isinstance(features, FeatureMap) and features.near):
+        return x
+    return x.clamp(-features.largest_coordinate, features.largest_coordinate)
 
 
 def _counts(mask: Tensor | None, like: Tensor, repeats: int = 1) -> Tensor | None:
@@ -238,8 +247,8 @@ def _extend(
         bounded = bounded or features.kernel.is_signed
         return _causal.extend(features, state, query, key, extended, scale, bounded)
     root = math.sqrt(scale)
-    unit = features.plan.unit if isinstance(features, FeatureMap) else 1.0
-    return _causal.extend(None, state, features(query * root), features(key * root) / unit, extended, 1.0, False)
+    phi, unit = (features.relative, features.plan.unit) if isinstance(features, FeatureMap) else (features, 1.0)
+    return _causal.extend(None, state, phi(query * root), phi(key * root) / unit, extended, 1.0, False)
 
 
 def _causal_blocks(

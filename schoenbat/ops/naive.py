@@ -54,7 +54,7 @@ def naive_attention(features: FeatureMap, inputs: AttentionInputs, bounded: bool
         chunk = chunk_length(features)
         near = seen * (place // chunk == row // chunk)
         scores = scale * query @ key.mT
-        weights = near * kernel(near * scores)
+        weights = near * kernel.relative(near * scores)
         numerator, total = weights @ value, weights.sum(-1, keepdim=True)
         first = there[:, :, :chunk] * kernel.is_exponential
         centre = (first * key[:, :, :chunk]).sum(-2, keepdim=True) / first.sum(-2, keepdim=True).clamp_min(1)
@@ -78,9 +78,9 @@ def _estimate(
     """Return N and S; `centred` keys have the mean 0 under `weight`."""
     query, key, value, _, _, scale, _ = inputs
     weight, root = weight.expand(*query.shape[:-1], -1), math.sqrt(scale)
-    key_features = features(root * key)
+    key_features = features.relative(root * key)
     if not bounded:
-        weight = weight * (features(root * query) @ key_features.mT)
+        weight = weight * (features.relative(root * query) @ key_features.mT)
         return weight @ value, weight.sum(-1, keepdim=True)
 
     mass, tiny = weight.sum(-1, keepdim=True), torch.finfo(query.dtype).tiny
@@ -106,7 +106,7 @@ def _estimate(
         ratio = (square / isotropic.clamp_min(tiny)).clamp_max(1)
         cooler = ratio / (features.shares[degree] * ratio + 1 - features.shares[degree])
     low = features.plan.num_features if degree is None else features.plan.split(degree)[0].num_features
-    below, above = features(root * factor * query), features(root * factor * cooler * query)
+    below, above = features.relative(root * factor * query), features.relative(root * factor * cooler * query)
     weight = weight * (torch.cat([below[..., :low], above[..., low:]], -1) @ key_features.mT)
     total = weight.sum(-1, keepdim=True)
     floored = keep_from_zero(features.kernel, total if excess is None else total - excess * mass, mass * least)

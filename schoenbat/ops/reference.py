@@ -64,11 +64,11 @@ def away_from_zero(denominator: Tensor, smallest: float | Tensor) -> Tensor:
 def least_sum(kernel: Kernel, mean_square: Tensor) -> Tensor:
     """Return how far from 0 the mean weight of keys is kept, by the mean square of their arguments.
 
-    It is a part of f at their root mean square, for a kernel of both signs, and 0 for others.
+    It is a part of f, over its magnitude, at their root mean square, for a kernel of both signs, and 0 for others.
     """
     if not kernel.is_signed:
         return torch.zeros_like(mean_square)
-    return SMALLEST_SHARE * kernel(mean_square.clamp_min(torch.finfo(mean_square.dtype).tiny).sqrt())
+    return SMALLEST_SHARE * kernel.relative(mean_square.clamp_min(torch.finfo(mean_square.dtype).tiny).sqrt())
 
 
 def keep_from_zero(kernel: Kernel, denominator: Tensor, least: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
     is convex in x^2 (Jensen); for f of degree 2 it is the mean of all.
     """
     root = mean_square.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
-    plus, minus = kernel(root), kernel(-root)
+    plus, minus = kernel.relative(root), kernel.relative(-root)
     # Rounding may put the mean outside of what the mean square allows.
     share = (mean / root).clamp(-1, 1)
     return (plus * (1 + share) + minus * (1 - share)) / 2
@@ -109,17 +109,17 @@ def normalise(kernel: Kernel, scores: Tensor, allowed: Tensor | None) -> Tensor:
         return torch.softmax(scores, -1)
     if allowed is None:
         count: int | Tensor = scores.shape[-1]
-        weights = kernel(scores)
+        weights = kernel.relative(scores)
     else:
         # 0 lies inside every radius of convergence, so f is evaluated only where it is defined.
         scores, count = scores.masked_fill(~allowed, 0.0), allowed.sum(-1, keepdim=True).clamp_min(1)
-        weights = kernel(scores).masked_fill(~allowed, 0.0)
+        weights = kernel.relative(scores).masked_fill(~allowed, 0.0)
     total = weights.sum(-1, keepdim=True)
     kept = total
     if kernel.is_signed:
         kept = away_from_zero(total, count * least_sum(kernel, scores.square().sum(-1, keepdim=True) / count))
     kept = torch.where(kept == 0, 1.0, kept)
-    weights = weights / kept + (1 - total / kept) / count
+    weights = (weights / kept + (1 - total / kept) / count).to(scores.dtype)
     return weights if allowed is None else weights.masked_fill(~allowed, 0.0)
 
 

@@ -86,7 +86,7 @@ def test_gradients_are_those_of_the_definition(size: float) -> None:
     tensors[3].requires_grad_()
     query, key, value, key_weight = tensors
     out = product_attention(query, key, value, features, key_weight)
-    products = features(query) @ (features(key).mT @ torch.cat([value * key_weight, key_weight], -1))
+    products = features.relative(query) @ (features.relative(key).mT @ torch.cat([value * key_weight, key_weight], -1))
     truth = divide(products[..., :-1], products[..., -1:])
     torch.testing.assert_close(out, truth)
     weight = torch.randn_like(out)
