@@ -141,18 +141,16 @@ class BenchParams:
     Attributes:
         lengths: of the sequences.
         repeats: timings of each mechanism and length.
-        num_features: of the mechanisms that have this option, in place of what their sections say.
+        num_features: of `dot_product_kernel_attention`, which is timed beside the mechanisms of the grid.
         threads: CPU threads while timing; `run.threads` is for the cells.
         max_quadratic_length: mechanisms of quadratic cost, torch's own excepted, are left out above it.
-        step: mechanisms of which a training step of the whole model is timed, against one of softmax.
     """
 
     lengths: list[int]
     repeats: int
     num_features: list[int] = field(default_factory=lambda: [128])
-    threads: list[int] = field(default_factory=lambda: [2])
+    threads: int = 2
     max_quadratic_length: int = 16384
-    step: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -330,7 +328,6 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     _check_grid(raw, path)
     for kind in ("task", "attention", "former"):
         _check_names(getattr(raw, kind), kind, f"{path}: {kind}: ")
-    _check_names(raw.bench.step, "attention", f"{path}: bench.step: ")
     own, attention = {}, {name: dict(section or {}) for name, section in raw.attention.items()}
     former = {name: dict(section or {}) for name, section in raw.former.items()}
     for kind, sections in (("attention", attention), ("former", former)):

@@ -28,7 +28,7 @@ CELL_VALUES = [
 """Infinity where the best baseline was never passed, NaN where there is none."""
 CELL_SETTING = ["device", "torch", "git_revision"]
 BENCH_TEXTS = ["attn", "dotf", "direction"]
-BENCH_COUNTS = ["num_features", "threads", "length"]
+BENCH_COUNTS = ["num_features", "length"]
 BENCH_VALUES = ["milliseconds", "peak_memory_mb", "relative_error", "speedup_vs_sdpa", "spread"]
 BENCH_SETTING = ["batch", "heads", "head_dim", "num_features", "threads", "repeats", "device", "torch", "git_revision"]
 ERROR_VALUES = ["kernel_error", "kernel_spread", "output_error", "output_spread", "unexplained", "unexplained_spread"]
@@ -106,10 +106,10 @@ class Results:
         return self.scores.get((task, mechanism), _NO_SCORES)
 
     def first_timings(self) -> pd.DataFrame:
-        """Return the timings at the first of `bench.threads` and, where there are several, of `bench.num_features`."""
+        """Return the timings at the first of `bench.num_features` where there are several."""
         bench = self.bench
         firsts = bench.groupby("attn").num_features.transform("first")
-        return bench[(bench.threads == bench.threads.iloc[:1].max()) & (bench.num_features == firsts)]
+        return bench[bench.num_features == firsts]
 
     def heading(self, task: str) -> str:
         """Return the task with the first two parts of its data's label, one of which names a subset."""

@@ -17,9 +17,8 @@ from pipeline.reporting._table import MISSING, Table, show_number
 PASSES = ("forward", "forward+backward")
 CAUSAL_PASSES = ("causal forward", "causal forward+backward")
 SDPA = "sdpa"
-STEP = "training step"
 TOKEN = "one token"
-_MEASURED = ["attn", "dotf", "num_features", "threads"]
+_MEASURED = ["attn", "dotf", "num_features"]
 
 
 class Cost(Report):
@@ -43,9 +42,6 @@ class Cost(Report):
         tokens = timings[timings.direction == TOKEN]
         if not tokens.empty:
             yield _table("token", "Time of one causal token after so many others", tokens, results)
-        steps = timings[timings.direction == STEP]
-        if not steps.empty:
-            yield _table("step", "Time and memory of one training step of the whole model", steps, results)
 
 
 def _table(name: str, title: str, timings: pd.DataFrame, results: Results) -> Table:
@@ -76,7 +72,7 @@ def _table(name: str, title: str, timings: pd.DataFrame, results: Results) -> Ta
 
 def _named(row: Mapping[Hashable, Any]) -> dict[str, str]:
     name = label((row["attn"], row["dotf"]))
-    return {"mechanism": name, "features": str(row["num_features"] or MISSING), "threads": str(row["threads"])}
+    return {"mechanism": name, "features": str(row["num_features"] or MISSING)}
 
 
 def _speedup(row: Mapping[Hashable, Any]) -> str:
@@ -128,7 +124,7 @@ def _lead_table(timings: pd.DataFrame, results: Results) -> Table:
         shown.append(_named(measured))
         for direction in (*PASSES, *CAUSAL_PASSES):
             mine = own[own.direction == direction]
-            exact = sdpa[(sdpa.threads == measured["threads"]) & (sdpa.direction == direction)]
+            exact = sdpa[sdpa.direction == direction]
             shown[-1][direction] = MISSING
             if set(mine.length) & set(exact.length):
                 found = _leads(mine, exact)

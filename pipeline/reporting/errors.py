@@ -12,7 +12,6 @@ from pipeline.reporting._mechanisms import COLOURS, MARKERS
 from pipeline.reporting._results import CELL, ERROR_VALUES, Results
 from pipeline.reporting._table import MISSING, Table, show_number
 
-FIGURE_KERNEL = "exp"
 COLUMNS = 3
 """Panels of a figure side by side."""
 LEAST_SHARE = -0.5
@@ -36,7 +35,7 @@ class Errors(Report):
         if not own.empty:
             yield _trained_table(own, results)
         yield _table(errors, results)
-        yield _figure(errors[errors.dotf == FIGURE_KERNEL], results)
+        yield _figure(errors, results)
 
 
 def _trained_table(own: pd.DataFrame, results: Results) -> Table:
@@ -112,7 +111,7 @@ def _figure(errors: pd.DataFrame, results: Results) -> Figure:
     add_legend(panels[0])
     return Figure(
         name="errors",
-        title=f"Share of the attention explained over the number of features, kernel {FIGURE_KERNEL}",
+        title="Share of the attention explained over the number of features",
         canvas=canvas,
         caption="Mean and standard deviation over draws. Uniform weights are at 0; what lies below the axis is in the "
         "table.",

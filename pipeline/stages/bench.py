@@ -1,25 +1,25 @@
-"""Stage `bench`: every mechanism timed side by side, in one process, against torch's exact softmax attention.
+"""Stage `bench`: every mechanism of the grid timed side by side, in one process, against torch's exact attention.
 
 One attention is batch 1, 2 heads of 32, in float32, or of another `Shape`, on queries and keys of unit length (what
-pre-SBN gives) and Gaussian values, with the kernel exp where one is needed. It is timed forward, and forward and
-backward; and the causal form as well, if there is one, against torch's with is_causal. In each round every mechanism is
-timed once, in turn, so that what disturbs the machine disturbs all alike; a row holds the median over rounds and the
-interquartile range, per call. On CUDA a sample ends when the GPU has done all of its calls.
+pre-SBN gives) and Gaussian values, with the mechanism's section of params.yaml and each kernel of the grid. It is timed
+forward, and forward and backward; and the causal form as well, if there is one, against torch's with is_causal. In each
+round every mechanism is timed once, in turn, so that what disturbs the machine disturbs all alike; a row holds the
+median over rounds and the interquartile range, per call. On CUDA a sample ends when the GPU has done all of its calls.
 
-Mechanisms with the option `num_features` are timed at each of `bench.num_features`, all of them at each of
-`bench.threads`. They get unit vectors and know it, as behind pre-SBN; dot_product_kernel_attention is what a user
-calls, whose output is kept from being further off than that of uniform weights. One token is a query and a key after so
-many others: for it through the state of fixed size that these leave, for sdpa over a cache of their keys and values.
+Mechanisms know that they get unit vectors, as behind pre-SBN. Beside them stands dot_product_kernel_attention, which a
+user calls, with each of `bench.num_features`; its output is kept from being further off than that of uniform weights.
+One token is a query and a key after so many others: for it through the state of fixed size that these leave, for sdpa
+over a cache of their keys and values.
 
 A pass whose quartiles are further apart than a fifth of its median is measured again, up to twice.
 
 Nothing is timed before its result has been compared, at the same length, with exact attention in float64, for 128
 queries spread over the sequence: outputs, and the gradients of query, key and value that those outputs cause.
 `relative_error` is the norm of the difference over the norm of the truth, for the outputs ("forward", "causal forward")
-or for the three gradients together ("forward+backward", "causal forward+backward"). Mechanisms that are exact must be
-within 1e-4, in bfloat16 within 3e-2. Those that estimate a kernel are given exp, which is softmax: they must be within
-1, the error of an output of zeros, as must other libraries' estimates of softmax, which are timed in float32 only. The
-others are attentions of their own and must be finite; their error says how far from softmax they are.
+or for the three gradients together ("forward+backward", "causal forward+backward"). The truth is exact attention with
+the mechanism's kernel, or softmax. Mechanisms that are exact must be within 1e-4, in bfloat16 within 3e-2. Those that
+estimate a kernel must be within 1, the error of an output of zeros. The others are attentions of their own and must be
+finite; their error says how far from softmax they are.
 
 Peak memory is what torch's allocator held at most, beyond the inputs, during one call of its own: on the CPU from the
 allocations and releases that torch.profiler records, on CUDA from its counter. Scratch space inside the BLAS library is
@@ -51,7 +51,6 @@ from pipeline.grid.params import Params, ReplacementParams, model_of
 from pipeline.grid.results import Replaced
 from pipeline.host.devices import describe_device, get_device, prepare_host
 from pipeline.host.files import git_revision, write_csv
-from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, Attention, KernelAttention
 from schoenbat.errors import TrainingFailed
 from schoenbat.estimate import Estimate
@@ -59,16 +58,13 @@ from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import dot_product_kernel_attention
 from schoenbat.kernels import KERNELS
 from schoenbat.lra.config import build_config
-from schoenbat.lra.data.arrays import Batch
-from schoenbat.lra.encoder import Classifier, ModelConfig, build_model
-from schoenbat.lra.multihead import FormerConfig
-from schoenbat.lra.training import add_gradients, examples_at_once
 from schoenbat.norm import pre_sbn
 from schoenbat.ops._share import PoorEstimateWarning
 from schoenbat.ops.linear import State, extend
 from schoenbat.ops.reference import normalise
+from schoenbat.registry import base_name
 
-CHECKS = ("attn", "dotf", "length", "direction", "num_features", "threads", "relative_error")
+CHECKS = ("attn", "dotf", "length", "direction", "num_features", "relative_error")
 DOTF = "exp"
 EXACT = ("softmax", "kernelized")
 EXACT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -79,7 +75,6 @@ UNSTEADY, AGAIN = 0.2, 2
 """Interquartile range over median above which a pass is measured again, and how often."""
 SAMPLE_SECONDS = 0.02
 """A sample repeats a short call for about so long."""
-STEP_BATCH, STEP_LENGTH, STEP_VOCABULARY = 32, 4096, 257
 
 Attend = Callable[..., Tensor]
 Call = Callable[[], Any]
@@ -104,7 +99,7 @@ class Contender:
     Attributes:
         num_features: None where it has no such option.
         tolerance: of its relative errors.
-        longest, multiple_of: what lengths may be.
+        longest: the greatest length.
     """
 
     attn: str
@@ -114,7 +109,6 @@ class Contender:
     tolerance: float
     is_causal: bool = False
     longest: float = math.inf
-    multiple_of: int = 1
 
 
 def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
@@ -129,17 +123,15 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
     device, repeats = get_device(params.run.device), params.bench.repeats
     # The profiler's library would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    prepare_host(params.bench.threads)
     timed: list[Row] = []
     contenders = list(_contenders(params, shape, device))
-    for threads in params.bench.threads:
-        prepare_host(threads)
-        for length in params.bench.lengths:
-            able = [c for c in contenders if length <= c.longest and length % c.multiple_of == 0]
-            timed += _time(_passes(able, shape, length, device), "sdpa", repeats, device)
-            timed += _time(_tokens(params, shape, length, device), "sdpa", repeats, device)
-        if params.bench.step:
-            timed += _time(_training_steps(params, device), "softmax", repeats, device)
+    for length in params.bench.lengths:
+        able = [contender for contender in contenders if length <= contender.longest]
+        timed += time_passes(_passes(able, shape, length, device), "sdpa", repeats, device)
+        timed += time_passes(_tokens(params, shape, length, device), "sdpa", repeats, device)
     where = {
+        "threads": params.bench.threads,
         "repeats": repeats,
         "device": describe_device(device),
         "torch": torch.__version__,
@@ -147,8 +139,9 @@ def run(params: Params, out: Path, shape: Shape = Shape()) -> None:
     }
     sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch.")}
     write_csv(out, [row | sizes | where for row in timed])
-    errors = [(row, row["relative_error"]) for row in timed if row["relative_error"] is not None]
-    checks = [{name: row[name] for name in CHECKS} | {"relative_error": f"{error:.1e}"} for row, error in errors]
+    checks = [
+        {name: row[name] for name in CHECKS} | {"relative_error": f"{row['relative_error']:.1e}"} for row in timed
+    ]
     write_csv(out.with_name("bench-checks.csv"), checks)
     print(f"{len(timed)} rows: {out}")
     if replaced := [row | where for row in _time_replaced(params)]:
@@ -163,8 +156,7 @@ def _time_replaced(params: Params) -> Iterator[Row]:
         # What a cell without features computes in vain has to be left out first.
         if found is not None and not method.bare:
             measured.setdefault(model_of(name), {})[name] = found[1]
-    for threads, length in itertools.product(params.bench.threads, params.trained.lengths):
-        prepare_host(threads)
+    for length in params.trained.lengths:
         for model, cells in measured.items():
             first, *_ = cells.values()
             shape, generator = first["shape"], torch.Generator().manual_seed(length)
@@ -187,7 +179,7 @@ def _time_replaced(params: Params) -> Iterator[Row]:
                 print(f"{length:>6} {name:<40} {median:10.3f} ms", flush=True)
                 yield {
                     **{"cell": name, "model": model, "length": length, "milliseconds": median, "spread": high - low},
-                    **{"of_sdpa": median / float(np.median(samples[None])), "threads": threads},
+                    **{"of_sdpa": median / float(np.median(samples[None]))},
                 }
 
 
@@ -213,37 +205,30 @@ def _call_replaced(how: Estimate | Attention | None, query: Tensor, key: Tensor,
 
 
 def _contenders(params: Params, shape: Shape, device: torch.device) -> Iterator[Contender]:
-    """Yield torch's attention, every registered one with its section of params.yaml or its defaults, and rivals."""
-    exact = EXACT_TOLERANCE[shape.dtype]
+    """Yield torch's attention, and the mechanisms of the grid."""
+    grid, exact = params.grid, EXACT_TOLERANCE[shape.dtype]
     sdpa = Contender("sdpa", None, None, F.scaled_dot_product_attention, exact)
     yield from (sdpa, _causal(sdpa))
     for budget in params.bench.num_features:
         attend = functools.partial(dot_product_kernel_attention, num_features=budget, self_attention=True)
         function = Contender(FUNCTION, DOTF, budget, attend, ESTIMATE_TOLERANCE)
         yield from (function, _causal(function))
-    for name in ATTENTIONS.names():
+    plain: list[tuple[str, str | None]] = [(name, None) for name in grid.plain.attn]
+    for name, dotf in [*plain, *itertools.product(grid.kernel.attn, grid.kernel.dotf)]:
         found = ATTENTIONS.get(name)
-        written: Any = build_config(found.Config, params.attention.get(name), f"attention.{name}")
+        config: Any = build_config(found.Config, params.attention[name], f"attention.{name}")
         if found.needs_max_length:
-            written = replace(written, max_length=max([written.max_length, *params.bench.lengths]))
-        counted = hasattr(written, "num_features")
-        for num_features in params.bench.num_features if counted else [None]:
-            config = replace(written, num_features=num_features) if counted else written
-            kernel = KERNELS.get(DOTF)() if found.needs_kernel else None
-            generator = torch.Generator().manual_seed(0)
-            module = found(config, head_dim=shape.head_dim, kernel=kernel, generator=generator).to(device)
-            if isinstance(module, KernelAttention):
-                module.gets_units = True
-            tolerance = exact if name in EXACT else ESTIMATE_TOLERANCE if kernel else math.inf
-            longest = params.bench.max_quadratic_length if found.cost == "quadratic" else math.inf
-            dotf = DOTF if kernel else None
-            contender = Contender(name, dotf, num_features, module, tolerance, longest=longest)
-            yield from (contender, _causal(contender)) if found.has_causal_form else (contender,)
-    for num_features in params.bench.num_features if shape.dtype == torch.float32 else []:
-        sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "num_features": num_features}
-        for rival in installed_rivals(**sizes, device=device):
-            multiple_of = rival.multiple_of
-            yield Contender(rival.name, None, num_features, rival.attend, ESTIMATE_TOLERANCE, multiple_of=multiple_of)
+            config = replace(config, max_length=max([config.max_length, *params.bench.lengths]))
+        kernel = None if dotf is None else KERNELS.get(dotf)()
+        generator = torch.Generator().manual_seed(0)
+        module = found(config, head_dim=shape.head_dim, kernel=kernel, generator=generator).to(device)
+        if isinstance(module, KernelAttention):
+            module.gets_units = True
+        tolerance = exact if base_name(name) in EXACT else ESTIMATE_TOLERANCE if kernel else math.inf
+        longest = params.bench.max_quadratic_length if found.cost == "quadratic" else math.inf
+        num_features = getattr(config, "num_features", None)
+        contender = Contender(name, dotf, num_features, module, tolerance, longest=longest)
+        yield from (contender, _causal(contender)) if found.has_causal_form else (contender,)
 
 
 def _causal(contender: Contender) -> Contender:
@@ -317,51 +302,9 @@ def _extend(features: FeatureMap, state: State, query: Tensor, key: Tensor, valu
     return extend(features, state, query, key, value, scale=scale)[0]
 
 
-def _training_steps(params: Params, device: torch.device) -> Iterator[tuple[Row, Call]]:
-    """Yield an optimiser step of the LRA model on full-length Text batches, of softmax and of `bench.step`."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, STEP_VOCABULARY, (STEP_BATCH, 1, STEP_LENGTH), generator=generator).to(device)
-    labels = torch.randint(0, 2, (STEP_BATCH,), generator=generator).to(device)
-    key_mask = torch.ones_like(tokens, dtype=torch.bool)
-    size = examples_at_once(tokens, device)
-    split = zip(tokens.split(size), key_mask.split(size), labels.split(size), strict=True)
-    parts = [Batch(some, mask, truth, len(truth)) for some, mask, truth in split]
-
-    def step(model: Classifier, optimiser: torch.optim.Optimizer) -> None:
-        optimiser.zero_grad()
-        add_gradients(model, parts, device)
-        optimiser.step()
-
-    for attn in dict.fromkeys(["softmax", *params.bench.step]):
-        found, options = ATTENTIONS.get(attn), params.attention.get(attn)
-        dotf, former = (DOTF, "maclauformer") if found.needs_kernel else (None, "transformer")
-        model = build_model(
-            vocab_size=STEP_VOCABULARY,
-            num_classes=2,
-            num_texts=1,
-            max_length=STEP_LENGTH,
-            model=ModelConfig(),
-            attn=attn,
-            attention=options,
-            dotf=dotf,
-            former=former,
-            former_config=params.former.get(former, FormerConfig()),
-            seed=0,
-        ).to(device)
-        config: Any = build_config(found.Config, options, f"attention.{attn}")
-        what = {
-            "attn": attn,
-            "dotf": dotf,
-            "length": STEP_LENGTH,
-            "direction": "training step",
-            "relative_error": None,
-            "batch": STEP_BATCH,
-            "num_features": getattr(config, "num_features", None),
-        }
-        yield what, functools.partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-4))
-
-
-def _time(passes: Iterable[tuple[Row, Call]], reference: str, repeats: int, device: torch.device) -> Iterator[Row]:
+def time_passes(
+    passes: Iterable[tuple[Row, Call]], reference: str, repeats: int, device: torch.device
+) -> Iterator[Row]:
     """Yield a row with the times and the memory of each pass; speed-ups are over the same pass of `reference`."""
     rows, calls = zip(*passes, strict=True)
     tasks = dict(enumerate(calls))
@@ -385,7 +328,6 @@ def _time(passes: Iterable[tuple[Row, Call]], reference: str, repeats: int, devi
             "spread": high - low,
             "peak_memory_mb": memory,
             "speedup_vs_sdpa": baselines[what["direction"]] / median,
-            "threads": torch.get_num_threads(),
         }
 
 
@@ -399,7 +341,7 @@ def _errors(contender: Contender, inputs: tuple[Tensor, Tensor, Tensor], weight:
     query, key, value = (x.detach().double().requires_grad_() for x in inputs)
     allowed = torch.arange(length, device=weight.device) <= picked[:, None] if contender.is_causal else None
     scores = query[..., picked, :] @ key.mT * query.shape[-1] ** -0.5
-    truth = normalise(KERNELS.get(DOTF)(), scores, allowed) @ value
+    truth = normalise(KERNELS.get(contender.dotf or DOTF)(), scores, allowed) @ value
     true_gradients = torch.autograd.grad(truth, (query, key, value), weight.double())
     found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
     errors = _relative_error([output.detach()], [truth.detach()]), _relative_error(found, true_gradients)

@@ -1,4 +1,4 @@
-"""Stage `errors`: how much of a trained cell's attention each estimate of a kernel explains, at equal budgets.
+"""Stage `errors`: how much of a trained cell's attention each estimate of its kernel explains, at equal budgets.
 
 The queries, keys and values of all layers and heads are taken from the cell's best weights on the first test examples.
 Three figures compare each estimate with the exact kernel in float64. A row of the result holds their means and standard
@@ -85,9 +85,7 @@ Draw = Callable[[torch.Generator], Features]
 
 
 def run(params: Params, cell: Cell, out: Path) -> None:
-    """Measure the errors on the queries, keys and values of a trained cell and write `out`.
-
-    A kernel that is not defined for all of their products is left out.
+    """Measure the errors of estimates of a cell's kernel, exp where it has none, on its vectors, and write `out`.
 
     Raises:
         UserError: the cell has not been trained, or its texts have fewer than 2 tokens.
@@ -95,19 +93,12 @@ def run(params: Params, cell: Cell, out: Path) -> None:
     prepare_host(params.run.threads)
     layers = _trained(params, cell)
     vectors = Vectors(*map(torch.cat, zip(*(scale_and_widen(*seen) for _, seen in layers), strict=True)))
-    query, key, _ = vectors
-    largest = float((query @ key.mT).abs().max())
+    query, dotf = vectors.query, cell.dotf or "exp"
     units = all(bool((x.norm(dim=-1) < 1 + 1e-5).all()) for _, seen in layers for x in (seen.query, seen.key))
-    rows: list[Row] = []
-    for dotf in KERNELS.names():
-        kernel = KERNELS.get(dotf)()
-        if largest >= kernel.radius:
-            continue
-        sets = [vectors] * params.errors.draws
-        rows += measure(dotf, kernel, sets, query.shape[-1] ** -0.5, params.errors.num_features, units)
-        if dotf == cell.dotf and isinstance(getattr(layers[0][0], "features", None), FeatureMap):
-            rows.append(_measure_own(cell, kernel, layers, vectors))
-        print(f"{dotf}: done", flush=True)
+    kernel, sets = KERNELS.get(dotf)(), [vectors] * params.errors.draws
+    rows = list(measure(dotf, kernel, sets, query.shape[-1] ** -0.5, params.errors.num_features, units))
+    if isinstance(getattr(layers[0][0], "features", None), FeatureMap):
+        rows.append(_measure_own(cell, kernel, layers, vectors))
     about = {"points": f"trained {cell.id}", "argument": "<q, k>/sqrt(d)"}
     setting = {
         "tokens": query.shape[-2],

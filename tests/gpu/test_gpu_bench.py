@@ -1,21 +1,21 @@
 """The benchmark on the GPU: every mechanism is timed, and none whose result is wrong; the times are not tested."""
 
 import csv
-import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from gpu_device import DEVICE, ON_GPU
 
-from pipeline.grid.params import BenchParams, load_params
+from pipeline.grid.params import BenchParams
 from pipeline.stages import bench
 from schoenbat.attention import ATTENTIONS
 
 pytestmark = pytest.mark.gpu
 
-PROFILE = Path(__file__).resolve().parents[2] / "profiles/quick.yaml"
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [512, 4096, 16384] if ON_GPU else [64, 128]
 LONGEST_QUADRATIC = LENGTHS[1]
 
@@ -24,27 +24,20 @@ LONGEST_QUADRATIC = LENGTHS[1]
 def test_every_mechanism_is_timed_on_a_gpu(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setattr(bench, "SAMPLE_SECONDS", 1e-9)
-        monkeypatch.setattr(bench, "STEP_LENGTH", 64)
-    full = dtype == torch.float32
-    wanted = BenchParams(
-        lengths=LENGTHS,
-        repeats=5,
-        num_features=[128],
-        threads=[1],
-        max_quadratic_length=LONGEST_QUADRATIC,
-        step=["rmfa", "rmfa-sketch", "linear"] if full else [],
-    )
-    quick = load_params(PROFILE)
-    params = dataclasses.replace(quick, bench=wanted, run=dataclasses.replace(quick.run, device=str(DEVICE)))
+    sys.path.append(str(ROOT / "benchmarks"))
+    from gpu import every_mechanism
+
+    wanted = BenchParams(lengths=LENGTHS, repeats=5, threads=1, max_quadratic_length=LONGEST_QUADRATIC)
+    params = every_mechanism(wanted, str(DEVICE))
     out = tmp_path / "bench.csv"
     bench.run(params, out, bench.Shape(batch=2, heads=8, head_dim=64, dtype=dtype))
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    timed = {(row["attn"], int(row["length"])) for row in rows if row["direction"] != "training step"}
+    timed = {(row["attn"], int(row["length"])) for row in rows}
     for name in ["sdpa", *ATTENTIONS.names()]:
         quadratic = name in ATTENTIONS.names() and ATTENTIONS.get(name).cost == "quadratic"
         for length in LENGTHS:
             assert ((name, length) in timed) == (not quadratic or length <= LONGEST_QUADRATIC)
     assert {row["device"].partition(" ")[0] for row in rows} == {str(DEVICE)}
     assert all(float(row["milliseconds"]) > 0 and float(row["peak_memory_mb"]) >= 0 for row in rows)
-    assert all(math.isfinite(float(row["relative_error"])) for row in rows if row["direction"] != "training step")
+    assert all(math.isfinite(float(row["relative_error"])) for row in rows)

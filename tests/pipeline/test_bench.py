@@ -10,69 +10,61 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.grid.params import BenchParams, Params, load_params
 from pipeline.reporting._results import BENCH_SETTING, BENCH_VALUES
 from pipeline.stages import bench
-from pipeline.stages._rivals import installed_rivals
 from schoenbat.attention import ATTENTIONS, Attention, KernelAttention
 from schoenbat.attention.kernelized import Kernelized
 from schoenbat.errors import TrainingFailed
 
 PROJECT = Path(__file__).resolve().parents[2]
-QUADRATIC = {"sdpa", "softmax", "kernelized", "gaussian"}
-RIVALS = {"performer-pytorch", "transformers-nystromformer"}
 
 
 @pytest.fixture
 def params(monkeypatch: pytest.MonkeyPatch) -> Params:
+    """A grid with a variant, two kernels, and a mechanism made for a largest length."""
     monkeypatch.setattr(bench, "SAMPLE_SECONDS", 1e-9)
     quick = load_params(PROJECT / "profiles/quick.yaml")
+    plain = dataclasses.replace(quick.grid.plain, attn=["mean", "gaussian", "linformer"])
+    kernel = dataclasses.replace(quick.grid.kernel, attn=["kernelized", "rmfa", "rmfa+32"], dotf=["exp", "inverse"])
     return dataclasses.replace(
         quick,
-        bench=BenchParams(lengths=[64, 130], repeats=1, num_features=[64, 32], threads=[2, 1], max_quadratic_length=64),
+        grid=dataclasses.replace(quick.grid, plain=plain, kernel=kernel),
+        attention={**{name: {} for name in plain.attn + kernel.attn}, "rmfa+32": {"num_features": 32}},
+        bench=BenchParams(lengths=[64, 130], repeats=1, num_features=[64, 16], threads=1, max_quadratic_length=64),
     )
 
 
-@pytest.mark.slow
-def test_every_mechanism_is_timed_at_every_length_it_can_bear(tmp_path: Path, params: Params) -> None:
+def test_what_the_grid_has_is_timed_with_its_settings_and_nothing_else(tmp_path: Path, params: Params) -> None:
     bench.run(params, tmp_path / "bench.csv")
     with (tmp_path / "bench.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(BENCH_VALUES) | set(BENCH_SETTING) | set(bench.CHECKS) < set(rows[0]), "what the report reads"
-    counted = {name: hasattr(ATTENTIONS.get(name).Config(), "num_features") for name in ATTENTIONS.names()}
-    contenders = {("sdpa", ""), *((bench.FUNCTION, features) for features in ("64", "32"))} | {
-        (name, features) for name in ATTENTIONS.names() for features in (("64", "32") if counted[name] else ("",))
-    }
+    plain = {("mean", "", ""), ("gaussian", "", ""), ("linformer", "", "")}
+    sized = (("kernelized", ""), ("rmfa", "128"), ("rmfa+32", "32"))
+    contenders = {("sdpa", "", ""), (bench.FUNCTION, "exp", "64"), (bench.FUNCTION, "exp", "16"), *plain}
+    contenders |= {(attn, dotf, size) for attn, size in sized for dotf in ("exp", "inverse")}
+    found = Counter((row["attn"], row["dotf"], row["num_features"], row["length"]) for row in rows)
     expected = {
-        (threads, length, name, features)
-        for threads in ("2", "1")
+        (*contender, length): 5
+        if contender[0] in ("sdpa", bench.FUNCTION)
+        else 4
+        if ATTENTIONS.get(contender[0]).has_causal_form
+        else 2
+        for contender in contenders
         for length in ("64", "130")
-        for name, features in contenders
-        if length == "64" or name not in QUADRATIC - {"sdpa"}
+        if length == "64" or contender[0] not in ("kernelized", "gaussian")
     }
-    found = Counter((row["threads"], row["length"], row["attn"], row["num_features"]) for row in rows)
-    rivals = {key for key in found if key[2] in RIVALS}
-    causal = {"sdpa", bench.FUNCTION} | {name for name in ATTENTIONS.names() if ATTENTIONS.get(name).has_causal_form}
-    passes = {key: 4 if key[2] in causal else 2 for key in expected}
-    passes |= {key: 5 for key in expected if key[2] in ("sdpa", bench.FUNCTION)}
-    assert {key: found[key] for key in found.keys() - rivals} == passes
-    directions = Counter(row["direction"] for row in rows if row["attn"] in causal)
-    assert directions.pop("one token") == sum(key[2] in ("sdpa", bench.FUNCTION) for key in expected)
-    every = ("forward", "forward+backward", "causal forward", "causal forward+backward")
-    assert directions == dict.fromkeys(every, sum(key[2] in causal for key in expected))
+    assert found == expected
     for row in rows:
         assert float(row["milliseconds"]) > 0
         assert float(row["peak_memory_mb"]) > 0
-        registered = row["attn"] in ATTENTIONS.names()
-        needs_kernel = row["attn"] == bench.FUNCTION or (registered and ATTENTIONS.get(row["attn"]).needs_kernel)
-        assert row["dotf"] == ("exp" if needs_kernel else "")
         assert float(row["speedup_vs_sdpa"]) > 0
-        of_its_own = registered and not row["dotf"] and row["attn"] not in QUADRATIC - {"gaussian"}
-        bound = math.inf if of_its_own else 1e-4 if row["attn"] in QUADRATIC else 1
         assert math.isfinite(float(row["relative_error"]))
-        assert float(row["relative_error"]) <= bound
+        exact = row["attn"] in ("sdpa", "kernelized")
+        assert float(row["relative_error"]) <= (1e-4 if exact else 1 if row["dotf"] else math.inf)
+        assert row["threads"] == "1"
 
 
 @pytest.mark.parametrize("wrong", [lambda out: out * 1.001, lambda out: out * float("nan")])
@@ -131,7 +123,9 @@ def test_a_pass_whose_quartiles_are_far_apart_is_measured_again(monkeypatch: pyt
     monkeypatch.setattr(bench, "_interleaved", interleaved)
     what = {"direction": "forward", "length": 8, "num_features": None, "relative_error": None}
     rows = list(
-        bench._time([(what | {"attn": name}, list) for name in ("sdpa", "a", "b")], "sdpa", 3, torch.device("cpu"))
+        bench.time_passes(
+            [(what | {"attn": name}, list) for name in ("sdpa", "a", "b")], "sdpa", 3, torch.device("cpu")
+        )
     )
     assert asked == [[0, 1, 2], [0, 1], [1]]
     assert [row["spread"] for row in rows] == pytest.approx([0.05, 0.5, 0.05])
@@ -147,31 +141,3 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
             del first, second
 
     assert bench._peak_memory_mb(call, torch.device("cpu")) == pytest.approx(3, abs=0.01)
-
-
-def test_one_training_step_is_timed_where_asked(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "STEP_LENGTH", 64)
-    monkeypatch.setattr(bench, "STEP_BATCH", 2)
-    only_step = dataclasses.replace(params, bench=BenchParams(lengths=[], repeats=1, step=["rmfa"]))
-    bench.run(only_step, tmp_path / "bench.csv")
-    with (tmp_path / "bench.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["attn"], row["direction"], row["batch"]) for row in rows] == [
-        ("softmax", "training step", "2"),
-        ("rmfa", "training step", "2"),
-    ]
-
-
-@pytest.mark.parametrize("name", sorted(RIVALS))
-def test_a_rival_estimates_softmax_attention(name: str) -> None:
-    """Within 0.2, where the error of an output of zeros is 1; both draw from a fixed seed."""
-    device = torch.device("cpu")
-    found = {r.name: r for r in installed_rivals(heads=2, head_dim=32, num_features=64, device=device)}
-    if name not in found:
-        pytest.skip(f"{name} is not installed")
-    query, key, value = bench._inputs(bench.Shape(), 128, device)
-    truth = F.scaled_dot_product_attention(query, key, value)
-    error = (found[name].attend(query, key, value) - truth).norm() / truth.norm()
-    assert error.item() < 0.2

@@ -94,7 +94,7 @@ def test_the_vectors_of_a_trained_cell_are_used_and_its_own_draw(project: Projec
     assert code == 0, err
     rows = read(Path(f"runs/tiny/errors/{group}.csv"))
     assert {row["points"] for row in rows} == {f"trained {group}-0"}, "the first seed"
-    assert {row["dotf"] for row in rows} == set(KERNELS.names())
+    assert {row["dotf"] for row in rows} == {"exp"}, "the kernel of the cell, and no other"
     assert {(row["head_dim"], row["tokens"]) for row in rows} == {("4", "5")}
     (own,) = [row for row in rows if row["estimator"] == f"{attn} as trained"]
     assert (own["dotf"], own["num_features"], own["output_spread"]) == ("exp", "7", "")

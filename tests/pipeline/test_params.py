@@ -46,7 +46,6 @@ from schoenbat.errors import UserError
         ("run.threads", 0, "threads must be at least 1"),
         ("data", {"mirror": 5}, "data.mirror must be a str"),
         ("bench.lengths", [0], "at least 1"),
-        ("bench.step", ["sofmax"], "bench.step: unknown attn 'sofmax'; choose one of: softmax, "),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_line(project: Project, key: str, value: Any, message: str) -> None:
