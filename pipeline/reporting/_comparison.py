@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.reporting._mechanisms import Mechanism, rows_of, style
 from pipeline.reporting._results import Results
-from pipeline.reporting._statistics import Difference, holm, interquartile_mean, letters, paired_differences
+from pipeline.reporting._statistics import LEVEL, Difference, holm, interquartile_mean, letters, paired_differences
 from pipeline.reporting._table import MISSING
 
 CONTROL = "mean"
@@ -26,7 +26,6 @@ class Versus(NamedTuple):
 
     Attributes:
         adjusted: p by Holm over all of the family, or table, that it stands in.
-        significant: whether it is, in that family.
     """
 
     task: str
@@ -34,7 +33,10 @@ class Versus(NamedTuple):
     other: Mechanism
     difference: Difference
     adjusted: float
-    significant: bool
+
+    @property
+    def significant(self) -> bool:
+        return self.adjusted < LEVEL
 
     def is_equal(self, margin: float) -> bool:
         return self.difference.margin < margin
@@ -179,4 +181,4 @@ def _family(rows: Iterable[tuple[str, Mechanism, Mechanism, Difference]]) -> lis
     """Judge differences, corrected over all of them."""
     family = list(rows)
     adjusted = holm([difference.p for *_, difference in family])
-    return [Versus(*row, p, row[3].is_significant(p, len(family))) for row, p in zip(family, adjusted, strict=True)]
+    return [Versus(*row, p) for row, p in zip(family, adjusted, strict=True)]

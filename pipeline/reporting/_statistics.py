@@ -9,11 +9,8 @@ examples, e for the rest, its squared standard error is
     (MS_s + MS_i - MS_e) / (S n)
 
 with MS_s and MS_i taken as MS_e where they came out less, which their expectations are not (Clark, 1973, "The
-language-as-fixed-effect fallacy"). It is estimated by a bootstrap
-that draws seeds and examples with replacement, each apart. Row means are stretched by sqrt(S / (S - 1)), as S of them
-vary less than S fresh ones, and column means shrunk by sqrt(1 - MS_e / MS_i), as the noise in them is in the row means
-already (Davison and Hinkley, 1997, section 3.8). Intervals are of Student's t, with Satterthwaite's degrees of freedom,
-hardly more than S - 1 where seeds matter: quantiles of so few seeds would be too narrow.
+language-as-fixed-effect fallacy"). Intervals are of Student's t, with Satterthwaite's degrees of freedom, hardly more
+than S - 1 where seeds matter: quantiles of so few seeds would be too narrow.
 
 Where d is the same everywhere, as of two mechanisms that get everything right, there is no error to estimate, and yet n
 examples are not all examples: of the others a share up to 1 - LEVEL^(1 / n) may be otherwise, about 3 / n (Hanley and
@@ -42,9 +39,9 @@ POWER = 0.8
 MARGIN = 1.0
 """Points of accuracy within which two mechanisms count as equal, unless another margin is asked for."""
 LEAST_SEEDS = 6
-"""Below, no p-value is shown."""
+"""Below, no p-value is shown: with so few, it hangs on the normality of what it is made from."""
 REPLICATES = 2000
-_CHUNK = 250
+"""Of the bootstrap of interquartile means."""
 
 Array = NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
@@ -117,114 +114,49 @@ class Difference:
         """Return the second of the pair less the first."""
         return dataclasses.replace(self, estimate=-self.estimate, low=-self.high, high=-self.low)
 
-    def is_significant(self, adjusted: float, family: int) -> bool:
-        """Return whether it is significant after correction for `family` comparisons.
-
-        Args:
-            adjusted: p after Holm's correction. With fewer than LEAST_SEEDS seeds it is Bonferroni's that counts: an
-                interval with 1 - LEVEL / family leaves out 0.
-        """
-        return adjusted < LEVEL if self.seeds >= LEAST_SEEDS else self.p * family < LEVEL
-
 
 def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]]) -> dict[K, Difference]:
-    """Return the differences of all pairs of one task over the seeds that both have; those that have none are left out.
-
-    All pairs are resampled alike.
-    """
-    tables: dict[K, Array] = {}
+    """Return the differences of all pairs of one task over the seeds that both have, without those that have none."""
+    found = {}
     for key, (one, other) in pairs.items():
-        common = [number for number in one.seeds if number in other.seeds]
-        if common:
+        if common := [number for number in one.seeds if number in other.seeds]:
             mine, theirs = ([scores.seeds.index(number) for number in common] for scores in (one, other))
-            tables[key] = 100 * (one.shares[mine] - other.shares[theirs])
-    found = {key: Difference(float(table.mean()), len(table)) for key, table in tables.items()}
-    for shape in {table.shape for table in tables.values() if len(table) > 1}:
-        layouts = {key: _Layout.of(table) for key, table in tables.items() if table.shape == shape}
-        for (key, layout), error in zip(layouts.items(), _bootstrap([*layouts.values()], *shape), strict=True):
-            found[key] = _difference(layout, float(error**2 + layout.lacking) ** 0.5)
+            found[key] = _difference(100 * (one.shares[mine] - other.shares[theirs]))
     return found
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The two-way layout of a table of seeds and examples.
-
-    Attributes:
-        rows, columns: effects of seeds, stretched, and of examples, shrunk.
-        lacking: what the rest adds to the squared error where the mean square of the seeds came out less.
-        df: Satterthwaite's degrees of freedom of the squared error.
-        seed_share, example_share: as in `Difference`.
-    """
-
-    estimate: float
-    rows: Array
-    columns: Array
-    lacking: float
-    df: float
-    seed_share: float
-    example_share: float
-
-    @staticmethod
-    def of(table: Array) -> "_Layout":
-        num_seeds, num_examples = table.shape
-        rows, columns, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
-        of_rows = num_examples * float(((rows - mean) ** 2).sum())
-        of_columns = num_seeds * float(((columns - mean) ** 2).sum())
-        rest = max(0.0, float(((table - mean) ** 2).sum()) - of_rows - of_columns)
-        seeds, examples = num_seeds - 1, max(1, num_examples - 1)
-        seeds_ms, examples_ms, rest_ms = of_rows / seeds, of_columns / examples, rest / (seeds * examples)
-        # Equal where differences in two seeds are not correlated: rounding must not choose the degrees of freedom then.
-        if examples_ms < rest_ms or np.isclose(examples_ms, rest_ms, rtol=1e-9, atol=0.0):
-            examples_ms = rest_ms
-        lacking, seeds_ms = max(0.0, rest_ms - seeds_ms), max(rest_ms, seeds_ms)
-        of_examples = examples_ms - rest_ms
-        whole, spread = seeds_ms + of_examples, seeds_ms**2 / seeds
-        if of_examples:
-            spread += examples_ms**2 / examples + rest_ms**2 / (seeds * examples)
-        return _Layout(
-            float(rows.mean()),
-            rows=np.sqrt(num_seeds / seeds) * (rows - rows.mean()),
-            columns=np.sqrt(1 - rest_ms / examples_ms if examples_ms else 0.0) * (columns - columns.mean()),
-            lacking=lacking / table.size,
-            df=whole**2 / spread if spread else float(seeds),
-            seed_share=(seeds_ms - rest_ms) / whole if whole else 0.0,
-            example_share=of_examples / whole if whole else 0.0,
-        )
-
-
-def _bootstrap(layouts: Sequence[_Layout], num_seeds: int, num_examples: int) -> Array:
-    """Return the standard errors of the means of tables of one shape, which share their draws."""
-    rows = np.stack([layout.rows for layout in layouts], axis=1)
-    columns = np.stack([layout.columns for layout in layouts], axis=1)
-    generator = np.random.default_rng([0, num_seeds, num_examples])
-    means = [
-        _drawn(generator, num_seeds) @ rows + _drawn(generator, num_examples) @ columns
-        for _ in range(0, REPLICATES, _CHUNK)
-    ]
-    return np.concatenate(means).std(axis=0, ddof=1)
-
-
-def _drawn(generator: np.random.Generator, size: int) -> Array:
-    """Return [_CHUNK, size]: in each row, how often each of `size` is drawn in as many draws, as shares."""
-    drawn = generator.integers(0, size, (_CHUNK, size)) + size * np.arange(_CHUNK)[:, None]
-    return np.bincount(drawn.ravel(), minlength=_CHUNK * size).reshape(_CHUNK, size) / size
-
-
-def _difference(layout: _Layout, error: float) -> Difference:
-    estimate, df = layout.estimate, layout.df
+def _difference(table: Array) -> Difference:
+    """Return what a table [S, n] of differences shows."""
+    num_seeds, num_examples = table.shape
+    rows, columns, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
+    estimate, seeds, examples = float(rows.mean()), num_seeds - 1, max(1, num_examples - 1)
+    if not seeds:
+        return Difference(estimate, num_seeds)
+    of_rows = num_examples * float(((rows - mean) ** 2).sum())
+    of_columns = num_seeds * float(((columns - mean) ** 2).sum())
+    rest = max(0.0, float(((table - mean) ** 2).sum()) - of_rows - of_columns)
+    rest_ms = rest / (seeds * examples)
+    seeds_ms, examples_ms = max(rest_ms, of_rows / seeds), max(rest_ms, of_columns / examples)
+    # Equal where differences in two seeds are not correlated: rounding must not choose the degrees of freedom then.
+    if np.isclose(examples_ms, rest_ms, rtol=1e-9, atol=0.0):
+        examples_ms = rest_ms
+    of_examples = examples_ms - rest_ms
+    whole, spread = seeds_ms + of_examples, seeds_ms**2 / seeds
+    if of_examples:
+        spread += examples_ms**2 / examples + rest_ms**2 / (seeds * examples)
+    error, df = (whole / table.size) ** 0.5, whole**2 / spread if spread else float(seeds)
     reach, one_sided = (float(stats.t.ppf(1 - level, df)) * error for level in (LEVEL / 2, LEVEL))
-    unseen = 0.0 if error else 100 * (1 - LEVEL ** (1 / len(layout.columns)))
+    unseen = 0.0 if error else 100 * (1 - LEVEL ** (1 / num_examples))
     return Difference(
         estimate=estimate,
-        seeds=len(layout.rows),
+        seeds=num_seeds,
         error=error,
         df=df,
         low=estimate - reach - unseen,
         high=estimate + reach + unseen,
         p=float(2 * stats.t.sf(abs(estimate) / error, df)) if error else float(estimate == 0),
-        seed_share=layout.seed_share,
-        example_share=layout.example_share,
+        seed_share=(seeds_ms - rest_ms) / whole if whole else 0.0,
+        example_share=of_examples / whole if whole else 0.0,
         smallest=_noncentrality(round(df, 2)) * error + unseen,
         margin=abs(estimate) + one_sided + unseen,
     )

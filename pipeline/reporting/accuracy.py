@@ -9,7 +9,6 @@ import pandas as pd
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import MOST_GROUPS, NEVER, Comparison
 from pipeline.reporting._mechanisms import Mechanism, keyed, label
-from pipeline.reporting._statistics import LEAST_SEEDS
 from pipeline.reporting._table import MISSING, Table, show_number
 
 
@@ -50,7 +49,7 @@ def _legend(comparison: Comparison) -> str:
     if len(results.seeds) > 1:
         parts.append(
             "Bold: the best, and what is not significantly different from it, over seeds and test examples together "
-            f"(all pairs of a task; Holm, with fewer than {LEAST_SEEDS} seeds Bonferroni)."
+            "(all pairs of a task; Holm)."
         )
         marked = [bool(on_task.marks) for on_task in comparison.tasks.values() if on_task.groups]
         if any(marked):

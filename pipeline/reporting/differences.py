@@ -15,7 +15,7 @@ from pipeline.reporting._results import Results
 from pipeline.reporting._statistics import LEAST_SEEDS, POWER
 from pipeline.reporting._table import MISSING, Table, show_interval, show_number, show_p
 
-_INTERVAL = "Interval: 95 %, for this pair alone, by a bootstrap over seeds and test examples together."
+_INTERVAL = "Interval: 95 %, for this pair alone, over seeds and test examples together."
 _LEGEND = (
     f"{_INTERVAL} p: t-test with the same error, not shown for fewer than {LEAST_SEEDS} seeds. Error: the shares of "
     "seeds and of examples in its square; the rest shrinks with more of either. Visible: the least true difference "

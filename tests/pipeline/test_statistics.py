@@ -65,7 +65,6 @@ def test_accuracy_is_the_mean_over_targets_and_differences_are_paired_by_seed() 
 def test_the_error_is_that_of_an_analysis_of_variance(
     num_seeds: int, of_seeds: float, of_examples: float, rest: float
 ) -> None:
-    """The bootstrap against mean squares of statsmodels; 2,000 replicates give an error of 1.6 %."""
     table = made_up(3, num_seeds, 60, of_seeds, of_examples, rest)
     rows, columns = np.indices(table.shape)
     fitted = anova_lm(
@@ -75,7 +74,7 @@ def test_the_error_is_that_of_an_analysis_of_variance(
     seeds_ms = max(seeds_ms, rest_ms)
     squared = (seeds_ms + max(0, examples_ms - rest_ms)) / table.size
     found = difference_of(table)
-    assert found.error == pytest.approx(squared**0.5, rel=0.06)
+    assert found.error == pytest.approx(squared**0.5)
     assert found.seed_share == pytest.approx(max(0, seeds_ms - rest_ms) / table.size / squared, abs=1e-9)
     assert found.example_share == pytest.approx(max(0, examples_ms - rest_ms) / table.size / squared, abs=1e-9)
 
@@ -107,16 +106,9 @@ def test_with_seeds_alone_it_is_the_paired_t_test_of_scipy() -> None:
     expected = stats.ttest_1samp(per_seed, 0)
     interval = expected.confidence_interval(0.95)
     assert found.df == pytest.approx(6)
-    assert found.error == pytest.approx(stats.sem(per_seed), rel=0.06)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.1)
-    assert found.p == pytest.approx(expected.pvalue, rel=0.4)
-
-
-def test_the_bootstrap_over_seeds_and_over_examples_is_that_of_scipy() -> None:
-    for table, axis in ((made_up(1, 40, 30, 3, 0, 1e-6), 1), (made_up(2, 30, 400, 1e-9, 20, 1e-6), 0)):
-        means = table.mean(axis=axis)
-        expected = stats.bootstrap((means,), np.mean, rng=np.random.default_rng(0), n_resamples=4000)
-        assert difference_of(table).error == pytest.approx(expected.standard_error, rel=0.08)
+    assert found.error == pytest.approx(stats.sem(per_seed))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(expected.pvalue)
 
 
 def test_intervals_hold_what_they_promise() -> None:
@@ -142,7 +134,7 @@ def test_equality_within_a_margin_is_that_of_two_one_sided_tests() -> None:
     found = difference_of(np.repeat(per_seed[:, None], 20, axis=1))
     # At the least margin the larger of the two p-values is just the level.
     larger = ttost_paired(per_seed, np.zeros(6), -found.margin, found.margin)[0]
-    assert larger == pytest.approx(0.05, abs=0.008)
+    assert larger == pytest.approx(0.05)
 
 
 def test_what_is_not_significant_with_few_examples_is_not_equal() -> None:
@@ -161,13 +153,6 @@ def test_holm_is_statsmodels_and_leaves_out_what_has_no_p_value() -> None:
     assert [found[number] for number in (0, 1, 3, 4)] == expected
     assert np.isnan(found[2])
     assert holm([]) == []
-
-
-def test_fewer_than_six_seeds_need_the_interval_of_all_comparisons() -> None:
-    assert Difference(1.0, 6, p=0.02).is_significant(0.04, family=10)
-    assert not Difference(1.0, 5, p=0.02).is_significant(0.04, family=10)
-    assert Difference(1.0, 5, p=0.004).is_significant(0.04, family=10)
-    assert not Difference(1.0, 1).is_significant(float("nan"), family=10)
 
 
 @pytest.mark.parametrize("seed", range(5))
