@@ -238,7 +238,7 @@ def doctor(as_json: Json = False) -> None:
             print(finding.line(), flush=True)
     wrong = any(finding.state == "wrong" for finding in found)
     if as_json:
-        print(json.dumps({"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
+        print(json.dumps({"ok": not wrong, "findings": [finding._asdict() for finding in found]}, indent=2))
     raise typer.Exit(int(wrong))
 
 

@@ -6,10 +6,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
@@ -31,25 +30,37 @@ LEAST_DISK_GB, SCARCE_DISK_GB = 1.0, 5.0
 """Below the first a grid will fail, below the second a large one may."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line.
 
     Attributes:
+        subject: what was looked at.
         state: "wrong" if a grid would fail of it; "note" if something optional is missing or will be made.
         text: what was found.
         mend: what to do; empty where nothing is to be done.
-        subject: what was looked at.
     """
 
+    subject: str
     state: Literal["good", "note", "wrong"]
     text: str
     mend: str = ""
-    subject: str = ""
 
     def line(self) -> str:
         state = "ok" if self.state == "good" else self.state
         return f"{state:5}  {self.subject:8}  {self.text}{f'; to mend it: {self.mend}' if self.mend else ''}"
+
+
+class _Note(Exception):
+    """What was found instead of what is good, and what to do."""
+
+    state: Literal["note", "wrong"] = "note"
+
+    def __init__(self, text: str, mend: str = "") -> None:
+        self.text, self.mend = text, mend
+
+
+class _Wrong(_Note):
+    state = "wrong"
 
 
 def examine() -> Iterator[Finding]:
@@ -58,177 +69,154 @@ def examine() -> Iterator[Finding]:
         params = load_checked()
     except UserError:
         params = None
-
-    def informed(check: Callable[["Params"], Finding]) -> Callable[[], Finding]:
-        return lambda: check(params) if params else Finding("note", "unknown without settings")
-
-    checks: dict[str, Callable[[], Finding]] = {
-        "python": _python,
-        "packages": _packages,
-        "settings": lambda: _settings(params),
-        "code": _code,
-        "git": _git,
-        "torch": informed(_torch),
-        "threads": informed(_threads),
-        "dvc": _dvc,
-        "mlflow": _mlflow,
-        "disk": _disk,
-        "memory": _memory,
-        "data": informed(_data),
-    }
-    for subject, check in checks.items():
+    for check in (_python, _packages, _settings, _code, _git, _torch, _threads, _dvc, _mlflow, _disk, _memory, _data):
+        subject = check.__name__[1:]
         try:
-            found = check()
+            if params is None and check in (_torch, _threads, _data):
+                raise _Note("unknown without settings")
+            yield Finding(subject, "good", check(params))  # type: ignore[arg-type]
+        except _Note as found:
+            yield Finding(subject, found.state, found.text, found.mend)
         except UserError as error:
-            found = Finding("wrong", str(error))
+            yield Finding(subject, "wrong", str(error))
         except ImportError as error:
-            found = Finding("wrong", str(error), "make setup")
-        yield replace(found, subject=subject)
+            yield Finding(subject, "wrong", str(error), "make setup")
 
 
-def _python() -> Finding:
-    where = f"{platform.system()} {platform.machine()}, {sys.executable}"
-    return Finding("good", f"Python {platform.python_version()} on {where}")
+def _python(_: object) -> str:
+    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
 
 
-def _packages() -> Finding:
+def _packages(_: object) -> str:
     try:
         written = importlib.metadata.requires(DISTRIBUTION) or []
-        version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("note", f"{DISTRIBUTION} is not installed; its code is used from PYTHONPATH")
+        raise _Note(f"{DISTRIBUTION} is not installed; its code is used from PYTHONPATH") from None
     needed = [each for each in map(Requirement, written) if each.marker is None or each.marker.evaluate({"extra": ""})]
     wrong = []
     for each in needed:
         found = next(iter(importlib.metadata.distributions(name=each.name)), None)
-        if found is None:
-            wrong.append(f"{each.name} is missing")
-        elif not each.specifier.contains(found.version, prereleases=True):
-            wrong.append(f"{each.name} {found.version} is not {each.specifier}")
+        if found is None or not each.specifier.contains(found.version, prereleases=True):
+            wrong.append(f"{each.name}{each.specifier} is needed, not {found.version if found else 'there'}")
     if wrong:
-        return Finding("wrong", ", ".join(wrong), "make setup")
-    return Finding("good", f"{DISTRIBUTION} {version} and the {len(needed)} packages that it needs")
+        raise _Wrong(", ".join(wrong), "make setup")
+    return f"the {len(needed)} packages that {DISTRIBUTION} needs"
 
 
-def _settings(params: "Params | None") -> Finding:
+def _settings(params: "Params | None") -> str:
     from pipeline.grid.cells import expand
 
     if params is None and not PARAMS_FILE.exists():
         mend = "go to the folder of the project, or `schoenbat-exp use quick` in it"
-        return Finding("wrong", f"no {PARAMS_FILE} in {Path.cwd()}", mend)
+        raise _Wrong(f"no {PARAMS_FILE} in {Path.cwd()}", mend)
     params = params or load_checked()
-    text = f"{PARAMS_FILE.absolute()}: profile {params.profile}, {counted(len(expand(params)), 'cell')}"
-    return Finding("good", text)
+    return f"{PARAMS_FILE.absolute()}: profile {params.profile}, {counted(len(expand(params)), 'cell')}"
 
 
-def _code() -> Finding:
+def _code(_: object) -> str:
     check_code()
     if not PROJECT_FILE.is_file():
-        return Finding("wrong", f"no {PROJECT_FILE} in {Path.cwd()}", "go to the folder of the project")
-    return Finding("good", "what runs is the code of this folder")
+        raise _Wrong(f"no {PROJECT_FILE} in {Path.cwd()}", "go to the folder of the project")
+    return "what runs is the code of this folder"
 
 
-def _git() -> Finding:
+def _git(_: object) -> str:
     try:
         asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return Finding("note", "git is not installed; results will not name a revision")
+        raise _Note("git is not installed; results will not name a revision") from None
     if asked.returncode == 0:
-        return Finding("good", f"revision {asked.stdout.strip()}")
+        return f"revision {asked.stdout.strip()}"
     said = (asked.stderr.strip().splitlines() or ["git fails"])[0].removeprefix("fatal: ")
     mend = f"git config --global --add safe.directory {Path.cwd()}" if "dubious ownership" in said else ""
-    return Finding("note", f"{said}; results will not name a revision", mend)
+    raise _Note(f"{said}; results will not name a revision", mend)
 
 
-def _torch(params: "Params") -> Finding:
+def _torch(params: "Params") -> str:
     import torch
 
     from pipeline.host.devices import ask_driver, get_device
 
-    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
-    text = f"torch {torch.__version__}, built {built}"
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    devices = [f"cuda:{i} {gpu.name} with {gpu.total_memory / 2**30:.0f} GB" for i, gpu in enumerate(found)]
+    devices = [f"; cuda:{i} {gpu.name} with {gpu.total_memory / 2**30:.0f} GB" for i, gpu in enumerate(found)]
+    text = f"torch {torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}"
     driver = ask_driver("driver_version")
-    if devices:
-        text += f", driver {driver or 'unknown'}: {', '.join(devices)}"
-    wanted = params.run.device
+    text += f"{f', driver {driver}' if driver else ''}{''.join(devices)}; run.device is {params.run.device}"
     try:
-        get_device(wanted)
+        get_device(params.run.device)
     except UserError:
-        mend = "set run.device to cpu"
-        if driver and not torch.version.cuda:
-            mend = "install a torch that is built for CUDA (pytorch.org/get-started)"
-        return Finding("wrong", f"{text}; run.device is {wanted}, which is not there", mend)
+        no_cuda = driver and not torch.version.cuda
+        mend = (
+            "install a torch that is built for CUDA (pytorch.org/get-started)" if no_cuda else "set run.device to cpu"
+        )
+        raise _Wrong(f"{text}, which is not there", mend) from None
     if driver and not devices:
-        return Finding("note", f"{text}; the GPU here (driver {driver}) is not usable with it")
-    return Finding("good", f"{text}; run.device is {wanted}")
+        raise _Note(f"{text}; the GPU here is not usable with it")
+    return text
 
 
-def _threads(params: "Params") -> Finding:
+def _threads(params: "Params") -> str:
     from pipeline.launch.plan import number_of_cores
 
     cores, threads = number_of_cores(), params.run.threads
     text = f"{counted(cores, 'core')}, run.threads is {threads}: {counted(max(1, cores // threads), 'cell')} at once"
     if threads > cores:
-        return Finding("wrong", text, f"set run.threads to at most {cores}")
+        raise _Wrong(text, f"set run.threads to at most {cores}")
     limit = os.environ.get("OMP_THREAD_LIMIT", "")
     if limit.isdecimal() and int(limit) < threads:
-        return Finding("wrong", f"{text}; OMP_THREAD_LIMIT is {limit}", "unset OMP_THREAD_LIMIT")
-    return Finding("good", text)
+        raise _Wrong(f"{text}; OMP_THREAD_LIMIT is {limit}", "unset OMP_THREAD_LIMIT")
+    return text
 
 
-def _dvc() -> Finding:
-    version = importlib.metadata.version("dvc")
+def _dvc(_: object) -> str:
+    version = f"DVC {importlib.metadata.version('dvc')}"
     if not Path(".dvc").is_dir():
-        return Finding("wrong", f"DVC {version}; this folder is no repository of DVC", "dvc init")
+        raise _Wrong(f"{version}; this folder is no repository of DVC", "dvc init")
     check_folders()
     if not os.access(".dvc", os.W_OK):
-        return Finding("good", f"DVC {version}; it cannot be asked where it may not write")
-    changed = changed_stages()
-    return Finding("good", f"DVC {version}; {counted(len(changed), 'stage')} out of date, or not here")
+        return f"{version}; it cannot be asked where it may not write"
+    return f"{version}; {counted(len(changed_stages()), 'stage')} out of date, or not here"
 
 
-def _mlflow() -> Finding:
-    version = importlib.metadata.version("mlflow")
+def _mlflow(_: object) -> str:
+    version = f"MLflow {importlib.metadata.version('mlflow')}"
     try:
         experiment = tracking.find_experiment()
     except UserError as error:
         named = tracking.TRACKING_URI in os.environ
         mend = f"correct {tracking.TRACKING_URI}" if named else "move it away: reports do not need it"
-        return Finding("wrong", str(error), "schoenbat-exp log" if "deleted" in str(error) else mend)
+        raise _Wrong(str(error), "schoenbat-exp log" if "deleted" in str(error) else mend) from None
     if experiment is None:
-        return Finding("note", f"MLflow {version}; the first run makes its database")
-    return Finding("good", f"MLflow {version}; runs are in {tracking.shown(tracking.store_uri())}")
+        raise _Note(f"{version}; the first run makes its database")
+    return f"{version}; runs are in {tracking.shown(tracking.store_uri())}"
 
 
-def _disk() -> Finding:
+def _disk(_: object) -> str:
     free = shutil.disk_usage(Path.cwd()).free / 10**9
     text = f"{free:.1f} GB free in {Path.cwd()}"
     if not os.access(Path.cwd(), os.W_OK):
-        return Finding("wrong", f"{Path.cwd()} cannot be written to", "change its permissions or its owner")
+        raise _Wrong(f"{Path.cwd()} cannot be written to", "change its permissions or its owner")
     if free < LEAST_DISK_GB:
-        return Finding("wrong", text, f"free {LEAST_DISK_GB:g} GB at least")
+        raise _Wrong(text, f"free {LEAST_DISK_GB:g} GB at least")
     if free < SCARCE_DISK_GB:
-        return Finding("note", text, "`dvc gc --all-commits` deletes weights that no commit has on record")
-    return Finding("good", text)
+        raise _Note(text, "`dvc gc --all-commits` deletes weights that no commit has on record")
+    return text
 
 
-def _memory() -> Finding:
+def _memory(_: object) -> str:
     memory = psutil.virtual_memory()
-    return Finding("good", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free")
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free"
 
 
-def _data(params: "Params") -> Finding:
+def _data(params: "Params") -> str:
     mirror = params.data.mirror_folder
     if mirror is not None and not mirror.is_dir():
-        mend = f"correct {MIRROR_VARIABLE} or data.mirror"
-        return Finding("wrong", f"the data mirror {mirror} is not a folder", mend)
+        raise _Wrong(f"the data mirror {mirror} is not a folder", f"correct {MIRROR_VARIABLE} or data.mirror")
     states = []
     for task in params.grid.tasks:
         prepared, fetched = (data_folder(params.profile, task) / "meta.json").is_file(), raw_folder(task).is_dir()
         states.append(f"{task} {'prepared' if prepared else 'fetched' if fetched else 'not fetched yet'}")
     text = f"{', '.join(states)}; mirror: {mirror.absolute() if mirror else 'none'}"
     if "not fetched yet" in text:
-        return Finding("note", f"{text}; the next run fetches what is missing")
-    return Finding("good", text)
+        raise _Note(f"{text}; the next run fetches what is missing")
+    return text

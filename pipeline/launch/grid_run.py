@@ -66,7 +66,7 @@ def run_grid(params: Params, typed: RunOptions) -> int:
     check_code()
     backend, at_once, kind = _backend(params, typed)
     alone = contextlib.nullcontext() if typed.dry_run else session.only_grid(_LOGS, _say)
-    with session.outliving_readers(), alone:
+    with alone:
         check_folders()
         if not typed.dry_run:
             backend.clear()

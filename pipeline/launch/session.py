@@ -3,11 +3,9 @@
 import errno
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO, cast
 
 from pipeline.host.files import locked
 from schoenbat.errors import UserError
@@ -56,41 +54,3 @@ def counted_stops() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def outliving_readers() -> Iterator[None]:
-    """Inside the block, go on without output when whoever reads it goes away, as `head` does."""
-    before = sys.stdout
-    sys.stdout = cast(TextIO, _Patient(before))
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = before
-
-
-class _Patient:
-    """A stream that goes nowhere once nobody reads it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-            print("nobody reads the output any more; the grid goes on (schoenbat-exp status)", file=sys.stderr)

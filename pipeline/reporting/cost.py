@@ -100,22 +100,6 @@ def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
     return math.exp(np.interp(0.0, np.log([ratios[i] for i in around]), np.log([lengths[i] for i in around])))
 
 
-def _leads(own: pd.DataFrame, sdpa: pd.DataFrame) -> dict[str, float]:
-    """Return from which length a mechanism is faster, and the same with both times off by half of their spreads."""
-    both = own.merge(sdpa, on="length", suffixes=("", "_sdpa")).sort_values("length")
-    lengths = both.length.tolist()
-    ratio = both.milliseconds / both.milliseconds_sdpa
-    # Half of an interquartile range may be more than the median, so it is a factor.
-    slack = (both.spread / both.milliseconds + both.spread_sdpa / both.milliseconds_sdpa).div(2).map(math.exp)
-    return {
-        "from_length": leads_from(lengths, ratio.tolist()),
-        "from_low": leads_from(lengths, (ratio / slack).tolist()),
-        "from_high": leads_from(lengths, (ratio * slack).tolist()),
-        "shortest": min(lengths),
-        "longest": max(lengths),
-    }
-
-
 def _lead_table(timings: pd.DataFrame, results: Results) -> Table:
     rows, shown = [], []
     sdpa = timings[timings.attn == SDPA]
@@ -126,32 +110,26 @@ def _lead_table(timings: pd.DataFrame, results: Results) -> Table:
             mine = own[own.direction == direction]
             exact = sdpa[sdpa.direction == direction]
             shown[-1][direction] = MISSING
-            if set(mine.length) & set(exact.length):
-                found = _leads(mine, exact)
-                shown[-1][direction] = _lead_text(found)
-                rows.append(measured | {"direction": direction} | found)
+            both = mine.merge(exact, on="length", suffixes=("", "_sdpa")).sort_values("length")
+            if not both.empty:
+                found = leads_from(both.length.tolist(), (both.milliseconds / both.milliseconds_sdpa).tolist())
+                shown[-1][direction] = _lead_text(found, both.length)
+                rows.append(measured | {"direction": direction, "from_length": found})
     return Table(
         name="cost-lead",
         title="The length from which on a mechanism is faster than torch's exact attention",
         values=pd.DataFrame(rows),
         shown=pd.DataFrame(shown),
         caption="Against torch's scaled_dot_product_attention (causal: with is_causal), interpolated between measured "
-        "lengths on logarithmic axes; in brackets with both times off by half of their interquartile ranges. CSV: 0 is "
-        "below the shortest measured length, inf never.",
+        "lengths on logarithmic axes. CSV: 0 is below the shortest measured length, inf never.",
         provenance=results.bench_caption(),
     )
 
 
-def _lead_text(found: dict[str, float]) -> str:
-    def text(length: float) -> str:
-        if length == 0:
-            return f"below {found['shortest']:,}"
-        if math.isinf(length):
-            return f"never up to {found['longest']:,}"
-        return f"{float(f'{length:.3g}'):,.0f}"
-
-    middle, low, high = (text(found[name]) for name in ("from_length", "from_low", "from_high"))
-    return middle if low == high else f"{middle} ({low} to {high})"
+def _lead_text(found: float, lengths: pd.Series) -> str:
+    if found == 0:
+        return f"below {lengths.min():,}"
+    return f"never up to {lengths.max():,}" if math.isinf(found) else f"{float(f'{found:.3g}'):,.0f}"
 
 
 def _figure(comparison: Comparison, directions: Sequence[str], quantity: str, name: str, axis: str) -> Iterator[Figure]:

@@ -88,7 +88,7 @@ class Raw:
 def check_report(root: Path, profile: str) -> int:
     """Compare every number of the main tables of a report with what its raw files give; how many were compared."""
     raw, tables = Raw(root / "runs" / profile), root / "reports" / profile / "tables"
-    return sum(check(raw, tables) for check in (_accuracy, _cells, _pairs, _versus, _baselines))
+    return sum(check(raw, tables) for check in (_accuracy, _cells, _pairs, _versus))
 
 
 def _same(found: Any, expected: float, **tolerance: float) -> int:
@@ -216,15 +216,4 @@ def _versus(raw: Raw, tables: Path) -> int:
             count += _compare(row, raw.difference(row["task"], _mechanism(row), _mechanism(row, "other")))
         for found, expected in zip(table.p_holm, _holm(table.p.to_numpy()), strict=True):
             count += _same(found, expected)
-    return count
-
-
-def _baselines(raw: Raw, tables: Path) -> int:
-    count = 0
-    path = tables / "baselines.csv"
-    for row in pd.read_csv(path).to_dict("records") if path.is_file() else []:
-        steps = [_passed(raw, row["task"], cell["curve"]) for cell in raw.of(row["task"], _mechanism(row)).values()]
-        count += _same(row["cells"], len(steps)) + _same(row["passed"], int(np.isfinite(steps).sum()))
-        count += _same(row["median_step"], float(np.median(steps)) if steps else math.nan)
-        count += _same(row["baseline_accuracy"], 100 * max(raw.baselines[row["task"]].values()))
     return count

@@ -250,19 +250,6 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         pass
 
 
-def test_a_grid_goes_on_when_nobody_reads_its_output_any_more(project: Project) -> None:
-    project.add_dvc()
-    command = [sys.executable, "-m", "pipeline.cli", "run", "--grid", "--dry-run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as grid:  # type: ignore[call-overload]
-        grid.stdout.close()
-        told = grid.stderr.read()
-    assert (grid.returncode, told) == (
-        0,
-        "nobody reads the output any more; the grid goes on (schoenbat-exp status)\n",
-    )
-
-
 def _processes_in(folder: Path) -> list[psutil.Process]:
     """The other processes whose current folder is `folder`, but for the one that multiprocessing keeps till its end."""
     found = []

@@ -214,7 +214,6 @@ def test_letters_stand_in_a_table_only_where_they_can_be_read() -> None:
 ENDS = ("md", "csv", "tex")
 TABLES = (
     "accuracy",
-    "baselines",
     "cells",
     "cost",
     "cost-lead",
@@ -239,18 +238,17 @@ FIGURES = (
 )
 
 
-def test_the_length_from_which_a_mechanism_is_faster_is_told_with_its_spread(complete: Path) -> None:
+def test_the_length_from_which_a_mechanism_is_faster_is_told(complete: Path) -> None:
     """The times made up here are powers of the length: rmfa's, 1.5 (N / 512), meets torch's, (N / 512)^2, at 768."""
     table = pd.read_csv(complete / "reports/cpu/tables/cost-lead.csv").set_index(["attn", "num_features", "direction"])
     for direction in ("forward", "causal forward+backward"):
         rmfa = table.loc[("rmfa", 128, direction)]
         assert rmfa.from_length == pytest.approx(768)
-        assert 512 < rmfa.from_low < 768 < rmfa.from_high < 1024
         assert table.loc[("rmfa", 256, direction)].from_length == math.inf
         assert table.loc[("mean", 0, direction)].from_length == 0
         assert table.loc[("kernelized", 0, direction)].from_length == math.inf
     shown = (complete / "reports/cpu/tables/cost-lead.md").read_text()
-    assert "| 768 (7" in shown
+    assert "| 768 " in shown
     assert "| below 512 " in shown
     assert "| never up to 1,024 " in shown
 
