@@ -109,7 +109,7 @@ def replacing(project: Project) -> Project:
 def test_each_method_is_measured_once_and_stands_in_the_report(
     replacing: Project, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replacing.set("bench", {"lengths": [], "repeats": 1, "threads": [1]})
+    replacing.set("bench", {"lengths": [], "repeats": 1, "threads": 1})
     for cell in CELLS:
         code, _, err = invoke("replace", "--cell", cell)
         assert code == 0, err
