@@ -56,7 +56,11 @@ class Freshness:
         self._digests = functools.cache(digests)
         self.data = functools.cache(self._read_data)
         self.profile: str = settings["profile"]
-        self.replacing = list(settings["trained"]["cells"])
+
+    @property
+    def replacing(self) -> list[str]:
+        """The names of the cells of trained models."""
+        return list(self._settings["trained"]["cells"])
 
     def look_again(self) -> "Freshness":
         """Return the same with data and results as they are by now, and code and settings as they were."""
