@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from schoenbat.features.plan import FeatureMap, Products
-from schoenbat.ops import _causal
+from schoenbat.ops import _causal, native
 from schoenbat.ops._bounds import cooled_parts, limits_of, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_in_parts, attend_plainly, extend_value
@@ -76,23 +76,45 @@ def attend(
     """
     if bounded is None:
         bounded = isinstance(features, FeatureMap) and features.is_bounded
+    dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = _prepare(query, key, value, key_mask)
-        q, k = _within_range(features, q), _within_range(features, k)
+        q, k, v = (x.to(dtype) for x in (query, key, value))
         if is_causal:
             check_square(q, k)
-            return _causal_blocks(features, q, k, v, key_mask, scale, block, bounded).to(query.dtype)
-        groups = query.shape[1] // key.shape[1]
-        # Queries of one group see the same keys: they are further queries of one head.
-        q = q.unflatten(1, (-1, groups)).flatten(2, 3) if groups > 1 else q
-        if isinstance(features, FeatureMap):
-            counts, query_counts = _counts(key_mask, v), _counts(key_mask, v, groups)
-            out = _through_plan(features, q, k, v, counts, query_counts, scale, self_attention, bounded)
+            q, k = _within_range(features, q), _within_range(features, fill_masked(k, key_mask))
+            v = fill_masked(v, key_mask)
+            out = _causal_blocks(features, q, k, v, key_mask, scale, block, bounded)
+        elif isinstance(features, FeatureMap) and native.serves(features, q, k, v, bounded):
+            given = (key_mask, scale, self_attention, bounded)
+            out = native.attend(features, q, k, v, *given, lambda *tensors: _attend(features, *tensors, *given))
         else:
-            root = math.sqrt(scale)
-            out = linear_attention(features(q * root), features(k * root), v, key_mask)
-        out = out.unflatten(2, (groups, query.shape[2])).flatten(1, 2) if groups > 1 else out
+            out = _attend(features, q, k, v, key_mask, scale, self_attention, bounded)
         return out.to(query.dtype)
+
+
+def _attend(
+    features: Features,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    self_attention: bool,
+    bounded: bool,
+) -> Tensor:
+    """Attend where it is not causal, in float32 or wider, by operations of torch."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = fill_masked(key, key_mask), fill_masked(value, key_mask)
+    query, key = _within_range(features, query), _within_range(features, key)
+    # Queries of one group see the same keys: they are further queries of one head.
+    query = query.unflatten(1, (-1, groups)).flatten(2, 3) if groups > 1 else query
+    if isinstance(features, FeatureMap):
+        counts, query_counts = _counts(key_mask, value), _counts(key_mask, value, groups)
+        out = _through_plan(features, query, key, value, counts, query_counts, scale, self_attention, bounded)
+    else:
+        root = math.sqrt(scale)
+        out = linear_attention(features(query * root), features(key * root), value, key_mask)
+    return out.unflatten(2, (groups, length)).flatten(1, 2) if groups > 1 else out
 
 
 def extend(
