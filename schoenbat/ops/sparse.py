@@ -41,6 +41,7 @@ from schoenbat.kernels import Kernel
 from schoenbat.ops._bounds import trust
 from schoenbat.ops._near import LOWEST
 from schoenbat.ops._planned import _total, look_up, sum_keys
+from schoenbat.ops.native import sparse as native_sparse
 from schoenbat.ops.places import places_of, real_tokens
 from schoenbat.ops.reference import AttentionInputs, check_square, fill_masked, split
 
@@ -142,6 +143,9 @@ def attend(
     if is_causal:
         check_square(query, key)
         return extend(features, None, inputs, sparsity, kernels)[0]
+    given = None if kernels is None else kernels()
+    if sparsity.window and native_sparse.serves(features, inputs, given):
+        return native_sparse.attend(features, inputs, sparsity.window, sparsity.heavy, given)
     with torch.autocast(query.device.type, enabled=False):
         wide = torch.promote_types(query.dtype, torch.float32)
         groups, length = query.shape[1] // key.shape[1], query.shape[2]

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from schoenbat.files import write_bytes
 VARIABLE = "SCHOENBAT_OPS"
 """The environment variable that chooses a form: "torch", or "compiled", which makes it an error if there is none."""
 FORMS = ("torch", "compiled")
-SOURCE = "attention.cpp"
+SOURCES = ("attention.cpp", "sparse.cpp")
+HEADERS = ("lanes.h",)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
 """No -ffast-math: NaN at masked places must not spread."""
 _COMPILERS = ("g++", "clang++", "c++")
@@ -69,13 +71,14 @@ def _load(named: str) -> Loaded:
     compiler = next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
     if compiler is None:
         return Loaded(None, f"there is no compiler of C++ ({', '.join(_COMPILERS)}, or that of CXX)")
-    source = Path(__file__).with_name(SOURCE)
+    folder = Path(__file__).parent
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        key = hashlib.sha256("\0".join([source.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
-        path = cache_folder() / f"{source.stem}-{key}.so"
+        texts = [(folder / name).read_text() for name in (*SOURCES, *HEADERS)]
+        key = hashlib.sha256("\0".join([*texts, *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
+        path = cache_folder() / f"attention-{key}.so"
         if not path.is_file():
-            _build(compiler, source, path)
+            _build(compiler, [folder / name for name in SOURCES], path)
         library = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip().splitlines()
@@ -89,7 +92,7 @@ def _load(named: str) -> Loaded:
     return Loaded(library, f"built by {version.splitlines()[0]}")
 
 
-def _build(compiler: str, source: Path, path: Path) -> None:
+def _build(compiler: str, sources: Sequence[Path], path: Path) -> None:
     """Compile into `path`, in one process at a time; what stands there is whole."""
     import fcntl
 
@@ -100,7 +103,7 @@ def _build(compiler: str, source: Path, path: Path) -> None:
             return
         _LOG.warning("compiling attention for this processor into %s, once; it takes some seconds", path.parent)
         built = Path(scratch, path.name)
-        command = [compiler, *FLAGS, str(source), "-o", str(built)]
+        command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
         subprocess.run(command, capture_output=True, text=True, check=True)
         write_bytes(path, built.read_bytes())
 
