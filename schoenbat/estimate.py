@@ -8,6 +8,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -342,6 +343,10 @@ def _kernel_named(name: str) -> Kernel:
 
 @functools.lru_cache(maxsize=64)
 def _draw(estimate: Estimate, head_dim: int, scale: float, device: torch.device) -> FeatureMap:
+    if torch.compiler.is_exporting():
+        # Tensors that an export makes have no values. Its modes are those of this thread alone.
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(lambda: estimate.make(head_dim, scale).to(device)).result()
     # A tensor made in inference mode could never take part in training.
     with torch.inference_mode(False):
         return estimate.make(head_dim, scale).to(device)

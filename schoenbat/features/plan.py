@@ -12,7 +12,7 @@ a product of a few contiguous slices, one for each offset. Sums over keys take t
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -118,6 +118,7 @@ class FeatureMap(nn.Module):
         self.kernel = kernel
         self._origin = generator.get_state()
         self._packed: list[Tensor] = []
+        self._constants: tuple[Tensor, Tensor] | None = None
         self.register_buffer("projection_bits", None, persistent=False)
         self.register_buffer("weight_bits", None, persistent=False)
         self.register_load_state_dict_post_hook(_pack_again)
@@ -154,6 +155,7 @@ class FeatureMap(nn.Module):
         weights = torch.tensor(self.plan.weights, dtype=torch.float32, device=self.projection_bits.device)
         self.weight_bits = weights.view(torch.int32)
         self._packed = self._drawn()
+        self._view()
 
     def _drawn(self) -> list[Tensor]:
         """Return the buffers that hold the draw."""
@@ -168,11 +170,25 @@ class FeatureMap(nn.Module):
 
     def projection(self, dtype: torch.dtype) -> Tensor:
         """Return P in `dtype`."""
-        return self.projection_bits.view(torch.float32).to(dtype)
+        return self._floats()[0].to(dtype)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """Return W [D] in `dtype`."""
-        return self.weight_bits.view(torch.float32).to(dtype)
+        return self._floats()[1].to(dtype)
+
+    def _floats(self) -> tuple[Tensor, Tensor]:
+        # ONNX has no way to read integers as floats, so an exported graph has the floats as constants.
+        if torch.compiler.is_exporting() and self._constants is not None:
+            return self._constants
+        return self.projection_bits.view(torch.float32), self.weight_bits.view(torch.float32)
+
+    def _view(self) -> None:
+        self._constants = self.projection_bits.view(torch.float32), self.weight_bits.view(torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureMap":
+        super()._apply(fn, recurse)
+        self._view()
+        return self
 
     def products(self, dtype: torch.dtype, scale: float) -> Products:
         """Prepare the products for vectors whose dot products get the factor `scale`."""

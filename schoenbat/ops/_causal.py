@@ -102,34 +102,54 @@ def extend(
         [B, H, N, v] and the new state.
     """
     chunk, groups, length = chunk_length(features), query.shape[1] // key.shape[1], query.shape[2]
-    rows = query.unflatten(1, (-1, groups))
+    # Queries of one group see the same keys: they are further queries of one head.
+    rows = query.unflatten(1, (-1, groups)).transpose(2, 3)
     far = None
     if state is not None:
         far = state.far
         key, extended = torch.cat([state.key, key], 2), torch.cat([state.extended, extended], 2)
     tokens = key.shape[2]
     first = tokens - length
-    if tokens <= chunk:
-        chunks, padding, width = 1, 0, tokens
+    # An exported graph serves all lengths.
+    exporting = torch.compiler.is_exporting()
+    if not exporting and tokens <= chunk:
         lower = rows.new_ones(length, tokens, dtype=torch.bool).tril(first)
+        rows, keys, values = (x.unsqueeze(2) for x in (rows, key, extended))
     else:
-        chunks, padding, width = -(-tokens // chunk), -tokens % chunk, chunk
-        rows = F.pad(rows, (0, 0, first, padding))
         lower = rows.new_ones(chunk, chunk, dtype=torch.bool).tril()
-    # Queries of one group see the same keys: they are further queries of one head.
-    rows = rows.unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4)
-    keys, values = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (chunks, width)) for x in (key, extended))
-    full = chunks if features is None else tokens // chunk
-    before, after = _sum_up(features, far, keys[:, :, :full], values[:, :, :full], chunks, scale, bounded)
-    if tokens and length:
-        out = _attend(features, before, rows, keys, values, lower.repeat(groups, 1), scale)
+        rows, keys, values = _cut(rows, chunk, first), _cut(key, chunk), _cut(extended, chunk)
+    complete = keys.shape[2] if features is None else tokens // chunk
+    summed = keys.shape[2] if exporting else complete
+    before, after = _sum_up(features, far, keys, values, summed, complete, scale, bounded)
+    rows = rows.flatten(3, 4)
+    if exporting or (tokens and length):
+        out = _attend(features, before, rows, keys, values, lower.repeat_interleave(groups, 0), scale)
     else:
         # Empty, but part of the graph.
         out = rows @ (keys.mT @ values)[..., :-1]
-    out = out.unflatten(3, (groups, -1)).transpose(2, 3).flatten(3, 4)
-    out = (out if chunks == 1 else out[:, :, :, first:tokens]).flatten(1, 2)
-    left = tokens if features is None else full * chunk
-    return out, State(after, key[:, :, left:], extended[:, :, left:])
+    out = out.unflatten(3, (-1, groups))
+    if exporting:
+        place = torch.arange(tokens, device=out.device)
+        return out[:, :, place // chunk, place % chunk].transpose(2, 3).flatten(1, 2), None
+    out = out.flatten(2, 3)
+    out = out[:, :, first:tokens] if exporting or out.shape[2] > length else out
+    left = tokens if features is None else complete * chunk
+    return out.transpose(2, 3).flatten(1, 2), State(after, key[:, :, left:], extended[:, :, left:])
+
+
+def _cut(x: Tensor, chunk: int, first: int = 0) -> Tensor:
+    """Cut x [B, H, n, ...] after `first` zeros into chunks, [B, H, chunks, chunk, ...], with zeros at the end."""
+    if torch.compiler.is_exporting():
+        # Views would make the graph one for some lengths. The last chunk is not complete, even where it is empty.
+        assert not first
+        tokens = x.shape[2]
+        place = torch.arange((tokens + 2 * chunk - 1) // chunk, device=x.device)[:, None] * chunk + torch.arange(
+            chunk, device=x.device
+        )
+        absent = (place >= tokens)[(..., *(None,) * (x.ndim - 3))]
+        return x[:, :, place.clamp_max(tokens - 1)].masked_fill(absent, 0.0)
+    padding = -(first + x.shape[2]) % chunk
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (first, padding)).unflatten(2, (-1, chunk))
 
 
 def _sum_up(
@@ -137,12 +157,14 @@ def _sum_up(
     far: Far | None,
     key: Tensor,
     extended: Tensor,
-    chunks: int,
+    summed: int,
+    complete: int,
     scale: float,
     bounded: bool,
 ) -> tuple[Far | None, Far | None]:
-    """Sum up what lies before each of the `chunks`, and before the chunk after them, from the complete chunks."""
-    if key.shape[2] == 0:
+    """Sum up what lies before each chunk, from the first `summed` chunks, and after the `complete` ones."""
+    chunks, key, extended = key.shape[2], key[:, :, :summed], extended[:, :, :summed]
+    if summed == 0:
         return None if far is None else far.map(lambda x: x.unsqueeze(2)), far
     centre = None
     if features is not None and features.kernel.is_exponential:
@@ -166,8 +188,9 @@ def _sum_up(
         None if moments is None else _running(None if far is None else far.moments, moments),
         None,
     )
-    after = replace(running.map(lambda x: x[:, :, -1]), centre=centre)
-    if far is None and chunks == 1:
+    end = torch.full((1,), complete, device=key.device)
+    after = replace(running.map(lambda x: x.index_select(2, end).squeeze(2)), centre=centre)
+    if far is None and not torch.compiler.is_exporting() and chunks == 1:
         return None, after
     before = running.map(lambda x: x[:, :, :chunks])
     before = replace(before, centre=None if centre is None else centre.unsqueeze(2))

@@ -30,15 +30,15 @@ def near_of_exp(query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> 
     Returns:
         [..., R, v + 1] and [..., R, 1].
     """
-    shape = query.shape[:-2]
+    query = query / math.log(2)
     unseen = torch.zeros(lower.shape, dtype=query.dtype, device=query.device).masked_fill(~lower, LOWEST)
-    tensors = (query / math.log(2)).flatten(0, -3), key.flatten(0, -3), extended.flatten(0, -3), unseen
     if torch.compiler.is_compiling():
-        scores = _scores(*tensors)
+        absent = torch.where(extended[..., -1:] > 0, 0.0, LOWEST)
+        scores = query @ key.mT + absent.mT + unseen
         top = _top(scores)
-        products = torch.exp2(scores - top) @ tensors[2]
-    else:
-        products, top = _Near.apply(*tensors)
+        return torch.exp2(scores - top) @ extended, top * math.log(2)
+    shape = query.shape[:-2]
+    products, top = _Near.apply(query.flatten(0, -3), key.flatten(0, -3), extended.flatten(0, -3), unseen)
     return products.unflatten(0, shape), (top * math.log(2)).unflatten(0, shape)
 
 

@@ -46,8 +46,8 @@ def look_up(query: Tensor, summed: Tensor, products: Products) -> Tensor:
 
 def attend_plainly(query: Tensor, key: Tensor, extended: Tensor, products: Products) -> Tensor:
     """Compute phi(Q) phi(K)^T V: [..., N, d], [..., M, d] and [..., M, v] to [..., N, v]."""
-    few = query.shape == key.shape and 2 * query.shape[:-1].numel() <= FEW_ROWS
-    if few and not torch.compiler.is_compiling():
+    # Compiled, a comparison of lengths would make the graph one for these lengths alone.
+    if not torch.compiler.is_compiling() and query.shape == key.shape and 2 * query.shape[:-1].numel() <= FEW_ROWS:
         return _AtOnce.apply(query, key, extended, *products)[0]
     return look_up(query, sum_keys(key, extended, products), products)
 

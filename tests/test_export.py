@@ -1,0 +1,147 @@
+"""Attention leaves Python: exported graphs give, at any length, what the eager form gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from schoenbat import MultiheadKernelAttention, dot_product_kernel_attention
+from schoenbat.integrations.huggingface import install
+from schoenbat.lra.encoder import ModelConfig, build_model
+from schoenbat.lra.multihead import FormerConfig
+
+TRACED = (2, 40)
+NOT_TRACED = [(1, 1), (3, 64), (2, 201)]
+"""Batches and lengths; a chunk of causal attention is 64 tokens."""
+BATCH, LENGTH = Dim("batch", min=1, max=64), Dim("length", min=1, max=1024)
+VOCABULARY = 50
+Inputs = tuple[Tensor, ...]
+
+
+class Layer(nn.Module):
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.attention = MultiheadKernelAttention(32, 2, num_features=24, batch_first=True)
+        self.is_causal = is_causal
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.attention(x, x, x, key_padding_mask=padding, is_causal=self.is_causal)[0]
+
+
+class Function(nn.Module):
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return dot_product_kernel_attention(
+            query, key, value, num_features=24, is_causal=self.is_causal, enable_gqa=True
+        )
+
+
+class Model(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, attention_mask=mask)[0]
+
+
+def states(batch: int, length: int) -> Inputs:
+    return torch.randn(batch, length, 32), torch.rand(batch, length) < 0.2
+
+
+def heads(batch: int, length: int) -> Inputs:
+    return torch.randn(batch, 4, length, 16), *torch.randn(2, batch, 2, length, 16)
+
+
+def tokens(batch: int, length: int) -> Inputs:
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[1:, length // 2 + 1 :] = 0
+    return torch.randint(1, VOCABULARY, (batch, length)), mask
+
+
+def texts(batch: int, length: int) -> Inputs:
+    return (torch.randint(0, VOCABULARY, (batch, 1, length)),)
+
+
+def cell() -> nn.Module:
+    return build_model(
+        vocab_size=VOCABULARY,
+        num_classes=3,
+        num_texts=1,
+        max_length=1024,
+        model=ModelConfig(width=32),
+        attn="rmfa-sketch",
+        attention={"num_features": 24},
+        dotf="exp",
+        former="maclauformer",
+        former_config=FormerConfig(),
+        seed=0,
+    )
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+
+
+def bert() -> nn.Module:
+    return Model(install(BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=1024, **SIZES))))
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, use_cache=False, **SIZES)
+    return Model(install(LlamaForCausalLM(config)))
+
+
+BY_TOKEN, BY_HEAD = {0: BATCH, 1: LENGTH}, {0: BATCH, 2: LENGTH}
+Case = tuple[Callable[[], nn.Module], Callable[[int, int], Inputs], tuple[dict[int, Dim], ...]]
+CASES: dict[str, Case] = {
+    "layer": (lambda: Layer(False), states, (BY_TOKEN, BY_TOKEN)),
+    "layer, causal": (lambda: Layer(True), states, (BY_TOKEN, BY_TOKEN)),
+    "function": (lambda: Function(False), heads, (BY_HEAD, BY_HEAD, BY_HEAD)),
+    "function, causal": (lambda: Function(True), heads, (BY_HEAD, BY_HEAD, BY_HEAD)),
+    "cell": (cell, texts, (BY_HEAD,)),
+    "bert": (bert, tokens, (BY_TOKEN, BY_TOKEN)),
+    "llama": (llama, tokens, (BY_TOKEN, BY_TOKEN)),
+}
+SLOW = {"cell", "bert", "llama"}
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+
+
+def exported(name: str, is_dynamic: bool) -> tuple[nn.Module, ExportedProgram]:
+    torch.manual_seed(0)
+    make, inputs, dynamic = CASES[name]
+    module = make().eval()
+    return module, export(module, inputs(*TRACED), dynamic_shapes=dynamic if is_dynamic else None)
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_an_exported_graph_gives_what_the_eager_form_gives(name: str, is_dynamic: bool) -> None:
+    module, program = exported(name, is_dynamic)
+    for batch, length in NOT_TRACED if is_dynamic else [TRACED]:
+        given = CASES[name][1](batch, length)
+        torch.testing.assert_close(program.module()(*given), module(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_onnxruntime_gives_what_torch_gives(name: str, is_dynamic: bool, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, program = exported(name, is_dynamic)
+    path = tmp_path / "model.onnx"
+    converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert converted is not None
+    converted.save(path)
+    session = onnxruntime.InferenceSession(path)
+    names = [entry.name for entry in session.get_inputs()]
+    for batch, length in NOT_TRACED if is_dynamic else [TRACED]:
+        given = CASES[name][1](batch, length)
+        (found,) = session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(found), module(*given), rtol=1e-5, atol=1e-5)
