@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml pipeline/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; name another one: make PYTHON=python3.12 setup" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[hf]" -e "pipeline[dev]"
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[hf,onnx]" -e "pipeline[dev]"
 	@touch $(STAMP)
 
 # The quick grid takes the place of the profile in params.yaml, unless that is one of your own.

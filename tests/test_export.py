@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from schoenbat import MultiheadKernelAttention, dot_product_kernel_attention
+from schoenbat.estimate import Estimate
 from schoenbat.integrations.huggingface import install
 from schoenbat.lra.encoder import ModelConfig, build_model
 from schoenbat.lra.multihead import FormerConfig
+from schoenbat.ops.linear import State, attend, extend, fixed_state
 
 TRACED = (2, 40)
 NOT_TRACED = [(1, 1), (3, 64), (2, 201)]
@@ -57,6 +61,7 @@ def states(batch: int, length: int) -> Inputs:
 
 
 def heads(batch: int, length: int) -> Inputs:
+    """Queries, and keys and values that two heads of them share."""
     return torch.randn(batch, 4, length, 16), *torch.randn(2, batch, 2, length, 16)
 
 
@@ -84,6 +89,75 @@ def cell() -> nn.Module:
         former_config=FormerConfig(),
         seed=0,
     )
+
+
+class Step(nn.Module):
+    """One token, after those of a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = Estimate(num_features=24).make(16)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, state: State) -> tuple[Tensor, State]:
+        return extend(self.features, state, query, key, value, scale=0.25)
+
+    def after(self, tokens: Inputs) -> State:
+        return fixed_state(self.features, extend(self.features, None, *tokens, scale=0.25)[1])
+
+
+def step(is_dynamic: bool) -> tuple[Step, ExportedProgram]:
+    module, batch = Step(), {0: BATCH}
+    given = (*(x[:, :, :1] for x in heads(2, 1)), module.after(heads(2, 40)))
+    shapes = (batch, batch, batch, [[batch] * 4, batch, batch, {}])
+    return module, export(module, given, dynamic_shapes=shapes if is_dynamic else None)
+
+
+def check_steps(module: Step, run: Callable[[Inputs], list[Tensor]], is_dynamic: bool) -> None:
+    """Tokens one at a time across the ends of chunks give what the whole gives, after any number of tokens."""
+    for batch, length in NOT_TRACED if is_dynamic else [(2, 40)]:
+        given = heads(batch, length + 70)
+        expected = attend(module.features, *given, None, True, 0.25)
+        state = tree_leaves(module.after(tuple(x[:, :, :length] for x in given)))
+        for i in range(length, length + 70):
+            out, *state = run((*(x[:, :, i : i + 1] for x in given), *state))
+            torch.testing.assert_close(out, expected[:, :, i : i + 1], rtol=1e-5, atol=1e-5)
+
+
+DYNAMIC = pytest.mark.parametrize("is_dynamic", [False, True], ids=["fixed", "dynamic"])
+
+
+@DYNAMIC
+def test_an_exported_step_gives_what_the_whole_gives(is_dynamic: bool) -> None:
+    module, program = step(is_dynamic)
+    like = tree_structure(module.after(heads(2, 40)))
+    graph = program.module()
+
+    def run(given: Inputs) -> list[Tensor]:
+        return tree_leaves(graph(*given[:3], tree_unflatten(given[3:], like)))
+
+    check_steps(module, run, is_dynamic)
+
+
+@pytest.mark.slow
+@DYNAMIC
+def test_onnxruntime_takes_steps(is_dynamic: bool, tmp_path: Path) -> None:
+    module, program = step(is_dynamic)
+    session = onnx_session(program, tmp_path)
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(given: Inputs) -> list[Tensor]:
+        found = session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
+        return [torch.from_numpy(x) for x in found]
+
+    check_steps(module, run, is_dynamic)
+
+
+def onnx_session(program: ExportedProgram, folder: Path) -> Any:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert converted is not None
+    converted.save(folder / "model.onnx")
+    return onnxruntime.InferenceSession(folder / "model.onnx")
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
@@ -121,7 +195,7 @@ def exported(name: str, is_dynamic: bool) -> tuple[nn.Module, ExportedProgram]:
 
 
 @pytest.mark.parametrize("name", MARKED)
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["fixed", "dynamic"])
+@DYNAMIC
 def test_an_exported_graph_gives_what_the_eager_form_gives(name: str, is_dynamic: bool) -> None:
     module, program = exported(name, is_dynamic)
     for batch, length in NOT_TRACED if is_dynamic else [TRACED]:
@@ -131,15 +205,10 @@ def test_an_exported_graph_gives_what_the_eager_form_gives(name: str, is_dynamic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["fixed", "dynamic"])
+@DYNAMIC
 def test_onnxruntime_gives_what_torch_gives(name: str, is_dynamic: bool, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     module, program = exported(name, is_dynamic)
-    path = tmp_path / "model.onnx"
-    converted = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert converted is not None
-    converted.save(path)
-    session = onnxruntime.InferenceSession(path)
+    session = onnx_session(program, tmp_path)
     names = [entry.name for entry in session.get_inputs()]
     for batch, length in NOT_TRACED if is_dynamic else [TRACED]:
         given = CASES[name][1](batch, length)

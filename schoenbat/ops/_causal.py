@@ -15,13 +15,15 @@ weighs in all is taken from the moments of its arguments, as if these were Gauss
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import register_dataclass, tree_map
 
-from schoenbat.features.plan import FeatureMap
+from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops._bounds import cooled_parts, limits_of, lost_mass, moments_of, trust
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, look_up_in_parts, sum_keys
@@ -48,6 +50,7 @@ class Far:
     total: Tensor
     moments: Tensor | None
     centre: Tensor | None
+    seen: list[tuple[FeatureMap, "_Seen"]] = field(default_factory=list, compare=False, repr=False)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Far":
         """Apply `function` to each tensor; all have the batch as their first dimension."""
@@ -61,17 +64,62 @@ class State:
 
     Attributes:
         far: the chunks that are complete, or None before the first is.
-        key, extended: the keys [B, Hk, c, d] and [v, 1] [B, Hk, c, v + 1] of the c < C tokens since; 0 where masked.
+        key, extended: room for the keys [B, Hk, C, d] and [v, 1] [B, Hk, C, v + 1] of the tokens since, or for fewer;
+            0 where masked.
+        count: how many tokens since there are, below C; a tensor in an exported graph.
+        written: how many tokens of the room are in use, by this state or by another that came from it and shares it.
     """
 
     far: Far | None
     key: Tensor
     extended: Tensor
+    count: int | Tensor
+    written: list[int] = field(default_factory=lambda: [0], compare=False, repr=False)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
-        """Apply `function` to each tensor; all have the batch as their first dimension."""
+        """Apply `function` to each tensor that has the batch as its first dimension."""
         far = None if self.far is None else self.far.map(function)
-        return State(far, function(self.key), function(self.extended))
+        # The room may still be that of this state, and is not to be written to.
+        return State(far, function(self.key), function(self.extended), self.count, [-1])
+
+    def since(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and [v, 1] of the tokens since."""
+        return self.key[:, :, : self.count], self.extended[:, :, : self.count]
+
+    def append(self, key: Tensor, extended: Tensor, chunk: int) -> "State":
+        """Put M further tokens into the room, which is made for a chunk, or made anew where the state has to stay."""
+        assert isinstance(self.count, int)
+        count, keys, values, written = self.count + key.shape[2], self.key, self.extended, self.written
+        is_frozen = keys.is_inference() and not torch.is_inference_mode_enabled()
+        if written[0] != self.count or keys.shape[2] < count or is_frozen:
+            keys, values = (x.new_zeros(*x.shape[:2], chunk, x.shape[3]) for x in (keys, values))
+            keys[:, :, : self.count], values[:, :, : self.count] = self.since()
+            written = [0]
+        keys[:, :, self.count : count], values[:, :, self.count : count] = key, extended
+        written[0] = count
+        return State(self.far, keys, values, count, written)
+
+
+register_dataclass(Far, field_names=["sums", "total", "moments", "centre"], drop_field_names=["seen"])
+register_dataclass(State, field_names=["far", "key", "extended", "count"], drop_field_names=["written"])
+
+
+def fixed(features: FeatureMap | None, state: State, bounded: bool) -> State:
+    """Return the same state as tensors alone, whose sizes do not depend on the number of tokens."""
+    assert isinstance(state.count, int)
+    far = state.far
+    if features is None:
+        return state
+    (batch, heads, _, dim), width = state.key.shape, state.extended.shape[3]
+    if far is None:
+        far = Far(
+            state.key.new_zeros(batch, heads, features.plan.num_features, width),
+            state.key.new_zeros(batch, heads, 1, width),
+            state.key.new_zeros(batch, heads, 1 + dim, dim) if bounded else None,
+            state.key.new_zeros(batch, heads, 1, dim) if features.kernel.is_exponential else None,
+        )
+    keys, values = (F.pad(x, (0, 0, 0, chunk_length(features) - state.count)) for x in state.since())
+    return State(far, keys, values, torch.tensor(state.count, device=state.key.device))
 
 
 def chunk_length(features: FeatureMap | None) -> int:
@@ -102,12 +150,20 @@ def extend(
         [B, H, N, v] and the new state.
     """
     chunk, groups, length = chunk_length(features), query.shape[1] // key.shape[1], query.shape[2]
+    if features is not None and state is not None and length:
+        if isinstance(state.count, Tensor):
+            return _step(features, state, query, key, extended, scale, bounded)
+        is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not is_recorded and state.count + key.shape[2] <= chunk and state.key.dtype == key.dtype:
+            state = state.append(key, extended, chunk)
+            out = _attend_few(features, state.far, query, *state.since(), scale)
+            return out, _closed(features, state, scale, bounded) if state.count == chunk else state
     # Queries of one group see the same keys: they are further queries of one head.
     rows = query.unflatten(1, (-1, groups)).transpose(2, 3)
     far = None
     if state is not None:
         far = state.far
-        key, extended = torch.cat([state.key, key], 2), torch.cat([state.extended, extended], 2)
+        key, extended = (torch.cat(pair, 2) for pair in zip(state.since(), (key, extended), strict=True))
     tokens = key.shape[2]
     first = tokens - length
     # An exported graph serves all lengths.
@@ -128,13 +184,74 @@ def extend(
         # Empty, but part of the graph.
         out = rows @ (keys.mT @ values)[..., :-1]
     out = out.unflatten(3, (-1, groups))
+    left = complete * chunk
     if exporting:
         place = torch.arange(tokens, device=out.device)
-        return out[:, :, place // chunk, place % chunk].transpose(2, 3).flatten(1, 2), None
-    out = out.flatten(2, 3)
-    out = out[:, :, first:tokens] if exporting or out.shape[2] > length else out
-    left = tokens if features is None else complete * chunk
-    return out.transpose(2, 3).flatten(1, 2), State(after, key[:, :, left:], extended[:, :, left:])
+        out = out[:, :, place // chunk, place % chunk]
+    else:
+        out = out.flatten(2, 3)
+        out = out[:, :, first:tokens] if out.shape[2] > length else out
+    out = out.transpose(2, 3).flatten(1, 2)
+    if features is None:
+        return out, State(after, key[:, :, :0], extended[:, :, :0], 0)
+    if not exporting:
+        return out, State(after, key[:, :, left:], extended[:, :, left:], tokens - left, [tokens - left])
+    # The first chunk that is not complete is that of the state.
+    end = torch.full((1,), complete, device=out.device)
+    key, extended = (x.index_select(2, end).squeeze(2) for x in (keys, values))
+    return out, State(after, key, extended, torch.full((), tokens - left, device=out.device))
+
+
+def _attend_few(
+    features: FeatureMap, far: Far | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
+) -> Tensor:
+    """Attend from the last N tokens [B, H, N, d] of a chunk, whose tokens so far are given."""
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    rows, lower = query, None
+    if groups > 1:
+        # Queries of one group see the same keys: they are further queries of one head.
+        rows = query.unflatten(1, (-1, groups)).transpose(2, 3).flatten(2, 3)
+    if length > 1:
+        lower = rows.new_ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
+        lower = lower.repeat_interleave(groups, 0)
+    out = _attend(features, far, rows, key, extended, lower, scale)
+    return out.unflatten(2, (length, groups)).transpose(2, 3).flatten(1, 2) if groups > 1 else out
+
+
+def _closed(features: FeatureMap, state: State, scale: float, bounded: bool) -> State:
+    """Sum up the chunk of the tokens since, which is complete."""
+    _, far = _sum_up(features, state.far, state.key[:, :, None], state.extended[:, :, None], 1, 1, scale, bounded)
+    return State(far, torch.zeros_like(state.key), torch.zeros_like(state.extended), 0)
+
+
+def _step(
+    features: FeatureMap, state: State, query: Tensor, key: Tensor, extended: Tensor, scale: float, bounded: bool
+) -> tuple[Tensor, State]:
+    """Do what `extend` does with one token and a state of tensors alone (`fixed`), whatever is in it."""
+    assert query.shape[2] == key.shape[2] == 1
+    assert isinstance(state.count, Tensor)
+    assert state.far is not None
+    chunk = state.key.shape[2]
+    is_here = (torch.arange(chunk, device=key.device) == state.count)[:, None]
+    keys, values = torch.where(is_here, key, state.key), torch.where(is_here, extended, state.extended)
+    out = _attend_few(features, state.far, query, keys, values, scale)
+    count = state.count + 1
+    before = state.far
+    if before.centre is not None:
+        is_first = before.total[..., -1:] == 0
+        before = replace(before, centre=torch.where(is_first, _mean(keys, values), before.centre), seen=[])
+    # Without a branch, which few exporters know: what the chunk would leave behind is there at every token.
+    closed = _closed(features, State(before, keys, values, chunk), scale, bounded)
+    closed = replace(closed, count=torch.zeros_like(count))
+    is_full = count == chunk
+    new = State(state.far, keys, values, count)
+    return out, tree_map(lambda full, other: torch.where(is_full, full, other), closed, new)
+
+
+def _mean(key: Tensor, extended: Tensor) -> Tensor:
+    """Average the keys that count."""
+    counts = extended[..., -1:]
+    return (key * counts).sum(-2, keepdim=True) / counts.sum(-2, keepdim=True).clamp_min(1)
 
 
 def _cut(x: Tensor, chunk: int, first: int = 0) -> Tensor:
@@ -168,11 +285,7 @@ def _sum_up(
         return None if far is None else far.map(lambda x: x.unsqueeze(2)), far
     centre = None
     if features is not None and features.kernel.is_exponential:
-        if far is None:
-            counts = extended[:, :, 0, :, -1:]
-            centre = (key[:, :, 0] * counts).sum(-2, keepdim=True) / counts.sum(-2, keepdim=True).clamp_min(1)
-        else:
-            centre = far.centre
+        centre = _mean(key[:, :, 0], extended[:, :, 0]) if far is None else far.centre
         assert centre is not None
         key = key - centre.unsqueeze(2)
     sums = key.mT @ extended if features is None else sum_keys(key, extended, features.products(key.dtype, scale))
@@ -215,11 +328,15 @@ def _attend(
     query: Tensor,
     key: Tensor,
     extended: Tensor,
-    lower: Tensor,
+    lower: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attend from [..., R, d] queries to the [..., M, d] keys that `lower` [R, M] allows, and to what lies before."""
+    """Attend from [..., R, d] queries to the [..., M, d] keys that `lower` [R, M] allows, and to what lies before.
+
+    None allows all of them.
+    """
     if features is None:
+        assert lower is not None
         scores = query @ key.mT
         products = scores.masked_fill(~lower, 0.0) @ extended
         products = products if far is None else products + query @ far.sums
@@ -235,41 +352,77 @@ def _attend(
     return numerator / torch.where(total == 0, 1.0, total)
 
 
-def _near(features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+def _near(
+    features: FeatureMap, query: Tensor, key: Tensor, extended: Tensor, lower: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Compute numerators and denominators [..., R, v + 1] by f itself, over e^t, and t."""
     kernel = features.kernel
     if kernel.is_exponential:
         return near_of_exp(query, key, extended, lower)
     scores = query @ key.mT
-    allowed = lower & (extended[..., -1].unsqueeze(-2) > 0)
+    allowed = _allowed(extended, lower)
     weights = kernel.relative(scores.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
     products = weights @ extended.to(weights.dtype)
     return products, torch.zeros_like(products[..., :1])
 
 
+def _allowed(extended: Tensor, lower: Tensor | None) -> Tensor:
+    is_there = extended[..., -1].unsqueeze(-2) > 0
+    return is_there if lower is None else is_there & lower
+
+
+class _Seen(NamedTuple):
+    """What queries need of the tokens before a chunk, whatever the queries are.
+
+    Attributes:
+        number: of the tokens, at least 1.
+        first, second: the mean of k and of k k^T times the scale and its square, as for `moments_of`.
+        mean: of [v, 1].
+        kept: the shrinkage of deviations from the mean value.
+    """
+
+    products: Products
+    is_there: Tensor
+    number: Tensor
+    first: Tensor | None
+    second: Tensor | None
+    mean: Tensor
+    kept: Tensor
+
+
+def _see(features: FeatureMap, far: Far, dtype: torch.dtype, scale: float) -> _Seen:
+    if not far.seen or far.seen[0][0] is not features or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # The column of ones has no use for a gradient.
+        total = far.total[..., -1:].detach()
+        count = total.clamp_min(1)
+        first = second = None
+        if far.moments is not None:
+            first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
+        products, kept = features.products(dtype, scale), trust(features, count)
+        far.seen[:] = [(features, _Seen(products, total > 0, count, first, second, far.total / count, kept))]
+    return far.seen[0][1]
+
+
 def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Compute numerators and denominators of what lies before, [..., R, v + 1], over e^l, and l."""
     level = query.new_zeros(()) if far.centre is None else scale * (query @ far.centre.mT)
-    products = features.products(query.dtype, scale)
-    # The column of ones has no use for a gradient.
-    total = far.total[..., -1:].detach()
-    if far.moments is None:
-        return look_up(query, far.sums, products), torch.where(total > 0, level, LOWEST)
-    count = total.clamp_min(1)
-    first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
-    moments = moments_of(query, first, second, count)
+    seen = _see(features, far, query.dtype, scale)
+    if seen.first is None or seen.second is None:
+        return look_up(query, far.sums, seen.products), torch.where(seen.is_there, level, LOWEST)
+    moments = moments_of(query, seen.first, seen.second, seen.number)
     factor, _, least = limits_of(features, moments)
     if factor is not None:
         assert moments.mean is not None
         level = level + (1 - factor) * moments.mean
-        level = level + lost_mass(moments.square - moments.mean.square(), factor, count)
+        level = level + lost_mass(moments.square - moments.mean.square(), factor, seen.number)
         query = query * factor
-    found = look_up_in_parts(cooled_parts(features, products, query, first, second, moments), far.sums)
-    denominator = keep_from_zero(features.kernel, found[..., -1:], count * least)
+    parts = cooled_parts(features, seen.products, query, seen.first, seen.second, moments)
+    found = look_up_in_parts(parts, far.sums)
+    denominator = keep_from_zero(features.kernel, found[..., -1:], seen.number * least)
     # Shrink the numerator towards denominator * mean value.
-    kept = trust(features, count)
-    found = torch.addcmul(kept * found, denominator - kept * found[..., -1:], far.total / count)
-    return found, torch.where(total > 0, level, LOWEST)
+    kept = seen.kept * found
+    found = torch.addcmul(kept, denominator - kept[..., -1:], seen.mean)
+    return found, torch.where(seen.is_there, level, LOWEST)
 
 
 def _keep_sum_from_zero(
@@ -280,11 +433,11 @@ def _keep_sum_from_zero(
     query: Tensor,
     key: Tensor,
     extended: Tensor,
-    lower: Tensor,
+    lower: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Keep the sum of the weights of a kernel of both signs from 0, as `reference.normalise` does."""
-    allowed = (lower & (extended[..., -1].unsqueeze(-2) > 0)).to(query.dtype)
+    allowed = _allowed(extended, lower).to(query.dtype).expand(*query.shape[:-1], -1)
     values = allowed @ extended
     square = ((scale * query @ key.mT).square() * allowed).sum(-1, keepdim=True)
     if far is not None:

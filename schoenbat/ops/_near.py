@@ -19,22 +19,24 @@ PIECE = {"cpu": 2**18}
 PIECE_ELSEWHERE = 2**26
 
 
-def near_of_exp(query: Tensor, key: Tensor, extended: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+def near_of_exp(query: Tensor, key: Tensor, extended: Tensor, lower: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute exp(Q K^T - t) V over the keys that are seen, and t, each query's largest score, without a gradient.
 
     Args:
         query, key: [..., R, d] and [..., M, d], whose dot products are the scores.
         extended: V [..., M, v + 1]; its last column is 0 for keys that are not there.
-        lower: bool [R, M], which keys a query sees.
+        lower: bool [R, M], which keys a query sees; None for all.
 
     Returns:
         [..., R, v + 1] and [..., R, 1].
     """
     query = query / math.log(2)
-    unseen = torch.zeros(lower.shape, dtype=query.dtype, device=query.device).masked_fill(~lower, LOWEST)
-    if torch.compiler.is_compiling():
-        absent = torch.where(extended[..., -1:] > 0, 0.0, LOWEST)
-        scores = query @ key.mT + absent.mT + unseen
+    unseen = None
+    if lower is not None:
+        unseen = torch.zeros(lower.shape, dtype=query.dtype, device=query.device).masked_fill(~lower, LOWEST)
+    if unseen is None or torch.compiler.is_compiling():
+        scores = query @ key.mT + torch.where(extended[..., -1:] > 0, 0.0, LOWEST).mT
+        scores = scores if unseen is None else scores + unseen
         top = _top(scores)
         return torch.exp2(scores - top) @ extended, top * math.log(2)
     shape = query.shape[:-2]

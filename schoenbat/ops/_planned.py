@@ -24,6 +24,8 @@ PIECE_ROWS = {"cpu": 4096}
 PIECE_ROWS_ELSEWHERE = 2**18
 FEW_ROWS = 4096
 """Up to so many rows of queries and keys together are handled at once."""
+DIRECT_ROWS = 1024
+"""Up to so many rows whose features nobody needs again are looked up without a word to autograd."""
 
 
 def sum_keys(key: Tensor, extended: Tensor, products: Products) -> Tensor:
@@ -38,7 +40,8 @@ def sum_keys(key: Tensor, extended: Tensor, products: Products) -> Tensor:
 
 def look_up(query: Tensor, summed: Tensor, products: Products) -> Tensor:
     """Compute psi(Q) S: [..., N, d] and [..., D, v] to [..., N, v]."""
-    if torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or (not torch.is_grad_enabled() and query.shape[:-1].numel() <= DIRECT_ROWS):
         return expand(query @ products.projection, products.plan) @ summed
     out = _LookUp.apply(query.flatten(0, -3), summed.flatten(0, -3), products.projection, products.plan)
     return out.unflatten(0, query.shape[:-2])

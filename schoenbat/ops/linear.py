@@ -33,7 +33,7 @@ from schoenbat.ops._causal import State
 from schoenbat.ops._planned import attend_in_parts, attend_plainly, extend_value
 from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, keep_from_zero, split
 
-__all__ = ["State", "attend", "causal_linear_attention", "extend", "linear_attention"]
+__all__ = ["State", "attend", "causal_linear_attention", "extend", "fixed_state", "linear_attention"]
 
 Features = FeatureMap | Callable[[Tensor], Tensor]
 BLOCK = {"cpu": 4096}
@@ -142,6 +142,14 @@ def extend(
         bounded = isinstance(features, FeatureMap) and features.is_bounded
         out, state = _extend(features, state, q, k, _extended(v, key_mask), scale, bounded)
         return out.to(query.dtype), state
+
+
+def fixed_state(features: FeatureMap, state: State) -> State:
+    """Return `state` in the form in which an exported graph of `extend` takes and returns it.
+
+    It consists of tensors alone, whose sizes do not depend on the number of tokens, and serves one token at a time.
+    """
+    return _causal.fixed(features if features.near else None, state, features.is_bounded or features.kernel.is_signed)
 
 
 def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
