@@ -132,7 +132,8 @@ def test_blocks_and_groups_give_the_same_outputs_and_gradients(name: str, heads:
 
 
 @pytest.mark.parametrize("name", ["sketch", "maclaurin"])
-def test_parts_equal_the_whole_and_the_state_keeps_its_size(name: str) -> None:
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_parts_equal_the_whole_and_the_state_keeps_its_size(name: str, is_recorded: bool) -> None:
     features = draw(name, num_features=40)
     query, key, value = inputs(500)
     mask = mask_of([500, 320], 500)
@@ -141,7 +142,8 @@ def test_parts_equal_the_whole_and_the_state_keeps_its_size(name: str) -> None:
     for length in [1] * 70 + [0, 128, 3, 63, 64, 1, 100, 71]:
         part = slice(start, start + length)
         tensors = (x[:, :, part] for x in (query, key, value))
-        out, state = extend(features, state, *tensors, mask[:, part], scale=0.7)
+        with torch.set_grad_enabled(is_recorded):
+            out, state = extend(features, state, *tensors, mask[:, part], scale=0.7)
         outputs.append(out)
         start += length
         assert isinstance(state, State)
@@ -164,6 +166,37 @@ def test_keys_alone_prime_the_state() -> None:
         torch.testing.assert_close(out, expected[:, :, first:])
         last, _ = extend(features, state, query[:, :, -1:], key[:, :, first:], value[:, :, first:])
         torch.testing.assert_close(last, expected[:, :, -1:])
+
+
+@pytest.mark.parametrize("kernel", ["exp", "power2"])
+def test_texts_that_go_on_from_one_state_do_not_disturb_each_other(kernel: str) -> None:
+    features = draw(kernel=kernel)
+    query, key, value = (x.float() for x in inputs(140, heads=4, size=0.2))
+    other = [x.clone() for x in (query, key, value)]
+    for x in other:
+        x[:, :, 100:] = x[:, :, 100:].flip(2)
+    with torch.no_grad():
+        expected = [attend(features, *given, None, True) for given in ((query, key, value), other)]
+        _, begun = extend(features, None, *(x[:, :, :99] for x in (query, key, value)))
+        _, begun = extend(features, begun, *(x[:, :, 99:100] for x in (query, key, value)))
+        states = [begun, begun]
+        for i in range(100, 140):
+            for which, given in enumerate(((query, key, value), other)):
+                out, states[which] = extend(features, states[which], *(x[:, :, i : i + 1] for x in given))
+                torch.testing.assert_close(out, expected[which][:, :, i : i + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_made_in_inference_mode_serves_outside_of_it() -> None:
+    features = draw()
+    query, key, value = inputs(40)
+    with torch.inference_mode():
+        _, state = extend(features, None, *(x[:, :, :38] for x in (query, key, value)))
+        _, state = extend(features, state, *(x[:, :, 38:39] for x in (query, key, value)))
+    expected = attend(features, query, key, value, None, True)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            out, _ = extend(features, state, *(x[:, :, 39:] for x in (query, key, value)))
+        torch.testing.assert_close(out, expected[:, :, 39:])
 
 
 @pytest.mark.parametrize(("name", "is_causal"), WAYS)
