@@ -40,6 +40,7 @@ def test_the_example_whose_error_grew_with_the_number_of_features() -> None:
     assert rows[-1].error < 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("dotf", "head_dim", "normalize"),

@@ -69,7 +69,21 @@ def examine() -> Iterator[Finding]:
         params = load_checked()
     except UserError:
         params = None
-    for check in (_python, _packages, _settings, _code, _git, _torch, _threads, _dvc, _mlflow, _disk, _memory, _data):
+    for check in (
+        _python,
+        _packages,
+        _settings,
+        _code,
+        _git,
+        _torch,
+        _compiled,
+        _threads,
+        _dvc,
+        _mlflow,
+        _disk,
+        _memory,
+        _data,
+    ):
         subject = check.__name__[1:]
         try:
             if params is None and check in (_torch, _threads, _data):
@@ -153,6 +167,15 @@ def _torch(params: "Params") -> str:
     if driver and not devices:
         raise _Note(f"{text}; the GPU here is not usable with it")
     return text
+
+
+def _compiled(_: object) -> str:
+    from schoenbat.ops.native.build import load
+
+    found = load(build=False)
+    if found.library is None and not found.is_pending:
+        raise _Note(f"attention through features runs in its torch form: {found.reason}")
+    return f"attention through features is {found.reason}"
 
 
 def _threads(params: "Params") -> str:

@@ -2,10 +2,11 @@
 
 A cell is out of date when what its code computes has changed, not when its text has. The digest of a definition (a
 function, a class, a constant of a module) is that of its syntax tree without docstrings, annotations of functions, what
-is raised, and the names of local variables. Those that count for a component are found from its own file and the entry
-points of its kind, by the names that each of them uses, within the modules that they import. So a comment, a renamed
-local variable and a function that moves to another place or module change nothing, and a change inside one mechanism
-concerns that mechanism alone.
+is raised, and the names of local variables; a definition that names a C++ file beside its module has the content of
+that file in its digest, but for comments and layout. Those that count for a component are found from its own file and
+the entry points of its kind, by the names that each of them uses, within the modules that they import. So a comment, a
+renamed local variable and a function that moves to another place or module change nothing, and a change inside one
+mechanism concerns that mechanism alone.
 
 The stage `numerics` writes them as numerics/KIND/NAME.json, on which the stages that run this code depend.
 """
@@ -15,6 +16,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,13 +175,14 @@ def package_folder(package: str) -> str:
 
 
 def _read(path: Path, module: str) -> _Module:
-    found = path.stat()
-    return _parse(path, module, found.st_mtime_ns, found.st_size)
+    compiled = sorted([*path.parent.glob("*.cpp"), *path.parent.glob("*.h")])
+    stats = [(each, each.stat()) for each in (path, *compiled)]
+    return _parse(path, module, tuple((each.name, found.st_mtime_ns, found.st_size) for each, found in stats))
 
 
 @functools.cache
-def _parse(path: Path, module: str, _modified: int, _size: int) -> _Module:
-    """Read a module; again only when its file has changed."""
+def _parse(path: Path, module: str, _state: tuple[tuple[str, int, int], ...]) -> _Module:
+    """Read a module; again only when its file has changed, or one in C++ beside it."""
     tree = ast.parse(path.read_bytes(), str(path))
     aliases: dict[str, str] = {}
     imports: list[str] = []
@@ -196,7 +199,8 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> _Module:
         if only_runs or _is_text(statement):
             continue
         uses = frozenset(aliases.get(used, used) for used in _used(statement))
-        hashed = hashlib.sha256(_canonical(statement).encode()).hexdigest()[:12]
+        text = _canonical(statement) + "".join(_compiled(statement, path))
+        hashed = hashlib.sha256(text.encode()).hexdigest()[:12]
         for name in names or [""]:
             definitions.setdefault(name, []).append(_Definition(name, hashed, uses))
     return _Module(definitions, tuple(dict.fromkeys(imports)))
@@ -232,6 +236,14 @@ def _used(tree: ast.AST) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
+
+
+def _compiled(statement: ast.stmt, path: Path) -> Iterator[str]:
+    """Yield the C++ that a statement names, without comments and layout."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith((".cpp", ".h")):
+            source = path.with_name(node.value).read_text(encoding="utf-8")
+            yield " ".join(re.sub(r"//.*", "", source).split())
 
 
 def _canonical(node: Any, local: Mapping[str, str] | None = None) -> str:

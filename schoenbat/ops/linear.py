@@ -86,7 +86,7 @@ def attend(
             out = _causal_blocks(features, q, k, v, key_mask, scale, block, bounded)
         elif isinstance(features, FeatureMap) and native.serves(features, q, k, v, bounded):
             given = (key_mask, scale, self_attention, bounded)
-            out = native.attend(features, q, k, v, *given, lambda *tensors: _attend(features, *tensors, *given))
+            out = native.attend(features, q, k, v, *given, lambda *x: _attend(features, x[0], x[1], x[2], *given))
         else:
             out = _attend(features, q, k, v, key_mask, scale, self_attention, bounded)
         return out.to(query.dtype)

@@ -21,6 +21,8 @@ from schoenbat.errors import UserError
 from schoenbat.norm import pre_sbn
 from schoenbat.ops import linear
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def assert_same(name: str, found: Tensor, expected: Tensor) -> None:
     """The same up to rounding; for estimates of a kernel, up to a fifth.

@@ -43,6 +43,7 @@ def test_where_everything_is_there_nothing_is_wrong_and_nothing_is_made(whole: P
         "code",
         "git",
         "torch",
+        "compiled",
         "threads",
         "dvc",
         "mlflow",

@@ -239,6 +239,22 @@ def test_a_change_of_what_all_share_changes_the_digest_of_every_mechanism(
     assert tree.changed() == {component for component in COMPONENTS if component[0] == "attention"}
 
 
+def test_a_constant_in_cpp_changes_the_digests_of_the_mechanisms_that_run_it_and_a_comment_none(tree: Tree) -> None:
+    source = tree.root / "schoenbat/ops/native/attention.cpp"
+    text = source.read_text()
+    assert text.count("STANDARD_ERRORS = 3,") == 1
+    try:
+        source.write_text(text.replace("STANDARD_ERRORS = 3,", "STANDARD_ERRORS = 4,"))
+        changed = tree.changed()
+        source.write_text("// Another comment.\n" + text.replace("\n  ", "\n      "))
+        assert tree.changed() == set()
+    finally:
+        source.write_text(text)
+    assert {("attention", "rmfa"), ("attention", "rmfa-sketch")} <= changed
+    assert ("attention", "mean") not in changed
+    assert all(kind == "attention" for kind, _ in changed)
+
+
 EDITS: dict[str, tuple[str, str]] = {
     "a default of an argument": ("def f(x, k=1): return x", "def f(x, k=2): return x"),
     "an argument's name": ("def f(x, k=1): return x", "def f(x, m=1): return x"),

@@ -211,13 +211,14 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, results, weights, head = ctx.saved_tensors
         if torch.is_grad_enabled():
             leaves = [x for x in (query, key, value) if x.requires_grad]
             found = iter(torch.autograd.grad(ctx.in_torch(query, key, value), leaves, grad, create_graph=True))
             return *(next(found) if x.requires_grad else None for x in (query, key, value)), None, None
         key_mask, projection, plan, numbers = ctx.given
-        return *_backward(grad, query, key, value, key_mask, projection, *kept, plan, numbers), None, None
+        inputs = (query, key, value, key_mask, projection)
+        return *_backward(grad, *inputs, results, weights, head, plan, numbers), None, None
 
 
 _attend = torch.library.custom_op("schoenbat::attend", _forward, mutates_args=(), device_types="cpu")

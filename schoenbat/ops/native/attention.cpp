@@ -253,7 +253,6 @@ struct Call {
   Rows results(float* at) const {
     return {at, (int64_t)heads * num_queries * columns, (int64_t)num_queries * columns, columns, 1, num_queries, columns};
   }
-  bool refuse() const { return beyond = true; }
   int first(int part, int tokens) const { return (int64_t)tokens * part / parts; }
   bool is_softmax() const { return self_attention; }
   bool there(int b, int token) const { return !mask || mask[(size_t)b * num_keys + token]; }
@@ -363,7 +362,7 @@ struct QueryBlock {
   template <class Kept>
   void compute(const Call& c, int b, int h, const Head& head, int start, int count, Kept kept) {
     n = count, lanes = padded(n);
-    (void)(load(c.query, b, h, start, n, c.self_attention ? head.mean : nullptr, rows, kept, c.plan.largest / 2) || c.refuse());
+    if (!load(c.query, b, h, start, n, c.self_attention ? head.mean : nullptr, rows, kept, c.plan.largest / 2)) c.beyond = true;
     transpose(lanes, c.dp, rows, c.dp, y, LD);
     multiply(c.plan.width, lanes, c.d, c.projection_t.data(), c.d, y, LD, z, LD);
     if (c.bounded) {
@@ -428,7 +427,7 @@ struct KeyBlock {
   void compute(const Call& c, int b, int h, const Head& head, const float* weights, int start, int count) {
     n = count, lanes = padded(n);
     const auto kept = [&](int i) { return c.there(b, start + i); };
-    (void)(load(c.key, b, h, start, n, c.centres ? head.centre : nullptr, rows, kept, c.plan.largest / 2) || c.refuse());
+    if (!load(c.key, b, h, start, n, c.centres ? head.centre : nullptr, rows, kept, c.plan.largest / 2)) c.beyond = true;
     load(c.value, b, h, start, n, c.bounded ? head.average : nullptr, values, kept, INFINITY);
     for (int i = 0; i < lanes; i++) {
       weight[i] = i < n ? (weights ? weights[start + i] : (float)kept(i)) : 0;

@@ -34,14 +34,15 @@ _LOG = logging.getLogger("schoenbat")
 
 
 class Loaded(NamedTuple):
-    """The library, None for the torch form, and in words why that one."""
+    """The library, None for the torch form, in words why that one, and whether it has yet to be compiled."""
 
     library: ctypes.CDLL | None
     reason: str
+    is_pending: bool = False
 
 
-def load() -> Loaded:
-    """Return the compiled form, which is built if need be, or why there is none.
+def load(*, build: bool = True) -> Loaded:
+    """Return the compiled form, which is built if need be and `build`, or why there is none.
 
     Raises:
         UserError: the environment variable names no form, or asks for a compiled one that cannot be had.
@@ -51,8 +52,8 @@ def load() -> Loaded:
         raise UserError(f"{VARIABLE} must be one of {', '.join(FORMS)}, not {wanted!r}")
     if wanted == "torch":
         return Loaded(None, f"{VARIABLE} is torch")
-    loaded = _load(os.environ.get("CXX", ""))
-    if wanted == "compiled" and loaded.library is None:
+    loaded = _load(os.environ.get("CXX", ""), build)
+    if wanted == "compiled" and loaded.library is None and not loaded.is_pending:
         raise UserError(f"{VARIABLE} is compiled, but {loaded.reason}")
     return loaded
 
@@ -64,7 +65,7 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def _load(named: str) -> Loaded:
+def _load(named: str, build: bool) -> Loaded:
     """Load what the compiler of that name builds, or the first that is there."""
     if sys.platform == "win32":
         return Loaded(None, "it is not made for Windows")
@@ -77,6 +78,8 @@ def _load(named: str) -> Loaded:
         texts = [(folder / name).read_text() for name in (*SOURCES, *HEADERS)]
         key = hashlib.sha256("\0".join([*texts, *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
         path = cache_folder() / f"attention-{key}.so"
+        if not (path.is_file() or build):
+            return Loaded(None, f"compiled at the first call by {version.splitlines()[0]}", is_pending=True)
         if not path.is_file():
             _build(compiler, [folder / name for name in SOURCES], path)
         library = ctypes.CDLL(str(path))
@@ -89,7 +92,7 @@ def _load(named: str) -> Loaded:
         reason = f"it cannot be built or loaded: {error}"
         _LOG.warning("attention runs in its torch form, as %s", reason)
         return Loaded(None, reason)
-    return Loaded(library, f"built by {version.splitlines()[0]}")
+    return Loaded(library, f"compiled by {version.splitlines()[0]}")
 
 
 def _build(compiler: str, sources: Sequence[Path], path: Path) -> None:
