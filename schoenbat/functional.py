@@ -105,6 +105,8 @@ def _with_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise a UserError unless these are [B, H, L, d], [B, Hk, S, d] and [B, Hk, S, v], with H a multiple of Hk."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise UserError("nested tensors are not supported; pad them, and give a key_mask that is True at tokens")
     fits = query.ndim == key.ndim == 4 and query.shape[0] == key.shape[0] and query.shape[-1] == key.shape[-1]
     if not fits or key.shape[:3] != value.shape[:-1]:
         raise UserError(

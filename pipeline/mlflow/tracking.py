@@ -208,7 +208,7 @@ class _Runs:
 
         A run with other numbers, since the cell was trained again, is deleted.
         """
-        from mlflow.entities import LoggedModelOutput, Metric, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
 
         results = CellResults(self.profile, cell)
         metrics = results.metrics()
@@ -242,6 +242,8 @@ class _Runs:
         logged = [Metric(name, row[name], began, int(row["step"])) for row in results.curve() for name in _CURVES]
         used = {f"system/{name}": value for name, value in took.items() if not isinstance(value, str)}
         logged += [Metric(name, value, began, 0) for name, value in (figures | used).items()]
+        data = Dataset(metrics.task, metrics.fingerprint.data[:36], "local", metrics.data)
+        self.client.log_inputs(number, [DatasetInput(data, [InputTag("mlflow.data.context", "train, dev, test")])])
         self.client.log_batch(number, params=[Param(*item) for item in _params(metrics, trained).items()])
         for first in range(0, len(logged), _MOST_METRICS):
             self.client.log_batch(number, logged[first : first + _MOST_METRICS])

@@ -1,5 +1,6 @@
 """Two clones of one project: what one has published and pushed, the other has, pulls, and goes on from."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -69,6 +70,8 @@ def test_published_results_are_in_git_and_a_colleague_who_pulls_the_weights_has_
     results = {str(file) for cell in CELLS for file in CellResults("tiny", cell).files() if file.suffix == ".json"}
     assert shown_of("metrics", "show", "--json") == results
     assert shown_of("metrics", "diff", "HEAD~1", "--json") == results
+    (workspace, *_) = json.loads(call(second, "dvc", "exp", "show", "--json"))
+    assert results <= workspace["data"]["metrics"].keys()
     call(second, "dvc", "plots", "show", "--out", "plots")
     page = Path("plots/index.html").read_text()
     assert all(f"{CellResults('tiny', cell).group}/curves" in page for cell in CELLS)

@@ -184,6 +184,8 @@ def test_a_run_holds_the_cell_its_curve_and_its_numbers(made: Project) -> None:
     assert "42.pt cannot be read" in run.data.tags["no_model"], "why there is no model is said"
     for name in ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss", "epoch", "learning_rate"):
         assert steps_of(client, run, name) == STEPS
+    ((data, context),) = [(each.dataset, each.tags[0].value) for each in run.inputs.dataset_inputs]
+    assert (data.name, data.digest, data.source, context) == ("lra-text", "data", "made up", "train, dev, test")
     best = {"best_step": 100, "best_dev_accuracy": 0.61, "best_dev_loss": 0.6, "num_parameters": 12345}
     for name, value in {**best, "test_accuracy": 0.6, "test_loss": 0.6, "system/seconds": 10}.items():
         (point,) = client.get_metric_history(run.info.run_id, name)
@@ -342,6 +344,10 @@ def test_weights_and_model_of_a_trained_cell_can_be_used_from_mlflow(trained: Pr
     text = ["[MAX 2 9 ]", "[MIN 4 7 1 ]"]
     expected = load_trained(RMFA, "tiny").classifier.predict(text)
     assert PretrainedClassifier.from_pretrained(folder).predict(text) == expected
+    mlflow.set_tracking_uri(tracking.store_uri())
+    version = mlflow.register_model(f"models:/{model.model_id}", "listops")
+    registered = mlflow.artifacts.download_artifacts(f"models:/listops/{version.version}")
+    assert PretrainedClassifier.from_pretrained(registered).predict(text) == expected
 
 
 def test_the_database_lies_in_the_checkout_whatever_that_is_called(project: Project, start: Start) -> None:
