@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHER, Estimate
-from schoenbat.features.plan import FeatureMap, Plan, Run
+from schoenbat.features.plan import Described, FeatureMap, Plan, Run
 from schoenbat.functional import check_shapes
 from schoenbat.kernels import Kernel
 from schoenbat.nn.mha import MultiheadKernelAttention
@@ -140,6 +140,11 @@ class FittedFeatures(FeatureMap):
             described[len(term.monomial)] += term.size
         totals = [factor**2 * total for factor, total in zip(factors, _totals(spread, len(factors) - 1), strict=True)]
         self.shares = {n: min(1.0, part / totals[n]) for n, part in described.items() if totals[n]}
+        self.described = {}
+        for n, share in self.shares.items():
+            coefficient = share * factors[n] / math.factorial(n)
+            noise = share * (1 - share) * factors[n] ** 2 / math.factorial(n)
+            self.described[n] = Described(coefficient, noise, True)
         varying = sum(totals[1:])
         left = max(0.0, varying - sum(part for n, part in described.items() if n))
         self.unexplained = left / varying if varying else 0.0

@@ -14,6 +14,7 @@ from torch import Tensor
 from schoenbat.kernels import KERNELS, Kernel
 
 NUM_UNSIGNED = 200
+NUM_FALLING = 200
 MAX_DEGREE = 12
 EDGE = 1.05
 """Radius of a polynomial that is not non-negative everywhere: a little more than 1, the reach of unit vectors."""
@@ -80,6 +81,28 @@ def unsigned_kernels(seed: int = 0) -> dict[str, Kernel]:
         if _is_unsigned(coefficients, EDGE):
             radius = math.inf if _is_unsigned(coefficients, math.inf) else EDGE
             kernels[_name(coefficients)] = Polynomial(coefficients, radius)
+    return kernels
+
+
+def falling_kernels(seed: int = 0) -> list[Kernel]:
+    """`NUM_FALLING` kernels that are nowhere negative and fall on much of [-3, 0], so that their slope changes sign.
+
+    Four of five are sums of squares of polynomials with non-negative coefficients, which have roots below 0; the others
+    cosh(b x) + c sinh(b x), which is least where tanh(b x) = -c.
+    """
+    source = random.Random(seed)
+    kernels: list[Kernel] = []
+    while len(kernels) < NUM_FALLING:
+        if len(kernels) % 5 == 4:
+            steepness, tilt = source.uniform(0.3, 2), source.uniform(0, 0.95)
+            odd = [steepness**n / math.factorial(n) * (tilt if n % 2 else 1) for n in range(40)]
+            kernels.append(Polynomial(odd, math.inf))
+            continue
+        total = np.polynomial.Polynomial([source.choice([0.0, 0.0, 0.1])])
+        for _ in range(source.randint(1, 2)):
+            factors = [np.polynomial.Polynomial([source.uniform(0.2, 3), 1.0]) for _ in range(source.randint(1, 3))]
+            total = total + source.uniform(0.1, 1) * math.prod(factors[1:], start=factors[0]) ** 2
+        kernels.append(Polynomial(total.coef.tolist()))
     return kernels
 
 

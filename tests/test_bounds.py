@@ -6,16 +6,20 @@ benchmarks/bounds.py none of some thousand rows was flagged, which puts the fals
 a hundred runs.
 """
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from apart import vectors
 from bounds import LIMIT, made_up, measure, points
-from random_kernels import unsigned_kernels
+from random_kernels import NUM_FALLING, falling_kernels, unsigned_kernels
 
 from schoenbat import Estimate, Kernel
 
@@ -63,3 +67,62 @@ def test_where_queries_and_keys_vary_in_different_directions_it_is_no_worse_than
             found = [estimate.attend(query, key, value, **how) for estimate in estimates]
             error = torch.stack([(out - exact).square().sum() for out in found]).mean()
             assert error < LIMIT**2 * distance, (num_features, seed)
+
+
+FALLING = falling_kernels()
+
+
+def far_from_0(kind: str, head_dim: int, length: int, generator: torch.Generator) -> list[Tensor]:
+    """Query, key and value [2, 2, N, d] whose arguments reach to where kernels fall."""
+    query, key, value = torch.randn(3, 2, 2, length, head_dim, generator=generator, dtype=torch.float64)
+    if kind == "isotropic":
+        return [1.5 * normalize(query, dim=-1), 1.5 * normalize(key, dim=-1), value]
+    centres = normalize(torch.randn(8, head_dim, generator=generator, dtype=torch.float64), dim=-1)
+    if kind == "opposite means":
+        return [0.5 * query - 1.5 * centres[0], 0.5 * key + 1.5 * centres[0], value]
+    if kind == "clustered":
+        chosen = centres[torch.randint(0, 8, (2, 2, 2, length), generator=generator)]
+        noise = normalize(torch.stack([query, key]), dim=-1)
+        query, key = (1.3 * (0.8 * chosen + 0.6 * noise)).unbind(0)
+        return [query, key, value]
+    # As trained: few directions that vary much, the same for query, key and value, and means of their own.
+    sizes = torch.arange(1, head_dim + 1) ** -1.0
+    tokens = torch.randn(2, 2, length, head_dim, generator=generator, dtype=torch.float64) * sizes
+    maps = torch.randn(3, head_dim, head_dim, generator=generator, dtype=torch.float64) / head_dim**0.5
+    query, key, value = (tokens @ each for each in maps)
+    return [query * 1.5 - 0.7 * centres[0], key * 1.5 + 0.7 * centres[1], value]
+
+
+@pytest.mark.parametrize("first", range(0, NUM_FALLING, 20))
+def test_kernels_that_fall_are_no_worse_than_the_mean_value(first: int) -> None:
+    """Each with one kind of vectors, width and length, causal or not, masked or not; errors are pooled over 4 draws."""
+    for number in range(first, first + 20):
+        generator = torch.Generator().manual_seed(number)
+
+        def choose(*choices: Any, generator: torch.Generator = generator) -> Any:
+            return choices[int(torch.randint(0, len(choices), (1,), generator=generator))]
+
+        kind = choose("isotropic", "clustered", "opposite means", "as trained")
+        head_dim, length = choose(4, 8, 32, 64), choose(16, 40, 200)
+        is_causal, is_masked = choose(False, True), choose(False, True)
+        query, key, value = far_from_0(kind, head_dim, length, generator)
+        there = torch.ones(2, length, dtype=torch.bool)
+        if is_masked:
+            there = torch.rand(2, length, generator=generator) < 0.7
+            there[:, 0] = True
+        how = {"key_mask": there, "is_causal": is_causal, "scale": 1.0}
+        exact = Estimate(FALLING[number], None).attend(query, key, value, **how)
+        seen = there[:, None, :].expand(2, length, length) & (
+            torch.ones(length, length, dtype=torch.bool).tril() if is_causal else torch.tensor(True)
+        )
+        seen = seen.unsqueeze(1).double()
+        uniform = seen @ value / seen.sum(-1, keepdim=True)
+        distance = (exact - uniform).square().sum()
+        monomials = [math.comb(head_dim + degree, degree) for degree in (1, 2)]
+        for num_features in (1, head_dim // 2, *monomials, 1 + monomials[0], choose(20, 100, 300)):
+            found = [
+                Estimate(FALLING[number], num_features, seed=draw).attend(query, key, value, **how) for draw in range(4)
+            ]
+            error = torch.stack([(out - exact).square().sum() for out in found]).mean()
+            place = number, kind, head_dim, length, is_causal, is_masked, num_features
+            assert error <= LIMIT**2 * distance + 1e-9 * exact.square().sum(), (place, float(error / distance) ** 0.5)

@@ -54,6 +54,7 @@ class Share:
         weight: the factor of a feature x_1 x_2 ... with different coordinates; sqrt(1 / m!) comes on top for a
             coordinate that is repeated m times.
         gain: by how much one of its features lowers the expected squared error, relative to E f^2.
+        coefficient, noise: what all of them say of f over its magnitude (`schoenbat.features.plan.Described`).
     """
 
     degree: int
@@ -62,6 +63,8 @@ class Share:
     exact: bool
     weight: float
     gain: float
+    coefficient: float
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,8 @@ def _allocate_rest(
             squared += weights[degree]
             left -= gains[degree] * (head_dim if degree else 1)
         count = num_monomials(head_dim, degree)
-        shares.append(Share(degree, count, count, True, math.sqrt(squared * kernel.magnitude), 0.0))
+        weight, coefficient = math.sqrt(squared * kernel.magnitude), squared / math.factorial(degree)
+        shares.append(Share(degree, count, count, True, weight, 0.0, coefficient, 0.0))
         budget -= count
     for degree in sorted(set(degrees) - set(exact), key=lambda degree: -gains[degree]):
         capacity = math.comb(head_dim, degree)
@@ -207,7 +211,11 @@ def _allocate_rest(
             gain = 2 * projections[degree] * enlarged - enlarged**2
             complete = degree <= 1 and count == capacity
             weight = math.sqrt(boost * weights[degree] * kernel.magnitude)
-            shares.append(Share(degree, count, harmonics, complete, weight, gain / total))
+            coefficient, noise = weights[degree], 0.0
+            if not complete:
+                coefficient = count * enlarged / scale**degree
+                noise = count * enlarged**2 * (1 - share) * head_dim**degree / scale ** (2 * degree)
+            shares.append(Share(degree, count, harmonics, complete, weight, gain / total, coefficient, noise))
             left -= count * gain
             budget -= count
     shares.sort(key=lambda share: share.degree)

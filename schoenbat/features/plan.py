@@ -79,6 +79,21 @@ class Products(NamedTuple):
         return Products(self.projection, self.squares[:cut], low), Products(self.projection, self.squares[cut:], rest)
 
 
+class Described(NamedTuple):
+    """What features of one degree say of f over its magnitude, on average.
+
+    Attributes:
+        coefficient: of x^n; or, where not all of a degree is described, of |x|^n |y|^n P_n of the cosine, with P_n the
+            Gegenbauer polynomial that is 1 at 1.
+        noise: the variance of what they say, over the n-th power of the mean square argument.
+        is_power: which of the two the coefficient belongs to.
+    """
+
+    coefficient: float
+    noise: float
+    is_power: bool
+
+
 class FeatureMap(nn.Module):
     """phi: [..., N, head_dim] to [..., N, D] with <phi(x), phi(y)> close to f(<x, y>), the same draw for every head.
 
@@ -100,6 +115,8 @@ class FeatureMap(nn.Module):
         error: expected relative error of the kernel on isotropic vectors, from 0 to 1.
         unexplained: the part of the variance of f over isotropic vectors that is not described, from 0 to 1.
         shares: the share of each degree that is described, by degree.
+        described: what is said of each degree, by degree.
+        linear_share: the share of the linear degree where no other is described, else 1.
     """
 
     plan: Plan
@@ -112,6 +129,8 @@ class FeatureMap(nn.Module):
     error = 1.0
     unexplained = 1.0
     shares: Mapping[int, float] = MappingProxyType({0: 1.0})
+    described: Mapping[int, Described] = MappingProxyType({})
+    linear_share = 1.0
 
     def __init__(self, kernel: Kernel, generator: torch.Generator) -> None:
         super().__init__()

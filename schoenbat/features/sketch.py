@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from schoenbat.features.allocation import Share, allocate
-from schoenbat.features.plan import FeatureMap, Plan, Run
+from schoenbat.features.plan import Described, FeatureMap, Plan, Run
 from schoenbat.kernels import Kernel
 
 
@@ -82,6 +82,13 @@ class Sketch(FeatureMap):
         self.unexplained = self.allocation.unexplained
         self.shares = {0: 1.0, **{share.degree: share.num_features / share.of for share in self.allocation.shares}}
         self.sketched = min((degree for degree, share in self.shares.items() if share < 1), default=None)
+        self.described = {
+            share.degree: Described(share.coefficient, share.noise, share.exact) for share in self.allocation.shares
+        }
+        if self.sketched == 1:
+            assert linear is not None
+            self.described[1] = Described(linear.weight**2 / kernel.magnitude, 0.0, True)
+            self.linear_share = self.shares[1]
         self.is_bounded = bounded or self.sketched == 1
         with torch.device("cpu"):
             self.register_buffer("rotation_bits", torch.zeros(head_dim, head_dim, dtype=torch.int32))

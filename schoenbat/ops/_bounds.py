@@ -1,12 +1,12 @@
-r"""Bounds that keep an estimate of attention from being further off than uniform weights.
+r"""Bounds that keep an estimate of attention by exp from being further off than uniform weights.
+
+Other kernels have theirs from `schoenbat.ops._fit`.
 
 The output is mean value + N / S, with N = sum_j w_j (v_j - mean) and S = sum_j w_j. Features whose incomplete degrees
 are shrunk give an N that is not further from the truth than 0 is. Then so is the output, as long as S is not too small:
 a denominator that is too large only takes the output on the straight way to the mean value. So S is kept above
 
-- what the first two moments of the arguments imply (`schoenbat.ops.reference.two_point_mean`; for exp its value at the
-  mean argument, by Jensen's inequality),
-- what isotropic vectors of these lengths would give, as far as the features do not describe f, and
+- what the mean argument implies, exp of it, by Jensen's inequality, and
 - three standard errors of itself, lest it be noise.
 
 That holds on average over many keys. With few keys, the variance of a low-coverage numerator exceeds its signal, so it
@@ -22,23 +22,16 @@ and the truth.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from schoenbat.features.plan import FeatureMap, Products
-from schoenbat.ops.reference import least_sum, two_point_mean
 
 STANDARD_ERRORS = 3.0
 FEW_KEYS = 4.0
 """So many keys cancel as a rule, by trial over random kernels (benchmarks/bounds.py)."""
 LARGE_VARIANCE = 40.0
 """Of arguments, from which on nothing is left of an output but the mean value; exp(2 x) would soon overflow."""
-_NODES = tuple(
-    (float(node), float(weight / math.sqrt(2 * math.pi)))
-    for node, weight in zip(*np.polynomial.hermite_e.hermegauss(8), strict=True)
-)
-"""Nodes and weights of E g(x) for a standard normal x, exact for polynomials of degree up to 15."""
 
 
 class Moments(NamedTuple):
@@ -86,9 +79,7 @@ class Limits(NamedTuple):
 
 
 def limits_of(features: FeatureMap, moments: Moments) -> Limits:
-    """Compute the limits of the output of each query."""
-    if not features.kernel.is_exponential:
-        return Limits(None, None, _least_denominator(features, moments))
+    """Compute the limits of the output of each query, for exp."""
     limit = max(1.0, features.reach)
     cooled = limit / moments.square.clamp_min(limit)
     factor = cooled.sqrt()
@@ -125,12 +116,12 @@ def cooled_parts(
         ratio = (moments.square / moments.isotropic.clamp_min(tiny)).clamp_max(1)
         factor = ratio / (share * ratio + 1 - share)
     else:
-        factor = _linear_factor(products, query, second if first is None else second - first.mT @ first)
+        factor = linear_factor(products, query, second if first is None else second - first.mT @ first)
     low, rest = products.split(degree)
     return [(query, low), (query * factor, rest)]
 
 
-def _linear_factor(products: Products, query: Tensor, covariance: Tensor) -> Tensor:
+def linear_factor(products: Products, query: Tensor, covariance: Tensor) -> Tensor:
     """Compute the factor of least error of queries where the linear degree is incomplete (see `cooled_parts`).
 
     Args:
@@ -167,22 +158,6 @@ def _even_excess(features: FeatureMap, square: Tensor) -> Tensor | None:
         return None
     half = degree // 2
     return features.shares[degree] / 2**half / math.factorial(half) * (square if half == 1 else square**half)
-
-
-def _least_denominator(features: FeatureMap, moments: Moments) -> Tensor:
-    kernel = features.kernel
-    mean, square, isotropic, number = moments
-    assert mean is not None
-    largest = min(0.99 * kernel.radius, torch.finfo(mean.dtype).max)
-    spread = _root(isotropic)
-    values = [(weight, kernel.relative((node * spread).clamp(-largest, largest))) for node, weight in _NODES]
-    expected = sum(weight * value for weight, value in values)
-    mean_square = sum(weight * value.square() for weight, value in values)
-    noise = STANDARD_ERRORS * features.error * _root(mean_square / number)
-    if kernel.is_signed:
-        return torch.maximum(least_sum(kernel, square), noise)
-    typical = two_point_mean(kernel, mean, square)
-    return torch.maximum(typical + features.error * (expected - typical).clamp_min(0), noise)
 
 
 def trust(features: FeatureMap, number: Tensor) -> Tensor:

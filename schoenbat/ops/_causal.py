@@ -25,9 +25,10 @@ from torch.utils._pytree import register_dataclass, tree_map
 
 from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops._bounds import cooled_parts, limits_of, lost_mass, moments_of, trust
+from schoenbat.ops._fit import fit_of, fit_parts, settle
 from schoenbat.ops._near import LOWEST, near_of_exp
-from schoenbat.ops._planned import look_up, look_up_in_parts, sum_keys
-from schoenbat.ops.reference import away_from_zero, divide, keep_from_zero, least_sum, split
+from schoenbat.ops._planned import look_up, look_up_in_parts, sum_keys, total_of
+from schoenbat.ops.reference import away_from_zero, divide, least_sum, split
 
 MANY_CHUNKS = 128
 """Beyond so many chunks a scan over them is faster than a product with a triangle."""
@@ -410,15 +411,23 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
     if seen.first is None or seen.second is None:
         return look_up(query, far.sums, seen.products), torch.where(seen.is_there, level, LOWEST)
     moments = moments_of(query, seen.first, seen.second, seen.number)
+    if not features.kernel.is_exponential:
+        fit = fit_of(features, moments, query.shape[-1])
+        described = fit_parts(features, seen.products, query, seen.first, seen.second)
+        mean = seen.mean[..., :-1]
+        found = look_up_in_parts(described, far.sums)
+        deviations = [torch.cat([x[..., :-1] - x[..., -1:] * mean, x[..., -1:]], -1) for x in found]
+        numerator, denominator = settle(features, fit, deviations, seen.number)
+        products = torch.cat([fit.kept * numerator + denominator * mean, denominator], -1) * fit.unit
+        return torch.where(seen.is_there, products, 0.0), torch.where(seen.is_there, level, LOWEST)
     factor, _, least = limits_of(features, moments)
-    if factor is not None:
-        assert moments.mean is not None
-        level = level + (1 - factor) * moments.mean
-        level = level + lost_mass(moments.square - moments.mean.square(), factor, seen.number)
-        query = query * factor
-    parts = cooled_parts(features, seen.products, query, seen.first, seen.second, moments)
-    found = look_up_in_parts(parts, far.sums)
-    denominator = keep_from_zero(features.kernel, found[..., -1:], seen.number * least)
+    assert factor is not None
+    assert moments.mean is not None
+    level = level + (1 - factor) * moments.mean
+    level = level + lost_mass(moments.square - moments.mean.square(), factor, seen.number)
+    parts = cooled_parts(features, seen.products, query * factor, seen.first, seen.second, moments)
+    found = total_of(look_up_in_parts(parts, far.sums))
+    denominator = torch.maximum(found[..., -1:], seen.number * least)
     # Shrink the numerator towards denominator * mean value.
     kept = seen.kept * found
     found = torch.addcmul(kept, denominator - kept[..., -1:], seen.mean)

@@ -55,26 +55,27 @@ def attend_plainly(query: Tensor, key: Tensor, extended: Tensor, products: Produ
     return look_up(query, sum_keys(key, extended, products), products)
 
 
-def attend_in_parts(parts: list[tuple[Tensor, Products]], key: Tensor, extended: Tensor) -> Tensor:
-    """Do what `attend_plainly` does, with queries for each part; a part before the last has complete degrees."""
+def attend_in_parts(parts: list[tuple[Tensor, Products]], key: Tensor, extended: Tensor) -> list[Tensor]:
+    """Do what `attend_plainly` does for each part, with its own queries; one before the last has complete degrees."""
     *complete, (query, rest) = parts
-    out = attend_plainly(query, key, extended, rest)
-    for query, products in complete:
+    outputs = []
+    for own, products in complete:
         if products.plan.runs:
-            out = out + attend_plainly(query, key, extended, products)
+            outputs.append(attend_plainly(own, key, extended, products))
             continue
+        out = products.plan.constant**2 * extended.sum(-2, keepdim=True)
         if products.plan.num_linear:
             # All coordinates in an orthogonal basis: dot products themselves, times the square of its vectors' length.
             square = products.plan.linear_weight**2 * products.projection[:, 0].square().sum()
-            out = out + query @ (key.mT @ extended * square)
-        out = out + products.plan.constant**2 * extended.sum(-2, keepdim=True)
-    return out
+            out = own @ (key.mT @ extended * square) + out
+        outputs.append(out.expand(*own.shape[:-1], -1))
+    return [*outputs, attend_plainly(query, key, extended, rest)]
 
 
-def look_up_in_parts(parts: list[tuple[Tensor, Products]], summed: Tensor) -> Tensor:
-    """Do what `look_up` does, with queries for each part of the products."""
+def look_up_in_parts(parts: list[tuple[Tensor, Products]], summed: Tensor) -> list[Tensor]:
+    """Do what `look_up` does for each part of the products, with its own queries."""
     sums = summed.split([products.plan.num_features for _, products in parts], -2)
-    return _total([look_up(query, own, products) for (query, products), own in zip(parts, sums, strict=True)])
+    return [look_up(query, own, products) for (query, products), own in zip(parts, sums, strict=True)]
 
 
 def extend_value(value: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class _Sum(_InPieces):
     def forward(key: Tensor, value: Tensor, projection: Tensor, squares: Tensor, plan: Plan) -> Tensor:
         parts = []
         for group in _pieces(key):
-            parts.append(_total([expand(key[i] @ projection, plan).mT @ value[i] for i in group]) * squares)
+            parts.append(total_of([expand(key[i] @ projection, plan).mT @ value[i] for i in group]) * squares)
         return _joined(parts, 0)
 
     @staticmethod
@@ -166,7 +167,7 @@ class _Sum(_InPieces):
             terms.append(push_forward(projected, ctx.plan, d_key @ projection).mT @ value)
         if d_value is not None:
             terms.append(expand(projected, ctx.plan).mT @ d_value)
-        return _total(terms) * squares
+        return total_of(terms) * squares
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -203,7 +204,7 @@ class _LookUp(_InPieces):
             terms.append(push_forward(projected, ctx.plan, d_query @ projection) @ summed)
         if d_summed is not None:
             terms.append(expand(projected, ctx.plan) @ d_summed)
-        return _total(terms)
+        return total_of(terms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -216,7 +217,7 @@ class _LookUp(_InPieces):
                 queries.append(pull_back(projected, ctx.plan, grad[i] @ summed[i[0]].mT) @ projection.T)
                 sums.append(expand(projected, ctx.plan).mT @ grad[i])
             grad_query.append(_joined(queries, 1))
-            grad_summed.append(_total(sums))
+            grad_summed.append(total_of(sums))
         return _joined(grad_query, 0), _joined(grad_summed, 0), None, None
 
 
@@ -237,7 +238,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _total(parts: list[Tensor]) -> Tensor:
+def total_of(parts: list[Tensor]) -> Tensor:
     total = parts[0]
     for part in parts[1:]:
         total = total + part

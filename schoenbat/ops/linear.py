@@ -30,8 +30,9 @@ from schoenbat.features.plan import FeatureMap, Products
 from schoenbat.ops import _causal, native
 from schoenbat.ops._bounds import cooled_parts, limits_of, moments_of, trust
 from schoenbat.ops._causal import State
-from schoenbat.ops._planned import attend_in_parts, attend_plainly, extend_value
-from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, keep_from_zero, split
+from schoenbat.ops._fit import fit_of, fit_parts, settle
+from schoenbat.ops._planned import attend_in_parts, attend_plainly, extend_value, total_of
+from schoenbat.ops.reference import SMALLEST, check_square, divide, fill_masked, split
 
 __all__ = ["State", "attend", "causal_linear_attention", "extend", "fixed_state", "linear_attention"]
 
@@ -252,14 +253,19 @@ def _bounded(
     first = None if features.centres else scale / divisor * weighted.sum(-2, keepdim=True)
     second = scale**2 / divisor * (weighted.mT @ key)
     moments = moments_of(query, first, second, number)
+    if not features.kernel.is_exponential:
+        assert first is not None
+        parts = fit_parts(features, products, query, first, second)
+        fit = fit_of(features, moments, query.shape[-1])
+        deviation, denominator = settle(features, fit, attend_in_parts(parts, key, extended), mass)
+        return torch.addcmul(average, fit.kept, deviation / denominator)
     factor, excess, least = limits_of(features, moments)
     query = query if factor is None else query * factor
     parts = cooled_parts(features, products, query, first, second, moments)
-    deviation, denominator = split(attend_in_parts(parts, key, extended))
-    denominator = denominator if excess is None else denominator - mass * excess
-    denominator = keep_from_zero(features.kernel, denominator, mass * least)
+    deviation, denominator = split(total_of(attend_in_parts(parts, key, extended)))
+    denominator = torch.maximum(denominator if excess is None else denominator - mass * excess, mass * least)
     # Where no key is there, all is 0.
-    denominator = torch.where(denominator == 0, 1.0, denominator)
+    denominator = torch.where(denominator > 0, denominator, 1.0)
     return torch.addcmul(average, trust(features, number), deviation / denominator)
 
 

@@ -5,8 +5,9 @@ f(scale <q_i, k_j>) and
 
     N_i = sum_j w_ij p_ij v_j,    S_i = sum_j w_ij p_ij;
 
-where the map is bounded, S_i is kept above a floor, and N_i is S_i mean v + trust sum_j w_ij p_ij (v_j - mean v)
-(`schoenbat.ops._bounds`). Causal attention takes the keys of a query's own chunk by f itself.
+where the map is bounded, S_i is kept above a floor, and N_i is S_i mean v + trust sum_j w_ij p_ij (v_j - mean v), for
+exp by `schoenbat.ops._bounds`, for other kernels by the regression of `schoenbat.ops._fit`. Causal attention takes the
+keys of a query's own chunk by f itself.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from schoenbat.features.plan import FeatureMap
 from schoenbat.ops._bounds import Moments, limits_of, lost_mass, trust
 from schoenbat.ops._causal import chunk_length
+from schoenbat.ops._fit import fit_of
 from schoenbat.ops.reference import (
     SMALLEST,
     AttentionInputs,
@@ -96,22 +98,36 @@ def _estimate(
     isotropic = scale**2 * query.square().sum(-1, keepdim=True) * mean(key.square().mean(-1)[..., None, :])
     number = 1 / share.square().sum(-1, keepdim=True).clamp_min(tiny)
     first, square = mean(scores), mean(scores.square())
-    factor, excess, least = limits_of(features, Moments(None if centred else first, square, isotropic, number))
-    factor = torch.ones_like(first) if factor is None else factor
     cooler, degree = torch.ones_like(first), features.sketched
     if degree == 1:
         own = scale * (query @ linear) @ (key @ linear).mT
         cooler = (covariance(own, scores) / covariance(own, own).clamp_min(tiny)).clamp(0, 1)
-    elif degree is not None:
+    low = features.plan.num_features if degree is None else features.plan.split(degree)[0].num_features
+    average = share @ value
+    if not features.kernel.is_exponential:
+        fit = fit_of(features, Moments(first, square, isotropic, number), query.shape[-1])
+        low = features.plan.num_features if degree == 1 else low
+        found = features.relative(root * cooler * query)
+        complete = weight * (found[..., :low] @ key_features[..., :low].mT)
+        sketched = weight * (found[..., low:] @ key_features[..., low:].mT)
+        denominator = mass * fit.base + (0 if degree == 1 else fit.complete * complete.sum(-1, keepdim=True))
+        denominator = keep_from_zero(features.kernel, denominator, mass * fit.least)
+        products = fit.complete * complete + fit.sketched * sketched
+        deviation = products @ value - products.sum(-1, keepdim=True) * average
+        # Where no key is seen, both are 0.
+        unit = torch.where(mass > 0, fit.unit, 0.0)
+        return unit * (fit.kept * deviation + denominator * average), unit * denominator
+    factor, excess, least = limits_of(features, Moments(None if centred else first, square, isotropic, number))
+    factor = torch.ones_like(first) if factor is None else factor
+    if degree is not None and degree > 1:
         ratio = (square / isotropic.clamp_min(tiny)).clamp_max(1)
         cooler = ratio / (features.shares[degree] * ratio + 1 - features.shares[degree])
-    low = features.plan.num_features if degree is None else features.plan.split(degree)[0].num_features
     below, above = features.relative(root * factor * query), features.relative(root * factor * cooler * query)
     weight = weight * (torch.cat([below[..., :low], above[..., low:]], -1) @ key_features.mT)
     total = weight.sum(-1, keepdim=True)
-    floored = keep_from_zero(features.kernel, total if excess is None else total - excess * mass, mass * least)
-    numerator = floored * (share @ value) + trust(features, number) * (weight @ value - total * (share @ value))
-    if features.kernel.is_exponential and not centred:
+    floored = torch.maximum(total if excess is None else total - excess * mass, mass * least)
+    numerator = floored * average + trust(features, number) * (weight @ value - total * average)
+    if not centred:
         lost = torch.exp((1 - factor) * first + lost_mass(square - first.square(), factor, number))
         return numerator * lost, floored * lost
     return numerator, floored

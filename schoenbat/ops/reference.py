@@ -21,6 +21,9 @@ SMALLEST = 1e-6
 SMALLEST_SHARE = 1e-3
 """For a kernel of both signs, the least denominator as a part of what arguments of one sign would give."""
 
+HUGE = 1e6
+"""More than any number of a query that means something."""
+
 
 class AttentionInputs(NamedTuple):
     """The inputs of attention, in the order in which `schoenbat.ops.linear.attend` takes them.
@@ -76,21 +79,6 @@ def keep_from_zero(kernel: Kernel, denominator: Tensor, least: Tensor) -> Tensor
     return away_from_zero(denominator, least) if kernel.is_signed else torch.maximum(denominator, least)
 
 
-def two_point_mean(kernel: Kernel, mean: Tensor, mean_square: Tensor) -> Tensor:
-    r"""Average f over the two points r and -r that have this mean and mean square:
-
-        f_even(r) + f_odd(r) mean / r,    r^2 the mean square.
-
-    Its even part is at most that of any other arguments with these moments, as an even f with non-negative coefficients
-    is convex in x^2 (Jensen); for f of degree 2 it is the mean of all.
-    """
-    root = mean_square.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
-    plus, minus = kernel.relative(root), kernel.relative(-root)
-    # Rounding may put the mean outside of what the mean square allows.
-    share = (mean / root).clamp(-1, 1)
-    return (plus * (1 + share) + minus * (1 - share)) / 2
-
-
 def normalise(kernel: Kernel, scores: Tensor, allowed: Tensor | None) -> Tensor:
     """Divide f(scores) where `allowed`, else 0, by its sum along the last axis.
 
@@ -126,6 +114,17 @@ def normalise(kernel: Kernel, scores: Tensor, allowed: Tensor | None) -> Tensor:
 def fill_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """Fill x [B, H, M, n] with 0 wherever the mask is False: not by a product, so that NaN there does not matter."""
     return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0.0)
+
+
+def tame_masked(query: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Fill numbers that are not finite, or above `HUGE`, in queries [B, H, N, d] where the mask of M = N keys is False.
+
+    Where queries are the tokens of the keys, nobody looks at these outputs, but a NaN in one would make the gradients
+    of all keys NaN. Where they are other tokens, all other numbers stay as they are.
+    """
+    if key_mask is None or key_mask.shape[-1] != query.shape[-2]:
+        return query
+    return query.masked_fill(~key_mask[:, None, :, None] & ~(query.abs() < HUGE), 0.0)
 
 
 def kernel_attention(

@@ -40,7 +40,7 @@ from schoenbat.features.plan import FeatureMap, Products, expand
 from schoenbat.kernels import Kernel
 from schoenbat.ops._bounds import trust
 from schoenbat.ops._near import LOWEST
-from schoenbat.ops._planned import _total, look_up, sum_keys
+from schoenbat.ops._planned import look_up, sum_keys, total_of
 from schoenbat.ops.native import sparse as native_sparse
 from schoenbat.ops.places import places_of, real_tokens
 from schoenbat.ops.reference import AttentionInputs, check_square, fill_masked, split
@@ -444,7 +444,7 @@ def _combine(
         value = extended[..., :-1]
         blocks = own.reshape(len(value), -1, own.shape[-1]) if value.ndim == 3 else own
         parts.append((blocks @ value).reshape(*own.shape[:-1], -1))
-    return _total(parts), weights[: len(exact)]
+    return total_of(parts), weights[: len(exact)]
 
 
 def _describe(
