@@ -26,7 +26,7 @@ from schoenbat.ops import sparse
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.exact import exact_attention
 from schoenbat.ops.linear import attend
-from schoenbat.ops.reference import AttentionInputs
+from schoenbat.ops.reference import AttentionInputs, tame_masked
 from schoenbat.ops.sparse import HeadKernels, Sparsity
 
 ESTIMATORS = ("sketch", "maclaurin")
@@ -179,6 +179,7 @@ class Estimate:
             raise UserError(f"key_mask must be bool {list(expected)}, not {key_mask.dtype} {list(key_mask.shape)}")
         if is_causal and self.heavy and not self.window:
             raise UserError("causal attention with heavy keys needs a window: heavy keys are those that left it")
+        query = tame_masked(query, key_mask)
         default = query.shape[-1] ** -0.5
         factor: float = default if scale is None or isinstance(scale, Tensor) else scale
         if not (isinstance(factor, int | float) and math.isfinite(factor)):

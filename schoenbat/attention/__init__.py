@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS, Kernel
+from schoenbat.ops.reference import tame_masked
 from schoenbat.registry import Registry
 
 Cost = Literal["linear", "quadratic"]
@@ -109,8 +110,7 @@ class Attention(nn.Module, ABC):
         if key_mask is not None:
             absent = ~key_mask[:, None, :, None]
             k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
-            if not self.has_cross_form:
-                q = q.masked_fill(absent, 0.0)
+            q = tame_masked(q, key_mask) if self.has_cross_form else q.masked_fill(absent, 0.0)
         with torch.autocast(query.device.type, enabled=False):
             return self.attend(q, k, v, key_mask, is_causal).to(query.dtype)
 

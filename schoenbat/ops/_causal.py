@@ -415,8 +415,8 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
         fit = fit_of(features, moments, query.shape[-1])
         described = fit_parts(features, seen.products, query, seen.first, seen.second)
         mean = seen.mean[..., :-1]
-        found = look_up_in_parts(described, far.sums)
-        deviations = [torch.cat([x[..., :-1] - x[..., -1:] * mean, x[..., -1:]], -1) for x in found]
+        parts = look_up_in_parts(described, far.sums)
+        deviations = [torch.cat([x[..., :-1] - x[..., -1:] * mean, x[..., -1:]], -1) for x in parts]
         numerator, denominator = settle(features, fit, deviations, seen.number)
         products = torch.cat([fit.kept * numerator + denominator * mean, denominator], -1) * fit.unit
         return torch.where(seen.is_there, products, 0.0), torch.where(seen.is_there, level, LOWEST)
@@ -425,8 +425,8 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
     assert moments.mean is not None
     level = level + (1 - factor) * moments.mean
     level = level + lost_mass(moments.square - moments.mean.square(), factor, seen.number)
-    parts = cooled_parts(features, seen.products, query * factor, seen.first, seen.second, moments)
-    found = total_of(look_up_in_parts(parts, far.sums))
+    cooled = cooled_parts(features, seen.products, query * factor, seen.first, seen.second, moments)
+    found = total_of(look_up_in_parts(cooled, far.sums))
     denominator = torch.maximum(found[..., -1:], seen.number * least)
     # Shrink the numerator towards denominator * mean value.
     kept = seen.kept * found

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from schoenbat.kernels import Kernel
-from schoenbat.ops.reference import fill_masked, kernel_attention
+from schoenbat.ops.reference import fill_masked, kernel_attention, tame_masked
 
 
 def exact_attention(
@@ -33,6 +33,7 @@ def softmax_attention(
     """
     if key_mask is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    query = tame_masked(query, key_mask)
     key, value = fill_masked(key, key_mask), fill_masked(value, key_mask)
     allowed = key_mask[:, None, None, :]
     if is_causal:

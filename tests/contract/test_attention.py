@@ -62,6 +62,26 @@ def test_what_padding_holds_changes_no_bit(name: str, dotf: str | None, filling:
     assert torch.equal(attention(*filled, mask, is_causal)[real], expected)
 
 
+@every()
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("filling", [math.nan, math.inf, 1e30])
+def test_what_padding_holds_changes_no_gradient(name: str, dotf: str | None, filling: float, is_causal: bool) -> None:
+    """Of a loss that does not look at padding."""
+    if is_causal and not ATTENTIONS.get(name).has_causal_form:
+        return
+    attention = make(name, dotf)
+    tensors, mask = inputs(70), mask_of([40, 70], 70)
+    real = mask[:, None, :, None].expand_as(tensors[0])
+    found = []
+    for held in (0.0, filling):
+        leaves = [x.masked_fill(~real, held).requires_grad_() for x in tensors]
+        attention(*leaves, mask, is_causal)[real].square().sum().backward()
+        found.append([torch.zeros(1) if x.grad is None else x.grad[real] for x in leaves])
+    for expected, other in zip(*found, strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(other, expected)
+
+
 @every("has_causal_form")
 @pytest.mark.parametrize("length", [1, 63, 127, 191])
 def test_the_declared_state_is_what_causal_attention_keeps(
