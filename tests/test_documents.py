@@ -26,6 +26,7 @@ TESTED_BY = {
     ("docs/library.md", "from schoenbat"): "tests/test_library_document.py",
     ("docs/adding.md", "class Cosh(Kernel)"): "tests/pipeline/test_plugins.py",
     ("docs/adding.md", "class Taylor(KernelAttention)"): "tests/pipeline/test_plugins.py",
+    ("docs/adding.md", "class Tags(Task)"): "tests/pipeline/test_plugins.py",
     ("docs/adding.md", "Kernel.from_callable"): "tests/pipeline/test_plugins.py",
     ("docs/replace.md", ""): "tests/test_replace_document.py",
     ("README.md", "schoenbat.replace(model"): "tests/test_replace_document.py",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,13 +73,17 @@ def checkout(project: Project) -> Project:
     shutil.copy(ROOT / ".gitignore", project.folder)
     (project.folder / ".gitignore").open("a").write("/.dvc/\n")
     (documented,) = (yaml.safe_load(block) for block in blocks("yaml"))
-    project.set("grid.tasks", ["lra-listops"])
+    project.set("grid.tasks", documented["grid"]["tasks"])
     project.set("grid.seeds", [0])
     project.set("grid.plain.attn", [])
     for axis, names in documented["grid"]["kernel"].items():
         project.set(f"grid.kernel.{axis}", names)
     project.settings["attention"] |= documented["attention"]
+    project.settings["task"] = documented["task"]
     project.write()
+    task: dict[str, Any] = {"__name__": "my_tags"}
+    exec(compile(blocks("python")[2], "docs/adding.md", "exec"), task)
+    task["Tags"].sample(project.folder)
     for command in ("init -q", "add .", "-c user.name=t -c user.email=t@t commit -q -m start"):
         subprocess.run(["git", *command.split()], cwd=project.folder, check=True)
     return project
@@ -90,11 +95,12 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
 ) -> None:
     project, outside = checkout.folder, tmp_path_factory.mktemp("outside")
     shell = Shell(tmp_path_factory.mktemp("environment"), project)
-    kernel, mechanism, *_ = blocks("python")
+    kernel, mechanism, task, *_ = blocks("python")
     for name, content in (
         ("pyproject.toml", blocks("toml")[0]),
         ("my_cosh.py", kernel),
         ("my_taylor.py", mechanism),
+        ("my_tags.py", task),
     ):
         (outside / name).write_text(content)
     install, use = blocks("sh")
@@ -107,11 +113,12 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
     tested = shell.run(f"{contract} -rA", project)
     for case in ("my-taylor-my-cosh", "my-taylor-exp", "rmfa-my-cosh", "kernelized-my-cosh", "taylor1-my-cosh"):
         assert f"PASSED tests/contract/test_attention.py::test_order_of_keys_does_not_matter[{case}]" in tested
+    assert "PASSED tests/contract/test_tasks.py::test_every_example_fits_the_problem[my-tags]" in tested
     assert "PASSED tests/contract/test_kernels.py::test_series_sums_to_the_function[my-cosh]" in tested
     assert "the only cell of profile tiny is done" in shell.run(grid, project)
 
-    cell, group = (f"lra-listops-my-taylor-my-cosh-maclauformer{seed}" for seed in ("-0", ""))
-    assert 0 <= json.loads((project / f"runs/tiny/{group}/test/0.json").read_text())["accuracy"] <= 1
+    cell, group = (f"my-tags-my-taylor-my-cosh-maclauformer{seed}" for seed in ("-0", ""))
+    assert json.loads((project / f"runs/tiny/{group}/test/0.json").read_text())["accuracy"] > 0.9
     assert git_status(project) == {"?? dvc.lock", "?? numerics/"}, "files of the project were touched"
     assert str(tmp_path_factory.getbasetemp()) not in (project / "dvc.lock").read_text(), "the lock is not portable"
 
@@ -119,7 +126,7 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
         plan = json.loads(shell.run(f"schoenbat-exp run --cell {cell} --dry-run --json", project))
         return cell in [job["job"] for job in plan["jobs"]]
 
-    for name in ("my_cosh.py", "my_taylor.py"):
+    for name in ("my_cosh.py", "my_taylor.py", "my_tags.py"):
         before = (outside / name).read_text()
         for added, expected in (("# a comment\n", False), ("ADDED = 1\n", True)):
             (outside / name).write_text(before + added)
@@ -129,6 +136,6 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
 
 
 def test_the_example_of_a_function_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    example = blocks("python")[2]
+    example = blocks("python")[3]
     exec(compile(example, "docs/adding.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.findall(r"print\(.*\)  # (.*)", example)[0]
