@@ -10,7 +10,9 @@ from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import reference  # noqa: E402
 
 import schoenbat  # noqa: E402
 
@@ -65,6 +67,16 @@ class Components(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class Reference(SphinxDirective):
+    """A page of `reference.py`: settings or commands."""
+
+    required_arguments = 1
+
+    def run(self) -> list:
+        page = getattr(reference, f"{self.arguments[0]}_page")()
+        return self.parse_text_to_nodes(page, allow_section_headings=True)
+
+
 def setup(app: Sphinx) -> None:
     def escape(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
         lines[:] = escape_marks("\n".join(lines)).split("\n")
@@ -72,3 +84,4 @@ def setup(app: Sphinx) -> None:
     # Before napoleon, which adds marks that are meant.
     app.connect("autodoc-process-docstring", escape, priority=400)
     app.add_directive("components", Components)
+    app.add_directive("reference", Reference)

@@ -48,6 +48,8 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "build"))
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles", ignore=shutil.ignore_patterns("*.lock"))
+    shutil.copy(ROOT / "profiles/quick.yaml", tmp_path / "params.yaml")
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text(
         "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
@@ -75,7 +77,7 @@ def test_the_tutorial_leads_to_a_kernel_in_the_table_and_an_export_that_classifi
     (settings,) = blocks("yaml")
     (checkout / "films.py").write_text(films)
     (checkout / "schoenbat/kernels/cosh.py").write_text(kernel)
-    (checkout / "params.yaml").write_text(settings)
+    (checkout / "profiles/films.yaml").write_text(settings)
     written = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
     assert ["python", "films.py"] in written
     run_python(checkout, "films.py")
@@ -83,6 +85,7 @@ def test_the_tutorial_leads_to_a_kernel_in_the_table_and_an_export_that_classifi
     commands = [words[1:] for words in written if words[0] == "schoenbat-exp"]
     assert commands[0] == ["doctor"]
     assert ["run", "--grid"] in commands
+    assert ["use", "films"] in commands
     assert commands[-1] == ["ui"]
     trained = [shlex.split(line) for line in STAGES.strip().splitlines()]
     at = commands.index(["run", "--grid"])
@@ -95,3 +98,7 @@ def test_the_tutorial_leads_to_a_kernel_in_the_table_and_an_export_that_classifi
 
     answer = run_python(checkout, "-c", use)
     assert re.match(r"\[\{'(good|bad)': [\d.e-]+, '(good|bad)': [\d.e-]+\}\]", answer)
+
+    (back,) = re.findall(r"`schoenbat-exp (use \w+)`", TEXT)
+    run_python(checkout, "-c", PROGRAM, json.dumps([back.split()]))
+    assert (checkout / "params.yaml").read_bytes() == (ROOT / "profiles/quick.yaml").read_bytes()

@@ -25,6 +25,13 @@ class Bigbird(Attention):
 
     @dataclass(frozen=True)
     class Config:
+        """Sizes of the blocks that a query attends to.
+
+        Attributes:
+            block_size: tokens of a block.
+            num_random_blocks: r, beside the two neighbours and the two global ones.
+        """
+
         block_size: int = 64
         num_random_blocks: int = 3
 

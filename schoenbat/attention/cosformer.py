@@ -23,6 +23,12 @@ class Cosformer(Attention):
 
     @dataclass(frozen=True)
     class Config:
+        """The period of the re-weighting.
+
+        Attributes:
+            max_length: M, at least the longest sequence.
+        """
+
         max_length: int = 4096
 
         def __post_init__(self) -> None:

@@ -25,7 +25,11 @@ class Informer(Attention):
 
     @dataclass(frozen=True)
     class Config:
-        """`num_samples` is u, the number of sampled keys and of chosen queries."""
+        """The size of the sample.
+
+        Attributes:
+            num_samples: u, the sampled keys and the chosen queries.
+        """
 
         num_samples: int = 128
 

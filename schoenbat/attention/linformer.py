@@ -25,7 +25,13 @@ class Linformer(Attention):
 
     @dataclass(frozen=True)
     class Config:
-        """`num_landmarks` is m, the number of combined keys; `share` takes one projection for keys and values."""
+        """The size of the projections.
+
+        Attributes:
+            num_landmarks: m, the combined keys.
+            max_length: tokens of the longest sequence.
+            share: one projection for keys and values.
+        """
 
         num_landmarks: int = 128
         max_length: int = 4096

@@ -30,7 +30,13 @@ class Nystromformer(Attention):
 
     @dataclass(frozen=True)
     class Config:
-        """`conv_size` is odd, or 0 for no convolution; the authors have 35, Skyformer's experiments none."""
+        """Landmarks and convolution.
+
+        Attributes:
+            num_landmarks: m, the segments whose means are landmarks.
+            conv_size: tokens under the filter, odd, or 0 for no convolution; the authors have 35, Skyformer's
+                experiments none.
+        """
 
         num_landmarks: int = 128
         conv_size: int = 0

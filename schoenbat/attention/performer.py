@@ -28,6 +28,12 @@ class Performer(Attention):
 
     @dataclass(frozen=True)
     class Config:
+        """The budget.
+
+        Attributes:
+            num_features: m, the random features.
+        """
+
         num_features: int = 128
 
         def __post_init__(self) -> None:

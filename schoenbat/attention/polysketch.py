@@ -31,7 +31,12 @@ class Polysketch(Attention):
 
     @dataclass(frozen=True)
     class Config:
-        """r is the largest integer whose square is at most `num_features`; `degree` is p, a power of 2."""
+        """Budget and degree.
+
+        Attributes:
+            num_features: r is the largest integer whose square is at most this.
+            degree: p, a power of 2.
+        """
 
         num_features: int = 128
         degree: int = 4

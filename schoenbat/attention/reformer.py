@@ -31,6 +31,14 @@ class Reformer(Attention):
 
     @dataclass(frozen=True)
     class Config:
+        """Rounds, buckets and chunks.
+
+        Attributes:
+            num_hashes: rounds.
+            num_buckets: b of a round, even.
+            chunk_size: c, tokens of a chunk.
+        """
+
         num_hashes: int = 2
         num_buckets: int = 64
         chunk_size: int = 64

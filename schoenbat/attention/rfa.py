@@ -26,7 +26,12 @@ class Rfa(Attention):
 
     @dataclass(frozen=True)
     class Config:
-        """`num_features` counts sines and cosines; `tau` is the square root of the temperature of the softmax."""
+        """Budget and temperature.
+
+        Attributes:
+            num_features: sines and cosines together.
+            tau: the square root of the temperature of the softmax.
+        """
 
         num_features: int = 128
         tau: float = 1.0

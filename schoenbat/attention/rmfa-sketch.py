@@ -21,6 +21,13 @@ class RmfaSketch(KernelAttention):
 
     @dataclass(frozen=True)
     class Config:
+        """Budget and degree.
+
+        Attributes:
+            num_features: features of all degrees together.
+            max_degree: the highest degree that gets features.
+        """
+
         num_features: int = 128
         max_degree: int = 20
 

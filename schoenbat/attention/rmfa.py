@@ -17,6 +17,13 @@ class Rmfa(KernelAttention):
 
     @dataclass(frozen=True)
     class Config:
+        """Budget and degree.
+
+        Attributes:
+            num_features: random Maclaurin features.
+            max_degree: the highest degree that is drawn.
+        """
+
         num_features: int = 128
         max_degree: int = 20
 

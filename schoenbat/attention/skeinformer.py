@@ -30,7 +30,11 @@ class Skeinformer(Attention):
 
     @dataclass(frozen=True)
     class Config:
-        """`num_samples` is m, the number of pilot rows and of columns."""
+        """The size of the samples.
+
+        Attributes:
+            num_samples: m, the pilot rows, and the columns.
+        """
 
         num_samples: int = 128
 

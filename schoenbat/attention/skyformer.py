@@ -30,6 +30,14 @@ class Skyformer(Attention):
 
     @dataclass(frozen=True)
     class Config:
+        """Landmarks and their inverse.
+
+        Attributes:
+            num_landmarks: m, half queries and half keys.
+            gamma: added to the diagonal of the landmarks' kernel.
+            solve: six steps of an iteration, as published, or by Cholesky's decomposition.
+        """
+
         num_landmarks: int = 128
         gamma: float = 0.1
         solve: Literal["iterated", "cholesky"] = "iterated"

@@ -22,6 +22,12 @@ class Window(Attention):
 
     @dataclass(frozen=True)
     class Config:
+        """The reach.
+
+        Attributes:
+            window: keys within half of this to each side; in causal attention, so many before.
+        """
+
         window: int = 128
 
         def __post_init__(self) -> None:

@@ -32,6 +32,11 @@ class ModelConfig:
     """Sizes of the encoder, and what papers do in different ways.
 
     Attributes:
+        num_layers: blocks of attention and MLP.
+        width: of a token's vector, a multiple of `num_heads`.
+        ffn_width: the hidden layer of the MLP of a block.
+        num_heads: of attention.
+        dropout: the share of units dropped in training, of the outputs of attention and MLP and inside the MLP.
         head_width: the hidden layer of the classifier.
         pooling: of a text to one vector: the mean over its tokens, or what a learned token before them (cls) becomes.
             Without meaning where each position is classified; there it must be mean, the default.

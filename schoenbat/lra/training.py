@@ -42,9 +42,14 @@ class OtherCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Optimisation of one task; `eval_every` and `steps` are counted in updates.
+    """Optimisation of one task.
 
     Attributes:
+        batch_size: examples of an update.
+        learning_rate: the highest of the one-cycle schedule.
+        warmup_steps: updates up to it.
+        steps: updates in all.
+        eval_every: updates between two evaluations on dev; the weights of the best one are kept.
         micro_batch: a batch is worked through so many examples at a time, each time padded to their own longest text
             only, and the gradients are added up; null for as many as have 32,768 tokens on a CPU, for all elsewhere.
             Without dropout the update is the same up to rounding; with it, other units are dropped.

@@ -54,6 +54,14 @@ class ListOps(Task):
 
     @dataclass(frozen=True)
     class Config:
+        """The expressions that are drawn.
+
+        Attributes:
+            min_length: tokens of the shortest expression.
+            max_depth: at which nodes are digits; the outermost operator is at depth 1.
+            max_args: of an operator.
+        """
+
         max_length: int = 2000
         min_length: int = 500
         train_size: int = 96000

@@ -43,6 +43,12 @@ class Pathfinder(Task):
 
     @dataclass(frozen=True)
     class Config:
+        """The pictures that are drawn.
+
+        Attributes:
+            level: how many distractors there are, and how long the contours.
+        """
+
         max_length: int = pathfinder.SIDE**2
         level: Literal["easy", "intermediate", "hard"] = "hard"
         train_size: int = 160_000

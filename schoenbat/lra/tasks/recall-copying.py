@@ -27,6 +27,13 @@ class Copying(RecallTask):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RecallConfig):
+        """What is said between how many blanks.
+
+        Attributes:
+            num_copied: symbols of a sequence that are to be said again.
+            num_symbols: that there are.
+        """
+
         max_length: int = 64
         num_copied: int = 8
         num_symbols: int = 16

@@ -27,6 +27,13 @@ class Memorisation(RecallTask):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RecallConfig):
+        """How much is to be learned by heart.
+
+        Attributes:
+            num_keys: pairs in all.
+            num_values: that a key may have.
+        """
+
         max_length: int = 32
         num_keys: int = 256
         num_values: int = 16

@@ -35,7 +35,12 @@ class Mqar(RecallTask):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RecallConfig):
-        """`num_symbols` is even: keys and values, half each."""
+        """How much a sequence holds.
+
+        Attributes:
+            num_pairs: of key and value in a sequence, each asked for once.
+            num_symbols: even: keys and values, half each.
+        """
 
         max_length: int = 32
         num_pairs: int = 4

@@ -28,7 +28,14 @@ class Noisy(RecallTask):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(RecallConfig):
-        """How many symbols are keys, values and noise, and the share `noise` of steps that are noise."""
+        """How many symbols there are, and how much noise.
+
+        Attributes:
+            num_keys: keys.
+            num_values: values.
+            num_noise: symbols of noise.
+            noise: the share of steps that are noise.
+        """
 
         max_length: int = 64
         num_keys: int = 8

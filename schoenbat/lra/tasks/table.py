@@ -73,9 +73,11 @@ class Table(Task):
             labels: the only ones that may occur, in the order of their numbers; by default those that occur, sorted.
             split: a column that says train, dev or test.
             dev_share, test_share: of the rows of each label, where nothing else says which rows they are.
-            tokens, vocab_size: see `Table`.
+            tokens: what of a text is one: bytes of UTF-8; characters; or words in lower case, with punctuation apart.
+            vocab_size: so many of them, the most frequent of the training texts, have a number of their own.
             max_length: tokens of a text; longer ones are cut.
             encoding: of a csv, tsv or jsonl file, by Python's name.
+            seed: of the draw of dev and test.
         """
 
         path: str = ""
