@@ -54,3 +54,22 @@ def test_a_wheel_built_twice_has_the_same_bytes(tmp_path: Path) -> None:
     (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
     assert one.name == two.name
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_installs_no_tools_of_developers_and_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    for name in ("Makefile", "pyproject.toml", "pipeline/pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+    def lines(target: str) -> list[str]:
+        command = ["make", "--no-print-directory", "--dry-run", target]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    run, setup = lines("run"), lines("setup")
+    assert not any("[dev]" in line for line in run)
+    assert any("[dev]" in line for line in setup)
+    installs = [line for line in setup if " pip install " in line]
+    assert len(installs) == 2
+    assert all(" -q " in line for line in installs)
+    assert len([line for line in run if line.startswith("echo")]) == 1
