@@ -261,15 +261,18 @@ def predict(
     tool.run(cell, texts or [], file, top=top, device_name=device, profile=profile, as_json=as_json)
 
 
-@_trained("export CELL exported/rmfa")
+@_trained("export CELL exported/rmfa", "export CELL exported/rmfa --format onnx")
 def export(
     cell: Annotated[str, argument("The id of a trained cell.", completion.trained)],
     folder: Annotated[Path, argument("Is made; must be empty if it is there.")],
+    file_format: Annotated[
+        str, option("safetensors; or onnx, for the model as ONNX beside it.", "--format")
+    ] = "safetensors",
 ) -> None:
     """Write a trained cell into a folder that stands for itself: weights, config, model card, settings."""
     from pipeline.models import export as tool
 
-    print(*tool.run(cell, folder), sep="\n")
+    print(*tool.run(cell, folder, file_format), sep="\n")
 
 
 @_trained("compare quick cpu", "compare HEAD~1", "compare CELL OTHER-CELL", "compare v1 v2 --json")

@@ -13,24 +13,33 @@ from pipeline.grid.params import load_params
 from pipeline.grid.settings import PARAMS_FILE, read_yaml
 from pipeline.host.text import counted
 from pipeline.models.trained import TrainedCell, load_trained
-from schoenbat.errors import UserError
+from schoenbat.errors import UserError, unknown_name
 from schoenbat.files import write_bytes
 from schoenbat.lra.data.arrays import SPLITS
+from schoenbat.lra.pretrained import ONNX
 from schoenbat.lra.tasks import TASKS
 
 CARD, SETTINGS = "README.md", "params.yaml"
 
 
-def run(cell: str, folder: Path) -> list[Path]:
+FORMATS = ("safetensors", "onnx")
+
+
+def run(cell: str, folder: Path, file_format: str = "safetensors") -> list[Path]:
     """Write the export; it is whole, or it is not there.
+
+    Args:
+        file_format: "onnx" for the model as ONNX, beside what is written in any case.
 
     Returns:
         The files.
 
     Raises:
-        UserError: no such cell, code or settings other than those that it was trained with, or a folder with something
+        UserError: no such format or cell, a model that has no ONNX form, code or settings other than those that it was trained with, or a folder with something
             in it.
     """
+    if file_format not in FORMATS:
+        raise unknown_name("format", file_format, list(FORMATS))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already, and is no empty folder")
     trained = load_trained(cell)
@@ -46,6 +55,8 @@ def run(cell: str, folder: Path) -> list[Path]:
     shutil.rmtree(part, ignore_errors=True)
     try:
         trained.classifier.save_pretrained(part)
+        if file_format == "onnx":
+            trained.classifier.save_onnx(part / ONNX)
         write_bytes(part / SETTINGS, _settings_of(trained).encode())
         write_bytes(part / CARD, card(trained, params.note).encode())
         if folder.exists():

@@ -135,6 +135,8 @@ class FeatureMap(nn.Module):
     def __init__(self, kernel: Kernel, generator: torch.Generator) -> None:
         super().__init__()
         self.kernel = kernel
+        with torch.device("cpu"):
+            _ = kernel.is_signed  # kept by the kernel; while a graph is exported there are no values to look at
         self._origin = generator.get_state()
         self._packed: list[Tensor] = []
         self._constants: tuple[Tensor, Tensor] | None = None

@@ -6,6 +6,7 @@ from and how a text becomes tokens. Needs safetensors (extra `schoenbat[pretrain
 """
 
 import dataclasses
+import importlib.util
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import Dim
 
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
@@ -24,7 +26,7 @@ from schoenbat.lra.multihead import FormerConfig
 from schoenbat.lra.tasks import TASKS, Task
 from schoenbat.lra.tasks.table import UNKNOWN
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, ONNX = "model.safetensors", "config.json", "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,28 @@ class PretrainedClassifier:
         write_bytes(folder / WEIGHTS, _safetensors().torch.save(state, metadata={"format": "pt"}))
         config = json.dumps(dataclasses.asdict(self.config), indent=2, sort_keys=True, ensure_ascii=False)
         write_bytes(folder / CONFIG, f"{config}\n".encode())
+
+    def save_onnx(self, path: str | Path) -> None:
+        """Write the model as ONNX: int64 tokens [B, num_texts, N], padded with 0, to logits, for any B and N.
+
+        Raises:
+            UserError: onnx and onnxscript are missing, or the mechanism is not the same graph at every length.
+        """
+        if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
+            raise UserError('ONNX needs onnx and onnxscript: pip install "schoenbat[onnx]"')
+        data = self.config.data
+        tokens = torch.ones(2, data["num_texts"], min(40, data["max_length"]), dtype=torch.int64)
+        sizes = {0: Dim("batch", min=1), 2: Dim("length", min=1, max=data["max_length"])}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(self.model, (tokens,), dynamic_shapes=(sizes,))
+                converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"attn {self.config.attn!r} cannot be exported for all lengths: {reason}") from None
+        assert converted is not None
+        write_bytes(Path(path), converted.model_proto.SerializeToString())
 
     @property
     def class_names(self) -> list[str]:

@@ -49,17 +49,24 @@ class Moments(NamedTuple):
     number: Tensor
 
 
-def moments_of(query: Tensor, first: Tensor | None, second: Tensor, number: Tensor) -> Moments:
+def moments_of(
+    query: Tensor, first: Tensor | None, second: Tensor, number: Tensor, size: Tensor | None = None
+) -> Moments:
     """Compute moments for queries [..., N, d], of keys k times the scale of their arguments.
 
     Args:
         first: their mean [..., 1, d]; None for 0.
         second: the mean of k k^T, [..., d, d].
+        size: of `second`, where it is known already.
     """
     square = ((query @ second) * query).sum(-1, keepdim=True).clamp_min(0)
-    size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    isotropic = query.square().sum(-1, keepdim=True) * size
+    isotropic = query.square().sum(-1, keepdim=True) * (size_of(second) if size is None else size)
     return Moments(None if first is None else query @ first.mT, square, isotropic, number)
+
+
+def size_of(second: Tensor) -> Tensor:
+    """Average the diagonal of [..., d, d], to [..., 1, 1]."""
+    return second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
 class Limits(NamedTuple):

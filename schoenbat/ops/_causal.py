@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import register_dataclass, tree_map
 
 from schoenbat.features.plan import FeatureMap, Products
-from schoenbat.ops._bounds import cooled_parts, limits_of, lost_mass, moments_of, trust
+from schoenbat.ops._bounds import cooled_parts, limits_of, lost_mass, moments_of, size_of, trust
 from schoenbat.ops._fit import fit_of, fit_parts, settle
 from schoenbat.ops._near import LOWEST, near_of_exp
 from schoenbat.ops._planned import look_up, look_up_in_parts, sum_keys, total_of
@@ -45,6 +45,7 @@ class Far:
         total: of [v, 1], [..., 1, v + 1].
         moments: of [1, k]^T k over shifted keys, [..., 1 + d, d]; None where the feature map is not bounded.
         centre: what keys were shifted by, [..., 1, d]; None for kernels other than exp.
+        seen, flat: what was made of it for queries, and itself with one dimension for batch and heads, once needed.
     """
 
     sums: Tensor
@@ -52,6 +53,7 @@ class Far:
     moments: Tensor | None
     centre: Tensor | None
     seen: list[tuple[FeatureMap, "_Seen"]] = field(default_factory=list, compare=False, repr=False)
+    flat: list["Far"] = field(default_factory=list, compare=False, repr=False)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Far":
         """Apply `function` to each tensor; all have the batch as their first dimension."""
@@ -101,7 +103,7 @@ class State:
         return State(self.far, keys, values, count, written)
 
 
-register_dataclass(Far, field_names=["sums", "total", "moments", "centre"], drop_field_names=["seen"])
+register_dataclass(Far, field_names=["sums", "total", "moments", "centre"], drop_field_names=["seen", "flat"])
 register_dataclass(State, field_names=["far", "key", "extended", "count"], drop_field_names=["written"])
 
 
@@ -207,16 +209,24 @@ def _attend_few(
     features: FeatureMap, far: Far | None, query: Tensor, key: Tensor, extended: Tensor, scale: float
 ) -> Tensor:
     """Attend from the last N tokens [B, H, N, d] of a chunk, whose tokens so far are given."""
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    rows, lower = query, None
+    length, groups, shape = query.shape[2], query.shape[1] // key.shape[1], query.shape[:2]
+    lower = None
     if groups > 1:
         # Queries of one group see the same keys: they are further queries of one head.
-        rows = query.unflatten(1, (-1, groups)).transpose(2, 3).flatten(2, 3)
+        query = query.unflatten(1, (-1, groups)).transpose(2, 3).flatten(2, 3)
+    # Products of tensors with one batch dimension are one call each.
+    rows, key, extended = query.flatten(0, 1), key.flatten(0, 1), extended.flatten(0, 1)
+    if far is not None:
+        if not far.flat or torch.compiler.is_compiling():
+            far.flat[:] = [far.map(lambda x: x.flatten(0, 1))]
+        (far,) = far.flat
     if length > 1:
-        lower = rows.new_ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
+        lower = rows.new_ones(length, key.shape[1], dtype=torch.bool).tril(key.shape[1] - length)
         lower = lower.repeat_interleave(groups, 0)
     out = _attend(features, far, rows, key, extended, lower, scale)
-    return out.unflatten(2, (length, groups)).transpose(2, 3).flatten(1, 2) if groups > 1 else out
+    if groups > 1:
+        out = out.unflatten(1, (length, groups)).transpose(1, 2)
+    return out.reshape(*shape, length, -1)
 
 
 def _closed(features: FeatureMap, state: State, scale: float, bounded: bool) -> State:
@@ -240,7 +250,7 @@ def _step(
     before = state.far
     if before.centre is not None:
         is_first = before.total[..., -1:] == 0
-        before = replace(before, centre=torch.where(is_first, _mean(keys, values), before.centre), seen=[])
+        before = replace(before, centre=torch.where(is_first, _mean(keys, values), before.centre), seen=[], flat=[])
     # Without a branch, which few exporters know: what the chunk would leave behind is there at every token.
     closed = _closed(features, State(before, keys, values, chunk), scale, bounded)
     closed = replace(closed, count=torch.zeros_like(count))
@@ -378,6 +388,7 @@ class _Seen(NamedTuple):
     Attributes:
         number: of the tokens, at least 1.
         first, second: the mean of k and of k k^T times the scale and its square, as for `moments_of`.
+        size: the mean square of a coordinate of k, times the square of the scale.
         mean: of [v, 1].
         kept: the shrinkage of deviations from the mean value.
     """
@@ -387,6 +398,7 @@ class _Seen(NamedTuple):
     number: Tensor
     first: Tensor | None
     second: Tensor | None
+    size: Tensor | None
     mean: Tensor
     kept: Tensor
 
@@ -396,11 +408,12 @@ def _see(features: FeatureMap, far: Far, dtype: torch.dtype, scale: float) -> _S
         # The column of ones has no use for a gradient.
         total = far.total[..., -1:].detach()
         count = total.clamp_min(1)
-        first = second = None
+        first = second = size = None
         if far.moments is not None:
             first, second = (x / count for x in (scale * far.moments[..., :1, :], scale**2 * far.moments[..., 1:, :]))
+            size = size_of(second)
         products, kept = features.products(dtype, scale), trust(features, count)
-        far.seen[:] = [(features, _Seen(products, total > 0, count, first, second, far.total / count, kept))]
+        far.seen[:] = [(features, _Seen(products, total > 0, count, first, second, size, far.total / count, kept))]
     return far.seen[0][1]
 
 
@@ -410,7 +423,7 @@ def _far(features: FeatureMap, far: Far, query: Tensor, scale: float) -> tuple[T
     seen = _see(features, far, query.dtype, scale)
     if seen.first is None or seen.second is None:
         return look_up(query, far.sums, seen.products), torch.where(seen.is_there, level, LOWEST)
-    moments = moments_of(query, seen.first, seen.second, seen.number)
+    moments = moments_of(query, seen.first, seen.second, seen.number, seen.size)
     if not features.kernel.is_exponential:
         fit = fit_of(features, moments, query.shape[-1])
         described = fit_parts(features, seen.products, query, seen.first, seen.second)

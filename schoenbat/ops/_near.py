@@ -35,8 +35,8 @@ def near_of_exp(query: Tensor, key: Tensor, extended: Tensor, lower: Tensor | No
     if lower is not None:
         unseen = torch.zeros(lower.shape, dtype=query.dtype, device=query.device).masked_fill(~lower, LOWEST)
     if unseen is None or torch.compiler.is_compiling():
-        scores = query @ key.mT + torch.where(extended[..., -1:] > 0, 0.0, LOWEST).mT
-        scores = scores if unseen is None else scores + unseen
+        absent = torch.where(extended[..., -1:] > 0, 0.0, LOWEST).mT
+        scores = query @ key.mT + (absent if unseen is None else absent + unseen)
         top = _top(scores)
         return torch.exp2(scores - top) @ extended, top * math.log(2)
     shape = query.shape[:-2]

@@ -194,6 +194,22 @@ print(sorted({"mlflow", "dvc", "typer", "pipeline"} & set(sys.modules)))
     assert elsewhere == [str(expected.flatten().tolist()), "[]"]
 
 
+@pytest.mark.slow
+def test_an_export_as_onnx_gives_the_same_logits(trained: Path, invoke: Invoke, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra schoenbat[onnx]")
+    code, out, err = invoke("export", SOFTMAX, str(tmp_path / "exported"), "--format", "onnx")
+    assert (code, Path(out.splitlines()[2]).name) == (0, "model.onnx"), err
+    found = load_trained(SOFTMAX).classifier
+    session = onnxruntime.InferenceSession(tmp_path / "exported/model.onnx")
+    for texts in (["dull"], ["a dull thing", "a warm and rather long thing, number 7", "so so"]):
+        tokens = found.encode(texts)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), found.model(tokens), rtol=1e-5, atol=1e-5)
+    code, _, err = invoke("export", SOFTMAX, str(tmp_path / "other"), "--format", "onx")
+    assert code == 2
+    assert "onnx" in err
+
+
 def test_the_card_states_results_data_seed_revision_and_its_code_runs(
     trained: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
