@@ -35,8 +35,8 @@ def run(cell: str, folder: Path, file_format: str = "safetensors") -> list[Path]
         The files.
 
     Raises:
-        UserError: no such format or cell, a model that has no ONNX form, code or settings other than those that it was trained with, or a folder with something
-            in it.
+        UserError: no such format or cell, a model that has no ONNX form, code or settings other than those that it was
+            trained with, or a folder with something in it.
     """
     if file_format not in FORMATS:
         raise unknown_name("format", file_format, list(FORMATS))
