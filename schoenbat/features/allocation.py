@@ -25,6 +25,11 @@ Real vectors are not isotropic. Where few tokens cancel, a sketch of little has 
 vectors share directions, the shrinkage of a large share is a bias that all pairs have in common. So the factor of a
 degree of which the share r = n / N_l is covered is not r but r min(1/2 + 3 r, 1 + r), up to 1: half of the best one
 for a small share, which keeps three quarters of what it takes off the expected squared error, and more for a large one.
+
+Attention divides, so the error of its output is another one than that of f. For exp a part of an odd degree above the
+first makes the output worse, up to four times the budget, and so does a part of a degree beyond an incomplete one
+(benchmarks/budgets.py). Such a part gets no features, and not all of the budget is spent. Other kernels are weighted by
+what is known of them (`schoenbat.ops._fit`).
 """
 
 import itertools
@@ -199,7 +204,7 @@ def _allocate_rest(
         weight, coefficient = math.sqrt(squared * kernel.magnitude), squared / math.factorial(degree)
         shares.append(Share(degree, count, count, True, weight, 0.0, coefficient, 0.0))
         budget -= count
-    for degree in sorted(set(degrees) - set(exact), key=lambda degree: -gains[degree]):
+    for degree in sorted(_incomplete(kernel, exact, degrees), key=lambda degree: -gains[degree]):
         capacity = math.comb(head_dim, degree)
         count = min(budget, capacity)
         # Below that it is rounding.
@@ -224,6 +229,15 @@ def _allocate_rest(
     unexplained = min(1.0, left / max(total - mean**2, 1e-15 * total))
     size = kernel.magnitude * math.sqrt(total)
     return Allocation(head_dim, scale, tuple(shares), math.sqrt(left / total), size, unexplained)
+
+
+def _incomplete(kernel: Kernel, exact: list[int], degrees: range) -> set[int]:
+    """Return the degrees of which a part may be described."""
+    others = set(degrees) - set(exact)
+    if not kernel.is_exponential:
+        return others
+    following = max(exact, default=1) + 1
+    return {degree for degree in others if degree <= 1 or (degree == following and degree % 2 == 0)}
 
 
 def _gegenbauer(t: np.ndarray, head_dim: int) -> Iterator[np.ndarray]:
