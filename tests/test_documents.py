@@ -28,6 +28,7 @@ TESTED_BY = {
     ("docs/adding.md", "class Taylor(KernelAttention)"): "tests/pipeline/test_plugins.py",
     ("docs/adding.md", "class Tags(Task)"): "tests/pipeline/test_plugins.py",
     ("docs/adding.md", "Kernel.from_callable"): "tests/pipeline/test_plugins.py",
+    ("docs/data.md", "reviews.jsonl"): "tests/lra/tasks/test_table.py",
     ("docs/replace.md", ""): "tests/test_replace_document.py",
     ("README.md", "schoenbat.replace(model"): "tests/test_replace_document.py",
     ("docs/tutorial.md", ""): "tests/test_tutorial.py",

@@ -1,6 +1,7 @@
 """Texts and labels of one's own: every form of file gives the same data, and what is wrong in one is a line."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,16 @@ def test_what_is_wrong_in_the_settings_is_one_line(prepare: Prepare, section: di
         prepare(**section)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_texts_is_a_table_by_the_lines_of_the_document(prepare: Prepare) -> None:
+    page = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for number in range(30):
+        for label in ("bad", "good"):
+            Path("reviews", label).mkdir(parents=True, exist_ok=True)
+            Path("reviews", label, f"{number}.txt").write_text(f"Review {number},\n{label}.", encoding="utf-8")
+    exec(compile(lines, "docs/data.md", "exec"), {})
+    meta, _ = prepare(path="reviews.jsonl")
+    assert sum(meta["splits"].values()) == 60
+    assert meta["class_names"] == ["bad", "good"]
