@@ -211,6 +211,15 @@ class FeatureMap(nn.Module):
         self._view()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save refuses two tensors of different types on the same memory.
+        return {**self.__dict__, "_constants": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.projection_bits is not None:
+            self._view()
+
     def products(self, dtype: torch.dtype, scale: float) -> Products:
         """Prepare the products for vectors whose dot products get the factor `scale`."""
         squares = self.weights(dtype).square().unsqueeze(-1)
