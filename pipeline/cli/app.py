@@ -72,7 +72,6 @@ def run(
         str, _how("local, this machine; or slurm, a cluster as run.slurm describes it.", names=lambda: list(_BACKENDS))
     ] = "local",
     devices: Annotated[str | None, _how("Such as cpu or cuda:0,cuda:1. Default: run.device.")] = None,
-    restart: Annotated[bool, option("Discard checkpoints of interrupted runs.", "--restart")] = False,
     force: Annotated[bool, option("Run the chosen cells even if they are up to date.", "--force")] = False,
     fail_fast: Annotated[bool, option("Whether the first failure stops the grid.", "--fail-fast/--keep-going")] = False,
     dry_run: Annotated[bool, option("Say what would run, and stop.", "--dry-run")] = False,
@@ -92,7 +91,7 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
-    typed = RunOptions(filters, backend == "slurm", jobs, devices, restart, force, fail_fast, dry_run, as_json)
+    typed = RunOptions(filters, backend == "slurm", jobs, devices, force, fail_fast, dry_run, as_json)
     raise typer.Exit(run_grid(params, typed))
 
 

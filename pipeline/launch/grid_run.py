@@ -49,7 +49,6 @@ class RunOptions:
     slurm: bool = False
     jobs: int | None = None
     devices: str | None = None
-    restart: bool = False
     force: bool = False
     fail_fast: bool = False
     dry_run: bool = False
@@ -95,8 +94,6 @@ def run_grid(params: Params, typed: RunOptions) -> int:
                     _log_rest(tracking.Tracker(params.profile, ids), "FINISHED", stops)
             return _show_unrecorded(recorder)
         print(title)
-        for cell in chosen if typed.restart else ():
-            CellResults(params.profile, cell.id).checkpoint.unlink(missing_ok=True)
         _say(f"at most {at_once} at once on {', '.join(device.name for device in backend.devices)}")
         return _Run(params, ids, jobs, typed, freshness, recorder).run(backend, at_once)
 
@@ -250,7 +247,7 @@ class _Run:
             code = self._summarise()
             _log_rest(self._tracker, "KILLED" if stops() else "FAILED" if code == 1 else "FINISHED", stops)
             if stops():
-                again = "without --restart and --force" if self.typed.restart or self.typed.force else "the same"
+                again = "without --force" if self.typed.force else "the same"
                 print(
                     f"interrupted; run {again} again to go on: what is finished is kept, cells go on from checkpoints"
                 )

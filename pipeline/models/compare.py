@@ -6,9 +6,11 @@ batches. Where both have the predictions of the same test examples, p of the tes
 accuracies without predictions, are tested by a paired t-test over seeds. All p are corrected together by Holm's method.
 """
 
-import contextlib
 import dataclasses
+import io
 import json
+import subprocess
+import tarfile
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from tabulate import tabulate
 
 from pipeline.grid.axes import Cell
 from pipeline.grid.results import CellResults, Metrics, trained_cells
-from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE, flat, read_yaml
+from pipeline.grid.settings import PARAMS_FILE, flat, read_yaml
 from pipeline.host.files import git, read_json
 from pipeline.host.text import counted
 from pipeline.models.trained import current_profile
@@ -35,7 +37,6 @@ from schoenbat.lra.training import Predictions, load_model
 HERE = "."
 """Stands for the working folder as it is."""
 _COLUMNS = 80
-_CODE = ("schoenbat", "pipeline", str(PROJECT_FILE))
 _UNCOMPARED = ("profile", "note", "grid")
 _SCORES = {"test accuracy": 2, "test loss": 4, "dev accuracy": 2, "dev loss": 4}
 _DECIMALS = _SCORES | {"best step": 0, "parameters": 0, "training seconds": 1}
@@ -86,8 +87,7 @@ def run(a: str, b: str, *, as_json: bool) -> None:
 def compare(a: Side, b: Side) -> dict[str, Any]:
     """Return all that differs, and every number that both have, as plain values.
 
-    `code` lists files that differ between the revisions, and is None where that cannot be said; `code_differs` tells
-    whether a cell that both have was made by other code, and is None where there is no such cell.
+    `code_differs` tells whether a cell that both have was made by other code; None where there is no such cell.
     """
     common = [(cell, result, b.results[cell]) for cell, result in a.results.items() if cell in b.results]
     pairs: dict[str, list[tuple[Result, Result]]] = {}
@@ -106,7 +106,6 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
         **{key: {"what": side.what, "revisions": list(side.revisions)} for key, side in (("a", a), ("b", b))},
         "settings": _differing(a.settings, b.settings),
         "data": _differing(a.data, b.data),
-        "code": _changed_files(a.revisions, b.revisions),
         "code_differs": any(other_code) if other_code else None,
         "only_a": [] if one_cell else _missing(a, b),
         "only_b": [] if one_cell else _missing(b, a),
@@ -124,7 +123,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             shown = ("-" if sides[side] is None else str(sides[side]) for side in ("a", "b"))
             a, b = (text if len(text) <= 70 else f"{text[:69]}\N{HORIZONTAL ELLIPSIS}" for text in shown)
             out += [f"  {key}", f"    A  {a}", f"    B  {b}"]
-    out += [*_code_lines(found), ""]
+    out += [_code_line(found), ""]
     for of in dict.fromkeys(number["of"] for number in found["numbers"]):
         own = [number for number in found["numbers"] if number["of"] == of]
         seeds = own[0]["seeds"]
@@ -190,27 +189,15 @@ def _cell_side(profile: str, cell_id: str) -> Side:
 
 
 def _revision_side(name: str, commit: str, stack: ExitStack) -> Side:
-    """Return the results of a commit: those that git has, or DVC as far as its cache holds them."""
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
-
+    """Return the results of a commit that git has."""
     root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    try:
-        files = DVCFileSystem(".", rev=commit)
-        (root / PARAMS_FILE).write_bytes(files.read_bytes(str(PARAMS_FILE)))
-        profile = str(read_yaml(root / PARAMS_FILE)["profile"])
-        folder = f"runs/{profile}"
-        for path in files.find(folder) if files.exists(folder) else []:
-            kept = Path(path.lstrip("/"))
-            if kept.parent.name in ("metrics", "test", "predictions", "data"):
-                (root / kept).parent.mkdir(parents=True, exist_ok=True)
-                # What the cache does not hold is as if it had not run.
-                with contextlib.suppress(FileNotFoundError):
-                    (root / kept).write_bytes(files.read_bytes(path))
-    except (DvcException, FileNotFoundError, KeyError, TypeError) as error:
-        raise UserError(f"git revision {name} holds no project that DVC can read: {error}") from None
-    what = f"git revision {name} ({commit[:12]}), profile {profile}"
-    return _folder_side(what, root, profile, commit)
+    packed = subprocess.run(["git", "archive", commit, str(PARAMS_FILE), "runs"], capture_output=True, check=False)
+    if packed.returncode:
+        raise UserError(f"git revision {name} has no {PARAMS_FILE} or no results in runs")
+    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
+        archive.extractall(root, filter="data")
+    profile = current_profile(root)
+    return _folder_side(f"git revision {name} ({commit[:12]}), profile {profile}", root, profile, commit)
 
 
 def _result(results: CellResults) -> tuple[Cell, Result]:
@@ -278,24 +265,12 @@ def _p_of_predictions(pairs: Sequence[tuple[Result, Result]]) -> float | None:
     return float(stats.binomtest(int((apart > 0).sum()), len(apart)).pvalue) if len(apart) else 1.0
 
 
-def _changed_files(a: Sequence[str], b: Sequence[str]) -> list[str] | None:
-    """Return the files of code that differ between the revisions; None where git cannot say."""
-    if any(len(made) != 1 or made[0] == "none" or made[0].endswith("+") for made in (a, b)):
-        return None
-    changed = git("diff", "--name-only", a[0], b[0], "--", *_CODE)
-    return None if changed is None else changed.splitlines()
-
-
-def _code_lines(found: Mapping[str, Any]) -> list[str]:
+def _code_line(found: Mapping[str, Any]) -> str:
     revisions = [", ".join(found[side]["revisions"]) or "unknown" for side in ("a", "b")]
     if found["code_differs"] is None:
-        head = f"Code: git revision {' | '.join(revisions)}"
-    else:
-        head = f"Code: {'not ' if found['code_differs'] else ''}the same where cells depend on it"
-        head += f" (git revision {' | '.join(dict.fromkeys(revisions))})"
-    files = found["code"] or []
-    more = [f"  ... and {len(files) - 10} more"] if len(files) > 10 else []
-    return [head, *(f"  {file}" for file in files[:10]), *more]
+        return f"Code: git revision {' | '.join(revisions)}"
+    same = f"{'not ' if found['code_differs'] else ''}the same where cells depend on it"
+    return f"Code: {same} (git revision {' | '.join(dict.fromkeys(revisions))}; `git diff` shows it)"
 
 
 def _number_shown(number: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Trained cells as their own folders describe them, whatever params.yaml says by now."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.grid.axes import Cell
@@ -38,9 +39,9 @@ class TrainedCell:
         return now != self.metrics.fingerprint.code
 
 
-def current_profile() -> str:
-    """Return the profile of params.yaml; raises UserError if it has none."""
-    settings = read_yaml(PARAMS_FILE)
+def current_profile(root: Path = Path()) -> str:
+    """Return the profile of params.yaml under `root`; raises UserError if it has none."""
+    settings = read_yaml(root / PARAMS_FILE)
     profile = settings.get("profile") if isinstance(settings, dict) else None
     if not isinstance(profile, str):
         raise UserError(f"{PARAMS_FILE}: missing key 'profile'")

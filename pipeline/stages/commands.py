@@ -98,8 +98,6 @@ def train(
     seed: Seed = None,
     device: Device = None,
     profile: Profile = None,
-    save: Annotated[bool, option("--no-save writes and logs nothing.", "--save/--no-save")] = True,
-    restart: Annotated[bool, option("Discard the checkpoint of an interrupted run.", "--restart")] = False,
     force: Force = False,
 ) -> None:
     """Train one cell, or each seed of it that is out of date; an interrupted run goes on from its checkpoint."""
@@ -108,7 +106,7 @@ def train(
 
     params = load(profile)
     for cell in make_cells(params, task, attn, dotf, former, seed):
-        stage.run(params, cell, device_name=device or params.run.device, save=save, restart=restart, force=force)
+        stage.run(params, cell, device_name=device or params.run.device, force=force)
 
 
 @_add("eval --task lra-text --attn rmfa --dotf exp --former maclauformer", name="eval")

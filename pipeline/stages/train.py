@@ -31,36 +31,34 @@ from schoenbat.lra.encoder import Classifier
 from schoenbat.lra.training import Evaluation, FitResult, OtherCheckpoint, StepReport, fit, save_model
 
 
-def run(params: Params, cell: Cell, *, device_name: str, save: bool, restart: bool, force: bool) -> None:
+def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
     """Train `cell` unless its training is up to date; a run that was interrupted goes on from its checkpoint.
 
-    A checkpoint of another configuration is set aside.
+    A checkpoint of another configuration, or one that cannot be read, is set aside.
 
     SIGINT and SIGTERM end it at the next step, with a checkpoint.
 
     Writes the weights, the curve and, last, the metrics of the cell, each complete or not at all; then the checkpoint
-    goes. With `save` false nothing is written or logged.
+    goes.
 
     Args:
-        restart: discard a checkpoint of an interrupted run.
         force: train again what is up to date.
 
     Raises:
-        UserError: the data is not prepared, the device is not there, the checkpoint is unreadable, or the code is not
-            that of the start of the grid.
+        UserError: the data is not prepared, the device is not there, or the code is not that of the start of the grid.
         TrainingFailed: the loss is no longer a number.
         OutOfMemory: the device's memory does not suffice.
         Stopped: by a signal; the checkpoint is written.
     """
     device, setup = get_device(device_name), resolve(params, cell)
     made_from, results = identify(setup), setup.results
-    if save and not force and results.fingerprints()[0] == str(made_from) and results.best.is_file():
+    if not force and results.fingerprints()[0] == str(made_from) and results.best.is_file():
         print(f"{cell.id}: up to date; --force trains it again", flush=True)
         return
     prepare_host(params.run.threads)
     training = _Training(setup, made_from, device, setup.build_model(setup.data.meta))
     print(f"{cell.id}: {setup.data.meta['label']}, {device}, {training.num_parameters} parameters", flush=True)
-    result = training.keep(restart=restart) if save else training.fit()
+    result = training.keep()
     print(
         f"{cell.id}: dev accuracy {result.best_dev_accuracy:.4f} (step {result.best_step} of {result.steps_run}), "
         f"{result.seconds:.1f} s of training"
@@ -105,15 +103,13 @@ class _Training:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def keep(self, *, restart: bool) -> FitResult:
+    def keep(self) -> FitResult:
         """Train with a checkpoint, and write what comes of it, while no other process trains the cell."""
         cell, results, stop = self.setup.cell, self.setup.results, Event()
         checkpoint = results.checkpoint
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"{cell.id}: another process trains it; waiting for its end"
         with locked(checkpoint.with_name("train.lock"), lambda: print(waiting, flush=True)):
-            if restart:
-                checkpoint.unlink(missing_ok=True)
             remove_unfinished(checkpoint.parent)
             results.remove_unfinished()
             check_code()
@@ -130,14 +126,14 @@ class _Training:
         tracking.log_by_hand(self.setup.profile, cell.id)
         return result
 
-    def fit(self, checkpoint: Path | None = None, stop: Callable[[], bool] | None = None) -> FitResult:
-        """Train, and show how it goes; without a checkpoint nothing of it is written."""
+    def fit(self, checkpoint: Path, stop: Callable[[], bool]) -> FitResult:
+        """Train, and show how it goes."""
         cell = self.setup.cell
-        progress = None if checkpoint is None else ProgressFile(checkpoint.with_name("progress.json"), stage="train")
+        progress = ProgressFile(checkpoint.with_name("progress.json"), stage="train")
         with Meter(cell.id) as meter, _memory_watched(self.device):
 
             def on_step(report: StepReport) -> None:
-                if progress is not None and progress.is_due():
+                if progress.is_due():
                     progress.update(**dataclasses.asdict(report), **_used(self.device))
                 figures = f"loss {report.loss:.4f} accuracy {report.accuracy:.3f} {report.steps_per_second:.1f} steps/s"
                 meter.update(report.step, report.steps, figures)
@@ -145,8 +141,7 @@ class _Training:
             def on_evaluation(row: Evaluation) -> None:
                 losses = f"train loss {row.train_loss:.4f} dev loss {row.dev_loss:.4f}"
                 meter.line(f"{cell.id}: step {row.step} {losses} dev accuracy {row.dev_accuracy:.4f}")
-                if progress is not None:
-                    progress.update(dev_accuracy=row.dev_accuracy)
+                progress.update(dev_accuracy=row.dev_accuracy)
 
             try:
                 return fit(
@@ -163,15 +158,13 @@ class _Training:
                 )
             except TrainingStopped as error:
                 raise Stopped(f"{cell.id}: stopped, and saved at step {error.step}") from None
-            except OtherCheckpoint:
-                assert checkpoint is not None
-                aside = checkpoint.with_name("last.other.pt")
-                checkpoint.replace(aside)
-                print(f"{cell.id}: {checkpoint} is of other settings, code or data; now {aside.name}", flush=True)
             except UserError as error:
-                if checkpoint is None or not checkpoint.exists():
+                if not checkpoint.exists():
                     raise
-                raise UserError(f"{error}, or pass --restart, which does so") from None
+                other = "is of other settings, code or data"
+                why = other if isinstance(error, OtherCheckpoint) else "cannot be read"
+                aside = checkpoint.replace(checkpoint.with_name("last.other.pt"))
+                print(f"{cell.id}: {checkpoint} {why}; now {aside.name}", flush=True)
         return self.fit(checkpoint, stop)
 
     def _metrics(self, result: FitResult) -> Metrics:

@@ -76,7 +76,7 @@ def test_every_seed_that_is_accepted_trains(project: Project, invoke: Invoke, se
     project.set("grid.seeds", [seed])
     for command in ("download", "preprocess"):
         assert invoke(command, "--task", "lra-listops")[0] == 0
-    rmfa = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer", "--no-save")
+    rmfa = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "exp", "--former", "maclauformer")
     code, out, err = invoke("train", *rmfa)
     assert code == 0, err
     assert f"lra-listops-rmfa-exp-maclauformer-{seed}: dev accuracy" in out

@@ -28,20 +28,18 @@ FILTERS = {
     "--cell": ("lra-text-mean-transformer-0", 1),
 }
 OF_A_CELL = ("--task", "--attn", "--dotf", "--former", "--seed", "--profile", "--device")
-WITH_PROFILE = ("train", "eval", "download", "preprocess", "report", "bench", "errors", "numerics", "golden")
+WITH_PROFILE = ("train", "eval", "download", "preprocess", "report", "bench", "errors", "numerics", "golden", "replace")
 HERE = "test_options.py"
 WHERE = {
     **{("run", option): HERE for option in FILTERS},
     **{("run", option): HERE for option in ("--grid", "--dry-run", "--json", "--jobs", "--devices", "--force")},
-    **{("run", option): HERE for option in ("--restart", "--fail-fast", "--keep-going")},
+    **{("run", option): HERE for option in ("--fail-fast", "--keep-going")},
     ("run", "--backend"): "test_slurm.py",
     **{(command, option): HERE for command in ("train", "eval") for option in OF_A_CELL},
     **{(command, "--force"): "test_cli.py" for command in ("train", "eval")},
     ("golden", "--cell"): "test_carry.py",
     ("carry", "--tolerance"): "test_carry.py",
-    ("train", "--save"): HERE,
-    ("train", "--no-save"): "test_cli.py",
-    ("train", "--restart"): "test_cli.py",
+    **{("replace", option): "test_replace.py" for option in ("--cell", "--force")},
     **{(command, "--profile"): HERE for command in WITH_PROFILE},
     **{(command, "--task"): HERE for command in ("download", "preprocess")},
     ("errors", "--group"): "test_errors.py",
@@ -145,7 +143,7 @@ def test_json_of_run_goes_with_a_dry_run(project: Project, invoke: Invoke) -> No
 @pytest.mark.parametrize("command", WITH_PROFILE)
 def test_a_stage_refuses_to_run_under_another_profile(project: Project, invoke: Invoke, command: str) -> None:
     needed = {"train": CELL, "eval": CELL, "download": TASK, "preprocess": TASK}
-    needed |= {"errors": ("--group", "any"), "golden": ("golden.npz",)}
+    needed |= {"errors": ("--group", "any"), "golden": ("golden.npz",), "replace": ("--cell", "any")}
     arguments = needed.get(command, ())
     code, _, err = invoke(command, *arguments, "--profile", "other")
     assert (code, err) == (2, "error: params.yaml is of profile 'tiny', not 'other'\n")
@@ -157,7 +155,7 @@ def test_the_options_of_one_cell(project: Project, invoke: Invoke) -> None:
     assert invoke("download", "--task", "lra-listops", *profile)[0] == 0
     assert invoke("preprocess", "--task", "lra-listops", *profile)[0] == 0
     cell = ("--task", "lra-listops", "--attn", "rmfa", "--dotf", "inverse", "--former", "maclauformer", "--seed", "1")
-    assert invoke("train", *cell, *profile, "--device", "cpu", "--save")[0] == 0
+    assert invoke("train", *cell, *profile, "--device", "cpu")[0] == 0
     code, out, err = invoke("eval", *cell, *profile, "--device", "cpu")
     assert code == 0, err
     assert "lra-listops-rmfa-inverse-maclauformer-1: test accuracy" in out
@@ -179,15 +177,13 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 @pytest.mark.slow
-def test_force_and_restart_run_again_what_is_up_to_date(trained: Project, invoke: Invoke) -> None:
+def test_force_runs_again_what_is_up_to_date(trained: Project, invoke: Invoke) -> None:
     small = trained
     assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
     before = numbers(small.folder)
     metrics = {cell: Path("runs/tiny", cell.removesuffix("-0"), "metrics/0.json") for cell in (MEAN, RMFA)}
     written = {cell: path.stat().st_mtime_ns for cell, path in metrics.items()}
-    # Without --restart this checkpoint would be an error.
-    Path("checkpoints/tiny", MEAN, "last.pt").write_bytes(b"of another time")
-    code, out = run(small.folder, "--cell", MEAN, "--force", "--restart", "--jobs", "1", "--devices", "cpu")
+    code, out = run(small.folder, "--cell", MEAN, "--force", "--jobs", "1", "--devices", "cpu")
     assert code == 0, out
     assert "1 of 2 cells of profile tiny is done" in out
     assert metrics[MEAN].stat().st_mtime_ns > written[MEAN]

@@ -145,6 +145,8 @@ def test_each_method_is_measured_once_and_stands_in_the_report(
     monkeypatch.delattr(replace, "embed")
     code, out, err = invoke("replace", "--cell", "bert-mean")
     assert (code, out) == (0, "bert-mean: up to date; --force measures it again\n"), err
+    # It would measure, and what it measures with is gone.
+    assert invoke("replace", "--cell", "bert-mean", "--force")[0] == 1
     replacing.set("trained.cells.bert-mean", {"attention": "linear"})
     assert not Freshness(replacing.settings).is_replaced("bert-mean")
 
