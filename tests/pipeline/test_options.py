@@ -45,6 +45,7 @@ WHERE = {
     ("errors", "--group"): "test_errors.py",
     **{("ui", option): "test_mlflow_ui.py" for option in ("--profile", "--port", "--open")},
     ("log", "--profile"): "test_tracking.py",
+    ("export", "--format"): "test_trained.py",
     **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
     **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,
