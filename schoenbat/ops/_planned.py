@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from schoenbat.features.plan import Plan, Products, expand, pull_back, push_forward
+from schoenbat.ops import native
 
 PIECE_ROWS = {"cpu": 4096}
 """Rows of a piece. On a CPU, 128 features of a piece are 2 MB in float32."""
@@ -49,8 +50,9 @@ def look_up(query: Tensor, summed: Tensor, products: Products) -> Tensor:
 
 def attend_plainly(query: Tensor, key: Tensor, extended: Tensor, products: Products) -> Tensor:
     """Compute phi(Q) phi(K)^T V: [..., N, d], [..., M, d] and [..., M, v] to [..., N, v]."""
-    # Compiled, a comparison of lengths would make the graph one for these lengths alone.
-    if not torch.compiler.is_compiling() and query.shape == key.shape and 2 * query.shape[:-1].numel() <= FEW_ROWS:
+    # In torch.compile, a comparison of lengths would make the graph one for these lengths alone.
+    is_torch = not (torch.compiler.is_compiling() or native.serves_plainly(query, key, extended))
+    if is_torch and query.shape == key.shape and 2 * query.shape[:-1].numel() <= FEW_ROWS:
         return _AtOnce.apply(query, key, extended, *products)[0]
     return look_up(query, sum_keys(key, extended, products), products)
 
@@ -153,6 +155,8 @@ class _Sum(_InPieces):
 
     @staticmethod
     def forward(key: Tensor, value: Tensor, projection: Tensor, squares: Tensor, plan: Plan) -> Tensor:
+        if native.serves_plainly(key, value):
+            return native.sum_keys(key, value, projection, plan)
         parts = []
         for group in _pieces(key):
             parts.append(total_of([expand(key[i] @ projection, plan).mT @ value[i] for i in group]) * squares)
@@ -172,6 +176,8 @@ class _Sum(_InPieces):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         key, value, projection, squares = ctx.saved_tensors
+        if not torch.is_grad_enabled() and native.serves_plainly(grad, key, value):
+            return *native.sum_keys_backward(grad, key, value, projection, ctx.plan), None, None, None
         grad = grad * squares
         grad_key, grad_value = [], []
         for group in _pieces(key):
@@ -190,6 +196,8 @@ class _LookUp(_InPieces):
 
     @staticmethod
     def forward(query: Tensor, summed: Tensor, projection: Tensor, plan: Plan) -> Tensor:
+        if native.serves_plainly(query, summed):
+            return native.look_up(query, summed, projection, plan)
         parts = []
         for group in _pieces(query):
             parts.append(_joined([expand(query[i] @ projection, plan) @ summed[i[0]] for i in group], 1))
@@ -209,6 +217,8 @@ class _LookUp(_InPieces):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, summed, projection = ctx.saved_tensors
+        if not torch.is_grad_enabled() and native.serves_plainly(grad, query, summed):
+            return *native.look_up_backward(grad, query, summed, projection, ctx.plan), None, None
         grad_query, grad_summed = [], []
         for group in _pieces(query):
             queries, sums = [], []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from schoenbat.features.plan import FeatureMap, Run
+from schoenbat.features.plan import FeatureMap, Plan, Run
 from schoenbat.ops.native.build import is_compiled, load
 from schoenbat.ops.reference import SMALLEST
 
@@ -219,6 +219,66 @@ class _Attend(torch.autograd.Function):
         key_mask, projection, plan, numbers = ctx.given
         inputs = (query, key, value, key_mask, projection)
         return *_backward(grad, *inputs, results, weights, head, plan, numbers), None, None
+
+
+def serves_plainly(*tensors: Tensor) -> bool:
+    """Return whether `sum_keys` and `look_up` compute this, where no gradient is recorded."""
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in tensors):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()) and is_compiled()
+
+
+def sum_keys(key: Tensor, value: Tensor, projection: Tensor, plan: Plan) -> Tensor:
+    """Sum up W^2 psi(K)^T V: [G, M, d], [G, M, v] to [G, D, v]."""
+    sums = key.new_empty(len(key), plan.num_features, value.shape[-1])
+    _call_plainly("schoenbat_sum_keys", plan, projection, (key[:, :0], key, value), (), (sums,))
+    return sums
+
+
+def sum_keys_backward(
+    grad: Tensor, key: Tensor, value: Tensor, projection: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of key and value."""
+    grads = key.new_empty(key.shape), value.new_empty(value.shape)
+    kept = (grad.contiguous(),)
+    _call_plainly("schoenbat_sum_keys_backward", plan, projection, (key[:, :0], key, value), grads, kept)
+    return grads
+
+
+def look_up(query: Tensor, summed: Tensor, projection: Tensor, plan: Plan) -> Tensor:
+    """Compute psi(Q) S: [G, N, d], [G, D, v] to [G, N, v]."""
+    out = query.new_empty(*query.shape[:-1], summed.shape[-1])
+    inputs = (query, query[:, :0], summed[:, :0])
+    _call_plainly("schoenbat_look_up", plan, projection, inputs, (out,), (summed.contiguous(),))
+    return out
+
+
+def look_up_backward(
+    grad: Tensor, query: Tensor, summed: Tensor, projection: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query and summed."""
+    grads = query.new_empty(query.shape), summed.new_empty(summed.shape)
+    inputs, others = (query, query[:, :0], summed[:, :0]), (_with_rows(grad), grads[0])
+    _call_plainly("schoenbat_look_up_backward", plan, projection, inputs, others, (summed.contiguous(), grads[1]))
+    return grads
+
+
+def _call_plainly(
+    name: str,
+    plan: Plan,
+    projection: Tensor,
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> None:
+    """Call what works on vectors as they come; G stands for the batch, and there is one head."""
+    runs = [Run((0,), plan.num_linear, plan.linear_weight), *plan.runs]
+    whole = [0, 0, 0, projection.shape[1], _NO_SKETCH, 0, len(runs)]
+    for run in runs:
+        whole += [len(run.offsets), run.length, *run.offsets]
+    numbers = [plan.constant, 1.0, 0.0, 0.0, 0.0, math.inf, *(run.weight for run in runs)]
+    tensors = [_with_rows(x).unsqueeze(1) for x in inputs]
+    _call(name, whole, numbers, projection.contiguous(), tensors, None, [x.unsqueeze(1) for x in others], kept)
 
 
 _attend = torch.library.custom_op("schoenbat::attend", _forward, mutates_args=(), device_types="cpu")

@@ -275,7 +275,9 @@ struct Call {
 
 // What is kept of a head of keys for the backward pass.
 struct Head {
-  float *number, *mass, *mean, *centre, *average, *second, *sums;
+  float *number = nullptr, *mass = nullptr, *mean = nullptr, *centre = nullptr, *average = nullptr, *second = nullptr;
+  float* sums = nullptr;
+  Head() {}
   Head(const Call& c, float* at) {
     number = at, mass = at + 1, mean = at + 2, centre = mean + c.d, average = centre + c.d, second = average + c.v;
     sums = second + (size_t)c.d * c.dp;
@@ -837,6 +839,141 @@ void backward(const Call& c, Rows grad_out, Rows found, const float* weights, fl
   });
 }
 
+// ---- the two halves alone, of tensors as they come: sums over keys [D, v], and what queries find in them
+
+// Add up what the parts of each head have, times `factor` of its run, as [D, v].
+template <class Factor>
+void add_parts(const Call& c, const std::vector<float>& partial, float* sums, Factor factor) {
+  const size_t size = (size_t)c.features * c.vp;
+  each(c.batch * c.heads, c.threads, [&](int g) {
+    for (const Run& run : c.plan.runs)
+      for (int f = run.first; f < run.first + run.length; f++)
+        for (int j = 0; j < c.v; j++) {
+          float total = 0;
+          for (int part = 0; part < c.parts; part++) total += partial[(g * c.parts + part) * size + (size_t)f * c.vp + j];
+          sums[((size_t)g * c.features + f) * c.v + j] = factor(run) * total;
+        }
+  });
+}
+
+// The sums of head g times `factor`, transposed.
+template <class Factor>
+void spread_sums(const Call& c, const float* from, int g, Factor factor, float* sums, float* sums_t) {
+  from += (size_t)g * c.features * c.v;
+  for (const Run& run : c.plan.runs)
+    for (int f = run.first; f < run.first + run.length; f++)
+      for (int j = 0; j < c.v; j++)
+        sums[(size_t)f * c.v + j] = sums_t[(size_t)j * c.features + f] = factor(run) * from[(size_t)f * c.v + j];
+}
+
+float one(const Run&) { return 1; }
+float square_of(const Run& run) { return run.square; }
+
+void sum_keys(const Call& c, float* sums) {
+  const Head none;
+  const size_t size = (size_t)c.features * c.vp;
+  std::vector<float> partial(c.batch * c.heads * c.parts * size);
+  c.each_part([&](int, int b, int h, int part, int item) {
+    KeyBlock block(c);
+    float* phi = scratch<PHI>(CHUNK * LD);
+    const int end = c.first(part + 1, c.num_keys);
+    for (int i = c.first(part, c.num_keys); i < end; i += BLOCK) {
+      block.compute(c, b, h, none, nullptr, i, std::min(BLOCK, end - i));
+      c.plan.each_chunk([&](const Run* run, const Run* last, int first, int count) {
+        expand(c.plan, run, last, block.z, block.z, phi, block.lanes, LD);
+        float* to = &partial[item * size] + (size_t)first * c.vp;
+        multiply(count, c.vp, block.lanes, phi, LD, block.e, c.vp, to, c.vp, true);
+      });
+    }
+  });
+  add_parts(c, partial, sums, square_of);
+}
+
+void sum_keys_backward(const Call& c, const float* grad, Rows grad_key, Rows grad_value) {
+  const Head none;
+  const int d = c.d, v = c.v, wide = std::max(c.plan.width, 1);
+  c.each_part([&](int g, int b, int h, int part, int) {
+    float *sums = scratch<GRAD_SUMS>((size_t)c.features * v), *sums_t = scratch<GRAD_SUMS_T>((size_t)c.features * v);
+    spread_sums(c, grad, g, square_of, sums, sums_t);
+    KeyBlock block(c);
+    float *e_t = scratch<E_T>((size_t)c.vp * LD), *grad_e = scratch<GRAD_O>((size_t)c.vp * LD);
+    float *phi = scratch<PHI>(CHUNK * LD), *grad_phi = scratch<GRAD_PHI>(CHUNK * LD);
+    float *grad_z = scratch<GRAD_Z>((size_t)wide * LD), *u = scratch<U>((size_t)c.dp * LD);
+    const int end = c.first(part + 1, c.num_keys);
+    for (int i = c.first(part, c.num_keys); i < end; i += BLOCK) {
+      block.compute(c, b, h, none, nullptr, i, std::min(BLOCK, end - i));
+      const int lanes = block.lanes;
+      transpose(lanes, c.vp, block.e, c.vp, e_t, LD);
+      std::fill_n(grad_z, (size_t)c.plan.width * LD, 0.0f);
+      c.plan.each_chunk([&](const Run* run, const Run* last, int first, int count) {
+        expand(c.plan, run, last, block.z, block.z, phi, lanes, LD);
+        multiply(v, lanes, count, sums_t + first, c.features, phi, LD, grad_e, LD, first > 0);
+        multiply(count, lanes, v, sums + (size_t)first * v, v, e_t, LD, grad_phi, LD);
+        pull_back(c.plan, run, last, block.z, block.z, grad_phi, grad_z, grad_z, lanes, LD);
+      });
+      multiply(d, lanes, c.plan.width, c.projection.data(), c.plan.width, grad_z, LD, u, LD);
+      transpose(c.dp, lanes, u, LD, block.rows, c.dp);
+      store(grad_key, b, h, i, block.n, block.rows);
+      transpose(c.vp, lanes, grad_e, LD, block.values, c.vp);
+      store(grad_value, b, h, i, block.n, block.values);
+    }
+  });
+}
+
+void look_up(const Call& c, const float* given, Rows out) {
+  const Head none;
+  c.each_part([&](int g, int b, int h, int part, int) {
+    float *sums = scratch<SUMS>((size_t)c.features * c.v), *sums_t = scratch<SUMS_T>((size_t)c.features * c.v);
+    spread_sums(c, given, g, one, sums, sums_t);
+    QueryBlock block(c, 0);
+    float *phi = scratch<PHI>(CHUNK * LD), *o = scratch<O>((size_t)c.vp * LD);
+    float* rows = scratch<VALUES>((size_t)BLOCK * c.vp);
+    const int end = c.first(part + 1, c.num_queries);
+    for (int i = c.first(part, c.num_queries); i < end; i += BLOCK) {
+      block.compute(c, b, h, none, i, std::min(BLOCK, end - i), [](int) { return true; });
+      c.plan.each_chunk([&](const Run* run, const Run* last, int first, int count) {
+        expand(c.plan, run, last, block.z, block.z, phi, block.lanes, LD);
+        multiply(c.v, block.lanes, count, sums_t + first, c.features, phi, LD, o, LD, first > 0);
+      });
+      transpose(c.vp, block.lanes, o, LD, rows, c.vp);
+      store(out, b, h, i, block.n, rows);
+    }
+  });
+}
+
+void look_up_backward(const Call& c, const float* given, Rows grad_out, Rows grad_query, float* grad_sums) {
+  const Head none;
+  const int d = c.d, v = c.v, wide = std::max(c.plan.width, 1);
+  const size_t size = (size_t)c.features * c.vp;
+  std::vector<float> partial(c.batch * c.heads * c.parts * size);
+  c.each_part([&](int g, int b, int h, int part, int item) {
+    QueryBlock block(c, 0);
+    const float* sums = given + (size_t)g * c.features * v;
+    float *grads = scratch<VALUES>((size_t)BLOCK * c.vp), *grad_o = scratch<GRAD_O>((size_t)c.vp * LD);
+    float *phi = scratch<PHI>(CHUNK * LD), *grad_phi = scratch<GRAD_PHI>(CHUNK * LD);
+    float *grad_z = scratch<GRAD_Z>((size_t)wide * LD), *u = scratch<U>((size_t)c.dp * LD);
+    const auto kept = [](int) { return true; };
+    const int end = c.first(part + 1, c.num_queries);
+    for (int i = c.first(part, c.num_queries); i < end; i += BLOCK) {
+      block.compute(c, b, h, none, i, std::min(BLOCK, end - i), kept);
+      const int lanes = block.lanes;
+      load(grad_out, b, h, i, block.n, nullptr, grads, kept, INFINITY);
+      transpose(lanes, c.vp, grads, c.vp, grad_o, LD);
+      std::fill_n(grad_z, (size_t)c.plan.width * LD, 0.0f);
+      c.plan.each_chunk([&](const Run* run, const Run* last, int first, int count) {
+        expand(c.plan, run, last, block.z, block.z, phi, lanes, LD);
+        multiply(count, c.vp, lanes, phi, LD, grads, c.vp, &partial[item * size] + (size_t)first * c.vp, c.vp, true);
+        multiply(count, lanes, v, sums + (size_t)first * v, v, grad_o, LD, grad_phi, LD);
+        pull_back(c.plan, run, last, block.z, block.z, grad_phi, grad_z, grad_z, lanes, LD);
+      });
+      multiply(d, lanes, c.plan.width, c.projection.data(), c.plan.width, grad_z, LD, u, LD);
+      transpose(c.dp, lanes, u, LD, block.rows, c.dp);
+      store(grad_query, b, h, i, block.n, block.rows);
+    }
+  });
+  add_parts(c, partial, grad_sums, one);
+}
+
 }  // namespace
 
 // `sizes` are batch, heads of keys, heads of queries for each of them, queries, keys, their width, that of values and the
@@ -849,6 +986,43 @@ extern "C" int schoenbat_forward(const int64_t* sizes, const int* plan, const fl
   const int64_t* s = sizes + 17;
   forward(c, {out, s[0], s[1], s[2], c.query.groups, c.query.tokens, c.v}, c.results(results), weights, heads);
   return !c.beyond;
+}
+
+extern "C" int schoenbat_sum_keys(const int64_t* sizes, const int* plan, const float* numbers, const float* projection,
+                                  float* query, float* key, float* value, const uint8_t* mask, float* sums) {
+  const Call c(sizes, plan, numbers, projection, query, key, value, mask);
+  sum_keys(c, sums);
+  return 1;
+}
+
+extern "C" int schoenbat_sum_keys_backward(const int64_t* sizes, const int* plan, const float* numbers,
+                                           const float* projection, float* query, float* key, float* value,
+                                           const uint8_t* mask, float* grad_key, float* grad_value, const float* grad) {
+  const Call c(sizes, plan, numbers, projection, query, key, value, mask);
+  const int64_t* s = sizes + 17;
+  sum_keys_backward(c, grad, {grad_key, s[0], s[1], s[2], 1, c.key.tokens, c.d},
+                    {grad_value, s[3], s[4], s[5], 1, c.key.tokens, c.v});
+  return 1;
+}
+
+extern "C" int schoenbat_look_up(const int64_t* sizes, const int* plan, const float* numbers, const float* projection,
+                                 float* query, float* key, float* value, const uint8_t* mask, float* out,
+                                 const float* sums) {
+  const Call c(sizes, plan, numbers, projection, query, key, value, mask);
+  const int64_t* s = sizes + 17;
+  look_up(c, sums, {out, s[0], s[1], s[2], 1, c.query.tokens, c.v});
+  return 1;
+}
+
+extern "C" int schoenbat_look_up_backward(const int64_t* sizes, const int* plan, const float* numbers,
+                                          const float* projection, float* query, float* key, float* value,
+                                          const uint8_t* mask, float* grad_out, float* grad_query, const float* sums,
+                                          float* grad_sums) {
+  const Call c(sizes, plan, numbers, projection, query, key, value, mask);
+  const int64_t* s = sizes + 17;
+  look_up_backward(c, sums, {grad_out, s[0], s[1], s[2], 1, c.query.tokens, c.v},
+                   {grad_query, s[3], s[4], s[5], 1, c.query.tokens, c.d}, grad_sums);
+  return 1;
 }
 
 extern "C" int schoenbat_backward(const int64_t* sizes, const int* plan, const float* numbers, const float* projection,
