@@ -15,9 +15,10 @@ from test_naive import CASES, SCALE, features_of, inputs_of
 from torch import Tensor
 
 from schoenbat import Estimate, UserError
-from schoenbat.features.plan import FeatureMap
+from schoenbat.features.plan import FeatureMap, Products, expand
 from schoenbat.kernels import Kernel
 from schoenbat.ops import linear, native
+from schoenbat.ops._planned import look_up, sum_keys
 from schoenbat.ops.naive import naive_attention
 from schoenbat.ops.native import build
 from schoenbat.ops.reference import AttentionInputs
@@ -263,9 +264,9 @@ def test_what_it_does_not_compute_is_left_to_the_torch_form(calls: list[str]) ->
     torch.func.grad(lambda x: attend(x, *tensors[1:]).sum())(tensors[0])
     torch.func.jvp(lambda x: attend(x, *tensors[1:]), (tensors[0],), (tensors[0],))
     with torch.autograd.forward_ad.dual_level():
+        assert not calls
         attend(torch.autograd.forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:])
-    linear.attend(features, *tensors, None, True)
-    assert not calls
+    assert "schoenbat_forward" not in calls
 
 
 def test_gradients_can_be_differentiated_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +364,48 @@ def test_nothing_of_the_size_of_features_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         out = linear.attend(features, *tensors, scale=0.2, self_attention=SELF)
     assert sum(sizes) < 1.3 * (sum(x.numel() for x in tensors) + out.numel())
+
+
+@pytest.mark.parametrize("kernel", ["exp", "inverse", "power2"])
+@pytest.mark.parametrize(("num_features", "is_causal"), [(20, False), (128, False), (128, True), (600, True)])
+def test_the_forms_that_are_not_one_operation_sum_up_and_look_up_in_it(
+    kernel: str, num_features: int, is_causal: bool, calls: list[str]
+) -> None:
+    features = Estimate(kernel, num_features, normalize=True).make(32)
+    # Inside the radius of convergence of the others.
+    tensors = made(400, heads=4, size=1.0 if kernel == "exp" else 0.15)
+    mask = torch.rand(2, 400, generator=torch.Generator().manual_seed(3)) < 0.7
+    # Each query sees a key.
+    mask[:, 0] = True
+
+    def form(*tensors: Tensor) -> Tensor:
+        return linear.attend(features, *tensors, mask, is_causal, scale=0.2, bounded=True)
+
+    found = results(form, tensors)
+    if is_causal or kernel != "exp" or num_features < 33:
+        assert {"schoenbat_sum_keys", "schoenbat_look_up_backward"} < set(calls)
+    assert_alike(found, results(form, tensors, torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize(("num_features", "width"), [(1, 3), (9, 8), (45, 8), (300, 17)])
+@pytest.mark.parametrize("length", [1, 64, 200, 1000])
+def test_sums_over_keys_and_look_ups_are_those_of_the_features(num_features: int, width: int, length: int) -> None:
+    products = Estimate("inverse", num_features, normalize=True).make(width).products(torch.float64, 0.5)
+    query, key, value = (x[..., :width] for x in made(length, width=max(width, 20), heads=1, key_heads=1, size=0.5))
+    for part in (products, *products.split(2)):
+        if not part.plan.num_features:
+            continue
+        single = part._replace(projection=part.projection.float(), squares=part.squares.float())
+
+        def form(*x: Tensor, part: Products = part, single: Products = single) -> Tensor:
+            own = single if x[0].dtype == torch.float32 else part
+            return look_up(x[0].mT.contiguous().mT, sum_keys(x[1], x[2], own), own)
+
+        expected = expand(query.double() @ part.projection, part.plan) * part.squares.T
+        expected = expected @ expand(key.double() @ part.projection, part.plan).mT @ value.double()
+        found = results(form, [query, key, value])
+        assert_alike([found[0], *found[1:]], results(form, [query, key, value], torch.float64), 1e-5)
+        assert_alike(found[:1], [expected], 1e-5)
 
 
 # ---- the choice of a form, and how it is built
