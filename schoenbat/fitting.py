@@ -15,8 +15,9 @@ head are settled by a few sequences. The model's own weights stay as they are.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ from schoenbat.ops import sparse
 from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.reference import AttentionInputs
 from schoenbat.ops.sparse import HeadKernels
+from schoenbat.replacement import is_of_transformers
+
+if TYPE_CHECKING:
+    from schoenbat.integrations.lowrank import LowRank
 
 __all__ = ["Fit", "Transfer", "fit_kernels", "transfer"]
 
@@ -209,25 +214,75 @@ def _kernels_of_exp(inputs: AttentionInputs) -> HeadKernels:
     return HeadKernels(query.shape[1]).to(query.device, torch.promote_types(query.dtype, torch.float32))
 
 
+@overload
 def transfer(
     model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]], steps: int = STEPS, resume: bool = False
-) -> Transfer:
+) -> Transfer: ...
+
+
+@overload
+def transfer(
+    model: nn.Module,
+    batches: Sequence[Tensor | Mapping[str, Any]],
+    steps: int = STEPS,
+    *,
+    rank: int,
+    own_steps: int = 0,
+    learning_rate: float = 2e-3,
+    checkpoint: str | Path | None = None,
+    merge: bool = False,
+) -> "LowRank": ...
+
+
+def transfer(
+    model: nn.Module,
+    batches: Sequence[Tensor | Mapping[str, Any]],
+    steps: int = STEPS,
+    resume: bool = False,
+    *,
+    rank: int = 0,
+    own_steps: int = 0,
+    learning_rate: float = 2e-3,
+    checkpoint: str | Path | None = None,
+    merge: bool = False,
+) -> "Transfer | LowRank":
     """Fit the kernels of all layers that have a window or heavy keys, such as `schoenbat.replace` gives them.
 
     The model runs once over the batches, and query, key and value of these layers are kept meanwhile. Every other
     batch, from the first one on, is fitted to; the rest judge. A layer gets the kernels as soon as they are fitted,
     if they explain more there: as its submodule `head_kernels`, which is saved with the model. Nothing else changes.
 
+    With a `rank`, low-rank updates of the projections to queries and keys of all replaced layers are learned as well,
+    through peft, in a model of transformers (`schoenbat.integrations.lowrank`): 200 steps of Adam are a beginning. The
+    updates lie beside the model's own weights, which stay as they are; to be saved they have to be merged.
+
     Args:
         batches: at least two, each the input ids or the named inputs of a call of the model.
-        steps: see `fit_kernels`. Kernels that a layer has already are where its steps begin.
+        steps: see `fit_kernels`. Kernels that a layer has already are where its steps begin. With a `rank`, of fitting
+            each layer's output to that of exact attention, one batch a step.
         resume: leave layers out that have kernels already, such as those of a call that was interrupted.
+        rank: of the updates; 0 for none.
+        own_steps: further steps that fit the output of the whole model to that by exact attention, or where batches
+            have labels lower its own loss.
+        learning_rate: of the first step; it falls to 0 over `steps`, and again over `own_steps`.
+        checkpoint: a file that keeps the state of an interrupted call, which the same call goes on from.
+        merge: add the updates to the model's own weights in the end, so that it is saved like any other.
 
     Raises:
-        UserError: fewer batches, or a model without such layers.
+        UserError: fewer batches, or a model without such layers; with a rank, one that is not of transformers, or peft
+            is not installed.
     """
     if not isinstance(batches, Sequence) or len(batches) < 2:
         raise UserError("transfer needs at least 2 batches, some to fit to and some to judge by")
+    if rank:
+        if not is_of_transformers(model):
+            raise UserError(f"low-rank updates are for models of transformers, not for {type(model).__name__}")
+        from schoenbat.integrations.lowrank import transfer_low_rank
+
+        named = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
+        kept = None if checkpoint is None else Path(checkpoint)
+        how: Any = {"own_steps": own_steps, "learning_rate": learning_rate, "checkpoint": kept, "merge": merge}
+        return transfer_low_rank(model, named, rank, steps, **how)
     estimates = {
         name: estimate
         for name, layer in model.named_modules()
