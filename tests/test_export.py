@@ -1,5 +1,6 @@
 """Attention leaves Python: exported graphs give, at any length, what the eager form gives."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,15 @@ def test_onnxruntime_gives_what_torch_gives(name: str, is_dynamic: bool, tmp_pat
         given = CASES[name][1](batch, length)
         (found,) = session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
         torch.testing.assert_close(torch.from_numpy(found), module(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a compiler")
+def test_a_graph_compiled_ahead_of_time_gives_what_torch_gives(tmp_path: Path) -> None:
+    name = "layer, causal"
+    module, program = exported(name, True)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch, length in NOT_TRACED:
+        given = CASES[name][1](batch, length)
+        torch.testing.assert_close(compiled(*given), module(*given), rtol=1e-5, atol=1e-5)
