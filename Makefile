@@ -7,7 +7,7 @@ TOOLS := .venv/.tools
 WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup run test test-all test-lowest test-gpu lint docs
+.PHONY: setup run test test-all test-lowest test-gpu bench-gpu lint docs
 
 setup: $(TOOLS)
 
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml pipeline/pyproject.toml constraints.txt
 
 $(TOOLS): $(INSTALLED)
 	@echo "installing the tools of developers into .venv"
-	@$(PIP) -e ".[hf,onnx]" -e "pipeline[dev]"
+	@$(PIP) -e ".[hf,onnx,gpu]" -e "pipeline[dev]"
 	@touch $@
 
 # The quick grid takes the place of the profile in params.yaml, unless that is one of your own.
@@ -53,6 +53,11 @@ test-lowest: setup
 
 test-gpu: setup
 	$(PYTEST) -m gpu tests/gpu
+	$(PYTEST) tests/ops/triton/test_triton_kernels.py
+
+# Writes docs/gpu.csv and prints the tables of docs/gpu.md.
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py docs
 
 lint: setup
 	$(BIN)/ruff check .

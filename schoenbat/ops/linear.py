@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from schoenbat.features.plan import FeatureMap, Products
-from schoenbat.ops import _causal, native
+from schoenbat.ops import _causal, native, triton
 from schoenbat.ops._bounds import cooled_parts, limits_of, moments_of, trust
 from schoenbat.ops._causal import State
 from schoenbat.ops._fit import fit_of, fit_parts, settle
@@ -79,6 +79,8 @@ def attend(
         bounded = isinstance(features, FeatureMap) and features.is_bounded
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
+        if not is_causal and triton.takes(features, query, key, value, bounded):
+            return triton.attend(features, query, key, value, key_mask, scale, self_attention, bounded)
         q, k, v = (x.to(dtype) for x in (query, key, value))
         if is_causal:
             check_square(q, k)
