@@ -36,7 +36,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (32, 64)
 SOURCES = Path(kernels.__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-LAUNCHES, SECONDS_OF_A_LAUNCH = 44, 4e-6
+LAUNCHES, SECONDS_OF_A_LAUNCH = 51, 4e-6
 BYTES, PRODUCTS = 4.0e12, 3.0e14
 """What the model assumes of an H200 in a second."""
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
@@ -146,8 +146,9 @@ def model(length: int, num_features: int, batch: int = 2, heads: int = 8, head_d
     gradients = 2 * (2 * factors + features) + features + 3 * head_dim + (factors + features + head_dim)
     tokens = batch * heads * length
     products = 2 * head_dim * (sums_and_look_up + gradients) * tokens
-    # Rows of d numbers of two bytes that are read or written: of a, b, c; of d, the sums over queries, e, f.
-    rows = (3 + 2 + 2) + (5 + 2 + 5 + 4 + 3)
+    # Rows of d numbers of two bytes that are read or written: where queries and keys are clamped, forward and backward;
+    # of a, b, c; of d, the sums over queries, e, f.
+    rows = (4 + 6) + (3 + 2 + 2) + (5 + 2 + 5 + 4 + 3)
     return 1e3 * max(LAUNCHES * SECONDS_OF_A_LAUNCH, rows * 2 * head_dim * tokens / BYTES + products / PRODUCTS)
 
 

@@ -24,7 +24,10 @@ LARGEST_WIDTH = 64
 
 def takes(features: FeatureMap | Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, bounded: bool) -> bool:
     """Return whether `attend` is there for these inputs and is to be used."""
-    return query.device.type == "cuda" and _is_wanted() and can_take(features, query, key, value, bounded)
+    # In float32 they have only been interpreted so far.
+    if query.device.type != "cuda" or query.dtype == torch.float32 or not _is_wanted():
+        return False
+    return can_take(features, query, key, value, bounded)
 
 
 def can_take(

