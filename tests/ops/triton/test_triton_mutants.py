@@ -32,7 +32,6 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("mask dropped", "centre_kernel", "if MASKED:", "if False:", "masked"),
-    Mutant("stale accumulator", "centre_kernel", "total = kept * total +", "total = total +", "long"),
     Mutant("wrong split", "centre_kernel", "range(split * per_split,", "range(0,", "several blocks"),
     Mutant("sum of the last block only", "sum_kernel", "sums += _dot", "sums = _dot", "several blocks"),
     Mutant("sum in bfloat16", "sum_kernel", "sums += _dot(psi, v, LIKE, PRECISION)",
@@ -41,7 +40,6 @@ MUTANTS = [
     Mutant("wrong key head", "sum_kernel", "of_keys = head // groups", "of_keys = head % groups", "grouped heads"),
     Mutant("tail off by one", "look_up_kernel", "inside = rows < tokens", "inside = rows < tokens - 1", "plain"),
     Mutant("query not cooled", "look_up_kernel", "x *= tl.sqrt(cooled)[:, None]", "pass", "cooled"),
-    Mutant("constant forgotten", "look_up_kernel", "tl.full([ROWS], constant,", "tl.full([ROWS], 0.0,", "unbounded"),
     Mutant("excess forgotten", "look_up_kernel", "(denominator - even, least)", "(denominator, least)", "plain"),
     Mutant("one factor twice", "look_up_kernel", "factors, index + 1,", "factors, index,", "plain"),
     Mutant("factors of a gradient swapped", "_pull_back", "_dot(grad * y, matrix,", "_dot(grad * z, matrix,", "plain"),
