@@ -79,7 +79,7 @@ def attend(
         bounded = isinstance(features, FeatureMap) and features.is_bounded
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        if not is_causal and triton.takes(features, query, key, value, bounded):
+        if not is_causal and isinstance(features, FeatureMap) and triton.takes(features, query, key, value, bounded):
             return triton.attend(features, query, key, value, key_mask, scale, self_attention, bounded)
         q, k, v = (x.to(dtype) for x in (query, key, value))
         if is_causal:

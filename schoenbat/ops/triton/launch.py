@@ -54,7 +54,10 @@ def tiles_of(plan: Plan) -> Tiles:
     for run in plan.runs:
         own = [(tuple(offset + i for offset in run.offsets), run.weight) for i in range(run.length)]
         by_degree.setdefault(len(run.offsets), []).extend(own)
-    columns, weights, first, degrees = [], [], [], []
+    columns: list[tuple[int, ...]] = []
+    weights: list[tuple[float, ...]] = []
+    first: list[int] = []
+    degrees: list[int] = []
     for degree, features in sorted(by_degree.items()):
         for start in range(0, len(features), TILE):
             some = features[start : start + TILE]
