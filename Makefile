@@ -52,12 +52,12 @@ test-lowest: setup
 	  $(addprefix tests/pipeline/test_,record.py dvc.py clones.py statistics.py results_command.py)
 
 test-gpu: setup
-	$(PYTEST) -m gpu tests/gpu
+	SCHOENBAT_TRITON=1 $(PYTEST) -m gpu tests/gpu
 	$(PYTEST) tests/ops/triton/test_triton_kernels.py
 
 # Writes docs/gpu.csv and prints the tables of docs/gpu.md.
 bench-gpu: setup
-	$(BIN)/python benchmarks/gpu.py docs
+	SCHOENBAT_TRITON=1 $(BIN)/python benchmarks/gpu.py docs
 
 lint: setup
 	$(BIN)/ruff check .

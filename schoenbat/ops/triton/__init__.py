@@ -1,9 +1,9 @@
 r"""Attention through features on a GPU: what `schoenbat.ops.linear.attend` computes, in kernels of Triton.
 
 Features are made and used up in registers, in the forward and in the backward pass. The kernels take attention that
-is not causal, through a FeatureMap without bounds or one of exp with bounds; `takes` says whether they are used.
-Elsewhere, and where the environment variable SCHOENBAT_TRITON is 0, attention is made of torch's operations, which also
-have forward-mode and higher derivatives.
+is not causal, through a FeatureMap without bounds or one of exp with bounds. As no GPU has run them yet they are used
+only where the environment variable SCHOENBAT_TRITON is 1 (`takes`). Elsewhere attention is made of torch's operations,
+which also have forward-mode and higher derivatives.
 """
 
 import functools
@@ -70,4 +70,4 @@ def _is_installed() -> bool:
 
 
 def _is_wanted() -> bool:
-    return os.environ.get("SCHOENBAT_TRITON") != "0" and _is_installed()
+    return os.environ.get("SCHOENBAT_TRITON") == "1" and _is_installed()

@@ -443,7 +443,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
-    raise UserError("the kernels have no gradients of gradients; set the environment variable SCHOENBAT_TRITON=0")
+    raise UserError("the kernels have no gradients of gradients; leave the environment variable SCHOENBAT_TRITON unset")
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
