@@ -93,7 +93,9 @@ def far_from_0(kind: str, head_dim: int, length: int, generator: torch.Generator
     return [query * 1.5 - 0.7 * centres[0], key * 1.5 + 0.7 * centres[1], value]
 
 
-@pytest.mark.parametrize("first", range(0, NUM_FALLING, 20))
+@pytest.mark.parametrize(
+    "first", [pytest.param(i, marks=[pytest.mark.slow] if i else []) for i in range(0, NUM_FALLING, 20)]
+)
 def test_kernels_that_fall_are_no_worse_than_the_mean_value(first: int) -> None:
     """Each with one kind of vectors, width and length, causal or not, masked or not; errors are pooled over 4 draws."""
     for number in range(first, first + 20):

@@ -107,7 +107,7 @@ register_dataclass(Far, field_names=["sums", "total", "moments", "centre"], drop
 register_dataclass(State, field_names=["far", "key", "extended", "count"], drop_field_names=["written"])
 
 
-def fixed(features: FeatureMap | None, state: State, bounded: bool) -> State:
+def with_fixed_size(features: FeatureMap | None, state: State, bounded: bool) -> State:
     """Return the same state as tensors alone, whose sizes do not depend on the number of tokens."""
     assert isinstance(state.count, int)
     far = state.far

@@ -152,7 +152,9 @@ def fixed_state(features: FeatureMap, state: State) -> State:
 
     It consists of tensors alone, whose sizes do not depend on the number of tokens, and serves one token at a time.
     """
-    return _causal.fixed(features if features.near else None, state, features.is_bounded or features.kernel.is_signed)
+    return _causal.with_fixed_size(
+        features if features.near else None, state, features.is_bounded or features.kernel.is_signed
+    )
 
 
 def linear_attention(query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -225,6 +227,8 @@ def _through_plan(
         # torch.compile does not know operations with a forward-mode derivative of their own.
         shift = _Shift.forward if torch.compiler.is_compiling() else _Shift.apply
         query, key, weight = shift(query, key, counts, query_counts, scale)
+        # A key of weight 0 stands at the centre: its features could be infinite, and so nothing times 0.
+        key = torch.where(weight > 0, key, 0.0)
     if bounded:
         return _bounded(features, products, query, key, value, weight, scale)
     extended = extend_value(value) if weight is None else torch.cat([value * weight, weight], -1)

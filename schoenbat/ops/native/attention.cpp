@@ -428,7 +428,8 @@ struct KeyBlock {
   // Keys less their centre, values less their average, and features; `weights` [M] of softmax, else null.
   void compute(const Call& c, int b, int h, const Head& head, const float* weights, int start, int count) {
     n = count, lanes = padded(n);
-    const auto kept = [&](int i) { return c.there(b, start + i); };
+    // A key of weight 0 stands at the centre: its features could be infinite, and so nothing times 0.
+    const auto kept = [&](int i) { return c.there(b, start + i) && !(weights && weights[start + i] == 0); };
     if (!load(c.key, b, h, start, n, c.centres ? head.centre : nullptr, rows, kept, c.plan.largest / 2)) c.beyond = true;
     load(c.value, b, h, start, n, c.bounded ? head.average : nullptr, values, kept, INFINITY);
     for (int i = 0; i < lanes; i++) {

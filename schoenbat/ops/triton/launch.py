@@ -1,6 +1,6 @@
 """How the kernels of `schoenbat.ops.triton.kernels` are launched: the tiles of a plan, the grids, the two operations.
 
-`schoenbat::attend` and `schoenbat::attend_backward` are operations of torch, so that torch.compile knows them.
+`schoenbat::triton_attend` and its backward are operations of torch, so that torch.compile knows them.
 G = B Hk counts the key heads of a batch, BH = B H the query heads.
 """
 
@@ -267,7 +267,7 @@ def _mean_query(query: Tensor, mask: Tensor | None, key_heads: int) -> tuple[Ten
     return (total / number[:, None, None]).flatten(0, 1), number
 
 
-@torch.library.custom_op("schoenbat::attend", mutates_args=())
+@torch.library.custom_op("schoenbat::triton_attend", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     factors: Tensor, squares: Tensor, first: Tensor, degrees: Tensor, coefficients: Tensor,
@@ -343,7 +343,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("schoenbat::attend_backward", mutates_args=())
+@torch.library.custom_op("schoenbat::triton_attend_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     factors: Tensor, squares: Tensor, first: Tensor, degrees: Tensor, coefficients: Tensor,
