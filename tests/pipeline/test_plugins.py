@@ -112,7 +112,8 @@ def test_the_document_leads_from_an_empty_folder_to_a_trained_cell(
     assert re.search(r"my-taylor +.*\(my_taylor:Taylor of my-components 0\.1\)", listed)
     tested = shell.run(f"{contract} -rA", project)
     for case in ("my-taylor-my-cosh", "my-taylor-exp", "rmfa-my-cosh", "kernelized-my-cosh", "taylor1-my-cosh"):
-        assert f"PASSED tests/contract/test_attention.py::test_order_of_keys_does_not_matter[chosen-form-{case}]" in tested
+        name = f"test_order_of_keys_does_not_matter[chosen-form-{case}]"
+        assert f"PASSED tests/contract/test_attention.py::{name}" in tested
     assert "PASSED tests/contract/test_tasks.py::test_every_example_fits_the_problem[my-tags]" in tested
     assert "PASSED tests/contract/test_kernels.py::test_series_sums_to_the_function[my-cosh]" in tested
     assert "the only cell of profile tiny is done" in shell.run(grid, project)
