@@ -73,7 +73,7 @@ def test_the_wheel_is_the_library_and_nothing_else(built: tuple[Path, Path]) -> 
     assert code == {
         str(path.relative_to(ROOT))
         for path in (ROOT / "schoenbat").rglob("*")
-        if path.suffix in (".py", ".pyi", ".cpp") or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi", ".cpp", ".h") or path.name == "py.typed"
     }
     described = {name.partition("/")[2] for name in names} - {name.partition("/")[2] for name in code}
     assert described == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}, "no commands"
