@@ -22,9 +22,10 @@ from schoenbat.errors import UserError, shorten
 from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.features.plan import FeatureMap
 from schoenbat.functional import check_shapes
+from schoenbat.nn.modes import evaluating
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.reference import AttentionInputs, fill_masked, normalise
-from schoenbat.replacement import describe, evaluating, is_of_transformers, kernel_form
+from schoenbat.replacement import describe, is_of_transformers, kernel_form
 
 __all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
 

@@ -36,7 +36,7 @@ from schoenbat.ops.sparse import HeadKernels
 from schoenbat.replacement import is_of_transformers
 
 if TYPE_CHECKING:
-    from schoenbat.lowrank import LowRank
+    from schoenbat.integrations.lowrank import LowRank
 
 __all__ = ["Fit", "Transfer", "fit_kernels", "transfer"]
 
@@ -253,7 +253,7 @@ def transfer(
     if they explain more there: as its submodule `head_kernels`, which is saved with the model. Nothing else changes.
 
     With a `rank`, low-rank updates of the projections to queries and keys of all replaced layers are learned as well,
-    through peft, in a model of transformers (`schoenbat.lowrank`): 200 steps of Adam are a beginning. The
+    through peft, in a model of transformers (`schoenbat.integrations.lowrank`): 200 steps of Adam are a beginning. The
     updates lie beside the model's own weights, which stay as they are; to be saved they have to be merged.
 
     Args:
@@ -277,7 +277,7 @@ def transfer(
     if rank:
         if not is_of_transformers(model):
             raise UserError(f"low-rank updates are for models of transformers, not for {type(model).__name__}")
-        from schoenbat.lowrank import transfer_low_rank
+        from schoenbat.integrations.lowrank import transfer_low_rank
 
         named = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
         kept = None if checkpoint is None else Path(checkpoint)

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from schoenbat.calibration import CALIBRATOR
 from schoenbat.errors import UserError
 from schoenbat.estimate import WATCHER, Estimate
 from schoenbat.nn.mha import MultiheadKernelAttention
+from schoenbat.nn.modes import evaluating
 from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.reference import AttentionInputs, fill_masked
 from schoenbat.ops.sparse import QUERIES
@@ -199,18 +199,6 @@ class _Measured:
 
 
 Measure = Callable[[str, AttentionInputs], None]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block, and each of its modules back into its own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _call(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from schoenbat.errors import UserError
 from schoenbat.files import write_bytes
 from schoenbat.integrations import huggingface, layers
+from schoenbat.nn.modes import evaluating
 from schoenbat.ops.sparse import HeadKernels
-from schoenbat.replacement import evaluating
 
 __all__ = ["LowRank", "transfer_low_rank"]
 

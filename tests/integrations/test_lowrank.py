@@ -13,7 +13,7 @@ from schoenbat import Estimate, UserError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 huggingface = pytest.importorskip("schoenbat.integrations.huggingface")
-lowrank = pytest.importorskip("schoenbat.lowrank")
+lowrank = pytest.importorskip("schoenbat.integrations.lowrank")
 huggingface.register("schoenbat-test-low-rank", Estimate(num_features=9, window=4, heavy=2, sinks=1))
 
 
