@@ -217,6 +217,9 @@ class ReplacementParams:
         attention: a mechanism, with its `options`.
         bare: of the estimate the near and heavy keys alone.
         fit: let `schoenbat.transfer` fit kernels to a few texts.
+        rank: of updates of queries and keys that `schoenbat.transfer` fits, in `steps` to the outputs of layers and in
+            `own_steps` to what the model gives.
+        fitting: texts, or windows, that are not measured, to choose settings on and to fit to.
         draws: of the features.
     """
 
@@ -226,14 +229,20 @@ class ReplacementParams:
     options: dict[str, Any] = field(default_factory=dict)
     bare: bool = False
     fit: bool = False
+    rank: int = 0
+    steps: int = 0
+    own_steps: int = 0
+    fitting: int = 16
     draws: int = 1
 
     def __post_init__(self) -> None:
-        check_bounds(self, draws=(1, 1000))
+        check_bounds(self, draws=(1, 1000), rank=(0, 1024), steps=(0, 10**6), own_steps=(0, 10**6), fitting=(2, 10**5))
         if bool(self.estimate) + (self.share is not None) + (self.attention is not None) > 1:
             raise ValueError("give one of estimate, share and attention")
-        if (self.bare or self.fit) and not self.estimate:
-            raise ValueError("bare and fit are for an estimate")
+        if (self.bare or self.fit or self.rank) and not self.estimate:
+            raise ValueError("bare, fit and rank are for an estimate")
+        if bool(self.rank) != bool(self.steps + self.own_steps):
+            raise ValueError("a rank takes steps or own_steps, and these a rank")
         if self.estimate:
             known = [field.name for field in fields(Estimate) if field.init]
             for name in self.estimate:

@@ -51,9 +51,9 @@ from schoenbat.ops.reference import AttentionInputs, fill_masked
 from schoenbat.ops.sparse import HeadKernels
 from schoenbat.replacement import _Transformers, replace
 
-SEED, AT_ONCE, SHARE_TEXTS, GOLDEN_TEXTS = 0, 20, 8, 2
-FITTING_TEXTS = 16
-"""Reviews that settings are chosen on and kernels are fitted to, in two batches of which one judges."""
+SEED, AT_ONCE, SHARE_TEXTS, SHARE_TOKENS, GOLDEN_TEXTS = 0, 20, 8, 2048, 2
+BATCH, PIECE = 8, 512
+"""Reviews, and tokens of a window, that updates of low rank are fitted to in one step."""
 
 
 def run(params: Params, name: str, *, force: bool = False) -> None:
@@ -108,7 +108,7 @@ def measure(params: Params, name: str, code: str) -> tuple[dict[str, Tensor], di
     folder = find_model(model_of(name), model_params)
     kind = AutoModelForCausalLM if model_params.causal else AutoModel
     model = kind.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
-    texts = read_texts(params.profile, AutoTokenizer.from_pretrained(folder), model_params)
+    texts = read_texts(params.profile, AutoTokenizer.from_pretrained(folder), model_params, method.fitting)
     heads: list[float] = []
     with torch.no_grad(), Meter(f"{name}: texts") as meter:
         if model_params.causal:
@@ -152,8 +152,8 @@ class Texts(NamedTuple):
     fitting: Tensor
 
 
-def read_texts(profile: str, tokenizer: Any, model: ModelParams) -> Texts:
-    """Read reviews of the test split, and papers of its pairs, in an order that `SEED` decides."""
+def read_texts(profile: str, tokenizer: Any, model: ModelParams, fitting: int) -> Texts:
+    """Read reviews of the test split, `fitting` more to fit to, and papers of its pairs, as `SEED` orders them."""
 
     def tokens_of(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -163,9 +163,9 @@ def read_texts(profile: str, tokenizer: Any, model: ModelParams) -> Texts:
     reviews = _read(profile, REVIEWS)
     if model.causal:
         found: list[int] = []
-        while len(found) < (number + 1) * size:
+        while len(found) < (number + fitting) * size:
             found += tokens_of(f"{next(reviews)}\n\n")
-        ids = torch.tensor(found[: (number + 1) * size]).unflatten(0, (number + 1, size))
+        ids = torch.tensor(found[: (number + fitting) * size]).unflatten(0, (number + fitting, size))
         both = torch.stack([ids, torch.ones_like(ids)])
         return Texts(both[None, :, :number], both[:, number:])
 
@@ -177,7 +177,7 @@ def read_texts(profile: str, tokenizer: Any, model: ModelParams) -> Texts:
             ids[0, i, : len(row)], ids[1, i, : len(row)] = torch.tensor(row), 1
         return ids
 
-    of_reviews = [tokens_of(next(reviews)) for _ in range(number + FITTING_TEXTS)]
+    of_reviews = [tokens_of(next(reviews)) for _ in range(number + fitting)]
     # The middle is not to be the beginning.
     long = (tokens for tokens in map(tokens_of, _read(profile, PAPERS)) if len(tokens) >= 4 * size)
     of_papers = [next(long) for _ in range(number)]
@@ -233,12 +233,12 @@ def set_up(model: Any, name: str, method: ReplacementParams, draw: int, fitting:
 
     Args:
         name: of the attention implementation.
-        fitting: what settings are chosen on, and kernels fitted to: [2, m, tokens].
+        fitting: what settings are chosen on, and kernels and updates fitted to: [2, m, tokens].
     """
     huggingface.uninstall(model)
     name = f"{name}-{draw}"
     if method.share is not None:
-        replace(model, call(fitting[:, :SHARE_TEXTS]), method.share)
+        replace(model, call(fitting[:, : max(1, SHARE_TOKENS // fitting.shape[2])]), method.share)
     elif method.attention is not None:
         AttentionInterface.register(name, Rival(method, SEED + draw))
         AttentionMaskInterface.register(name, huggingface._make_mask)
@@ -255,7 +255,21 @@ def set_up(model: Any, name: str, method: ReplacementParams, draw: int, fitting:
             layers.give(layer, estimate, layers.features_of(layer), kernels)
         huggingface.switch(model, name)
     if method.fit:
-        print(transfer(model, [call(half) for half in fitting.unflatten(1, (2, -1)).unbind(1)]), flush=True)
+        print(transfer(model, [call(half) for half in fitting.chunk(2, 1)]), flush=True)
+    if method.rank:
+        batches = _batches(model, fitting)
+        with torch.enable_grad():
+            updates = transfer(model, batches, method.steps, rank=method.rank, own_steps=method.own_steps)
+        print(updates, flush=True)
+
+
+def _batches(model: Any, fitting: Tensor) -> list[dict[str, Tensor]]:
+    """Return what a step fits updates of low rank to: some reviews, or a piece of a window with its own next tokens."""
+    if model.get_output_embeddings() is None:
+        return [call(ids) for ids in fitting.split(BATCH, 1)]
+    size = min(PIECE, fitting.shape[2])
+    pieces = fitting.flatten(1).unfold(1, size, size).split(1, 1)
+    return [{**call(ids), "labels": ids[0]} for ids in pieces]
 
 
 def call(ids: Tensor) -> dict[str, Tensor]:
@@ -297,7 +311,8 @@ def _measure_embeddings(
     total = 3 * method.draws * len(reviews)
     for draw in range(method.draws):
         set_up(model, name, method, draw, texts.fitting)
-        heads.append(torch.tensor(shares(model, compared)))
+        # Updated queries and keys are not those that exact attention was given.
+        heads.append(torch.tensor([] if method.rank else shares(model, compared)))
         embedded = []
         for part in texts.measured:
             for ids in part.split(AT_ONCE, 1):

@@ -193,7 +193,9 @@ def test_a_grid_plans_what_is_not_measured(replacing: Project, invoke: Invoke) -
         ("bert-both", {"share": 0.9, "attention": "mean"}, "one of estimate, share and attention"),
         ("bert-odd", {"estimate": {"windows": 3}}, "unknown argument of estimate 'windows'; choose one of: window"),
         ("bert-odd", {"attention": "informer"}, "unknown attention 'informer'"),
-        ("bert-odd", {"fit": True}, "bare and fit are for an estimate"),
+        ("bert-odd", {"fit": True}, "bare, fit and rank are for an estimate"),
+        ("bert-odd", {"estimate": {"window": 4}, "rank": 2}, "a rank takes steps or own_steps"),
+        ("bert-odd", {"estimate": {"window": 4}, "steps": 2}, "and these a rank"),
     ],
 )
 def test_what_is_no_way_to_attend_is_refused(
@@ -224,6 +226,23 @@ def test_without_features_only_sinks_and_the_blocks_of_the_window_are_seen() -> 
     scores = (query @ key.mT / 8).masked_fill(~(seen & (places[:, None] >= places)), -math.inf)
     with torch.no_grad():
         torch.testing.assert_close(replace.attend(model, layer, inputs), scores.softmax(-1) @ value)
+
+
+def test_updates_of_low_rank_are_fitted_to_the_texts_that_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    model, names = make_llama(), {name for name, _ in make_llama().named_parameters()}
+    method = ReplacementParams(estimate={"window": 16, "heavy": 8, "num_features": 65}, rank=2, steps=3, own_steps=3)
+    generator = torch.Generator().manual_seed(0)
+    fitting = torch.stack([torch.randint(60, (2, 600), generator=generator), torch.ones(2, 600, dtype=torch.long)])
+    batches = replace._batches(model, fitting)
+    assert torch.cat([batch["labels"] for batch in batches], 1).equal(fitting[:1, :, :].flatten(1)[:, :1024])
+    with torch.no_grad():
+        replace.set_up(model, "updated", method, 0, fitting)
+    assert "whole model" in capsys.readouterr().out
+    added = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(added) == 4
+    assert {name.replace(".base_layer", "") for name, _ in model.named_parameters()} >= names
+    huggingface.uninstall(model)
 
 
 def test_a_rank_counts_all_that_are_as_near() -> None:
