@@ -161,14 +161,16 @@ class Results:
 
     def _steps(self, task: str) -> str:
         """Return the steps of a task, and of each mechanism and former that has others."""
-        usual = self.params.task[task].training.steps
+        training = self.params.task[task].training
+        usual, enough = training.steps, training.stop_at_accuracy
         found = {
             " ".join(filter(None, (cell.attn, cell.dotf, cell.former))): cell_training(self.params, cell).steps
             for cell in expand(self.params)
             if cell.task == task
         }
         own = "; ".join(f"{name} {steps:,}" for name, steps in found.items() if steps != usual)
-        return f"{task} {usual:,}" + (f" ({own})" if own else "")
+        until = f", or until {enough:.1%} on dev" if enough else ""
+        return f"{task} {usual:,}{until}" + (f" ({own})" if own else "")
 
     def status(self) -> list[str]:
         """Return what the report covers and what is missing, as paragraphs of Markdown."""

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ def golden_record(params: Params, cell: Cell) -> dict[str, np.ndarray]:
     Everything but the number of steps is as the cell has it, and all that a cell runs is run: see the test of that.
     """
     setup, device = resolve(params, cell), get_device("cpu")
-    config = replace(setup.training, steps=STEPS, warmup_steps=STEPS // 2, eval_every=STEPS // 2)
+    few: Any = {"steps": STEPS, "warmup_steps": STEPS // 2, "eval_every": STEPS // 2, "stop_at_accuracy": None}
+    config = replace(setup.training, **few)
     data, model = setup.data, setup.build_model(setup.data.meta)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, best = Path(scratch, "last.pt"), Path(scratch, "best.pt")

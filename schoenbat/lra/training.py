@@ -53,6 +53,8 @@ class TrainingConfig:
         micro_batch: a batch is worked through so many examples at a time, each time padded to their own longest text
             only, and the gradients are added up; null for as many as have 32,768 tokens on a CPU, for all elsewhere.
             Without dropout the update is the same up to rounding; with it, other units are dropped.
+        stop_at_accuracy: training ends at the first evaluation that finds so much on dev, as a share; null to go on
+            to the last step.
     """
 
     batch_size: int
@@ -61,11 +63,14 @@ class TrainingConfig:
     steps: int
     eval_every: int
     micro_batch: int | None = None
+    stop_at_accuracy: float | None = None
 
     def __post_init__(self) -> None:
         check_bounds(self, batch_size=(1, 10**6), steps=(1, 10**9), eval_every=(1, 10**9), micro_batch=(1, 10**6))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate}")
+        if self.stop_at_accuracy is not None and not 0 < self.stop_at_accuracy <= 1:
+            raise ValueError(f"stop_at_accuracy must lie in (0, 1], not {self.stop_at_accuracy}")
         # OneCycleLR divides by warmup_steps - 1.
         if not 2 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must lie in [2, {self.steps}), not {self.warmup_steps}")
@@ -182,8 +187,8 @@ def fit(
     """Train `model` in place and leave its best weights in it.
 
     AdamW (betas 0.9 and 0.999, eps 1e-6, no weight decay), OneCycleLR with linear phases, gradients clipped by value
-    at 1; best dev accuracy after the first fifth of the steps decides, the earlier one in a tie. On CUDA, bfloat16
-    autocast.
+    at 1; best dev accuracy after the first fifth of the steps decides, the earlier one in a tie, unless one at which
+    training stops comes before. On CUDA, bfloat16 autocast.
 
     Args:
         checkpoint: where to keep the state of the run; resumed from if it exists, and left there at the end.
@@ -201,6 +206,8 @@ def fit(
     run = _Run(model, dataset.on(device), config, seed, device, checkpoint, fingerprint)
     state = run.state
     for epoch, indices in _remaining_batches(dataset, config.batch_size, seed, state.step, config.steps):
+        if run.has_learned():
+            break
         learning_rate = float(run.schedule.get_last_lr()[0])
         run.update(indices)
         evaluated = state.step % config.eval_every == 0 or state.step == config.steps
@@ -355,11 +362,16 @@ class _Run:
         state.final_train_loss = state.losses[-1]
         state.losses, state.accuracies = [], []
         state.evaluations.append(row)
-        eligible = state.step >= BEST_AFTER * self.config.steps
+        eligible = state.step >= BEST_AFTER * self.config.steps or self.has_learned()
         if eligible and (state.best_step < 0 or row.dev_accuracy > state.best().dev_accuracy):
             state.best_step = state.step
             state.best_state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         return row
+
+    def has_learned(self) -> bool:
+        """Return whether the last evaluation found the accuracy at which training stops."""
+        enough, found = self.config.stop_at_accuracy, self.state.evaluations
+        return enough is not None and bool(found) and found[-1].dev_accuracy >= enough
 
     def result(self) -> FitResult:
         """Leave the best weights in the model, and say how the run went."""

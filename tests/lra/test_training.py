@@ -174,6 +174,22 @@ def test_the_first_of_the_best_after_a_fifth_of_the_steps_is_kept(
     assert (result.best_step, result.best_dev_accuracy) == (14, 0.8)
 
 
+@pytest.mark.parametrize("found", [[0.5, 0.9], [0.5, 0.6, 0.4, 0.9]])
+def test_training_stops_at_the_first_evaluation_that_finds_enough(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[float]
+) -> None:
+    """The first case ends before the first fifth of the steps is over, from which on weights are kept."""
+    scripted = iter(found)
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: training.Score(0.5, next(scripted), 20))
+    config, checkpoint = replace(CONFIG, eval_every=4, stop_at_accuracy=0.9), tmp_path / "last.pt"
+    net, result = train(dataset, checkpoint, config)
+    assert result.steps_run == result.best_step == 4 * len(found)
+    assert [row.dev_accuracy for row in result.evaluations] == found
+    again, resumed = train(dataset, checkpoint, config)
+    assert (resumed.steps_run, resumed.evaluations) == (result.steps_run, result.evaluations)
+    assert all(map(torch.equal, net.state_dict().values(), again.state_dict().values()))
+
+
 def test_it_learns(dataset: Dataset) -> None:
     _, result = train(dataset)
     assert result.best_dev_accuracy >= 0.8
@@ -257,6 +273,7 @@ def test_file_that_is_no_model_is_named(tmp_path: Path) -> None:
         ({"warmup_steps": 1}, r"warmup_steps must lie in \[2, 60\)"),
         ({"warmup_steps": 60}, r"warmup_steps must lie in \[2, 60\)"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"stop_at_accuracy": 95}, r"stop_at_accuracy must lie in \(0, 1\], not 95"),
     ],
 )
 def test_impossible_schedules_are_refused(changes: dict[str, Any], message: str) -> None:
