@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -304,6 +305,20 @@ def test_the_operation_keeps_the_rules_of_torch(monkeypatch: pytest.MonkeyPatch)
         given = (query, key, value, key_mask, projection, *kept, plan, numbers)
         given = tuple(x.detach() if isinstance(x, Tensor) else x for x in given)
         torch.library.opcheck(torch.ops.schoenbat.attend_backward, (torch.ones_like(out), *given))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_nothing_that_is_kept_depends_on_what_the_memory_held(monkeypatch: pytest.MonkeyPatch, is_masked: bool) -> None:
+    mask = torch.tensor([[True] * 9, [True] * 4 + [False] * 5]) if is_masked else None
+    tensors = [x[..., :8] for x in made(9)]
+    _, _, _, _, projection, plan, numbers, _ = operation(monkeypatch, tensors, mask)
+    found = []
+    for held in (0.0, math.nan):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", lambda x, *size, held=held: x.new_full(size, held))
+            found.append(torch.ops.schoenbat.attend(*tensors, mask, projection, plan, numbers, True))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_the_operation_can_be_mapped_over_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,8 @@ def _empty(
         query.new_empty(batch, heads, length, values),
         query.new_empty(batch, heads if is_kept else 0, length, values + 1),
         query.new_empty(batch, key_heads, keys if itself else 0),
-        query.new_empty(batch, key_heads, of_head),
+        # Where vectors are shorter not all of it is written.
+        query.new_zeros(batch, key_heads, of_head),
     )
 
 
