@@ -1,6 +1,7 @@
 """The documents quote what was generated, lead nowhere that is not there, and say nothing that cannot be typed."""
 
 import ast
+import itertools
 import re
 import shlex
 import shutil
@@ -75,11 +76,11 @@ def commands() -> list[tuple[str, str]]:
 SNIPPETS = [(name(document), text) for document in DOCUMENTS for text in blocks(document, "python")]
 
 
-def test_tables_in_the_readme_are_the_generated_ones() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    quotes = re.findall(r"<!-- begin: (\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert quotes
-    for path, quoted in quotes:
+def test_tables_in_the_documents_are_the_generated_ones() -> None:
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    quotes = [re.findall(r"<!-- begin: (\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL) for text in texts]
+    assert sum(map(len, quotes)) >= 4
+    for path, quoted in itertools.chain(*quotes):
         assert quoted.strip() == (ROOT / path).read_text(encoding="utf-8").strip(), path
 
 
