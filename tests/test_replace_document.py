@@ -1,6 +1,5 @@
 """The examples of docs/replace.md run one after another, on the model they name where it is installed."""
 
-import csv
 import importlib.util
 import os
 import re
@@ -33,20 +32,6 @@ def _make_model(folder: Path) -> None:
     BertModel(
         BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99)
     ).save_pretrained(folder)
-
-
-def test_the_table_is_that_of_the_benchmark() -> None:
-    with (Path(__file__).parents[1] / "docs" / "trained_models.csv").open(encoding="utf-8", newline="") as file:
-        measured = {row["method"]: row for row in csv.DictReader(file) if row["model"] == "MiniLM"}
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|/]+) / ([^|]+) \| ([^|]+) \|$", TEXT, re.MULTILINE)[1:]
-    assert len(rows) == 11
-    for method, cosine, median, worst, time in rows:
-        row = measured[method]
-        assert row["revision"].startswith("9f68ee16")
-        shown = [cosine.partition(" [")[0], median, worst, time]
-        names = ["cosine", "share_median", "share_worst", "of_sdpa_4096"]
-        for text, name, digits in zip(shown, names, (3, 2, 2, 2), strict=True):
-            assert text == f"{float(row[name]):,.{digits}f}".replace("-", "−"), (method, name)
 
 
 def test_what_readme_says_is_part_of_the_page() -> None:
