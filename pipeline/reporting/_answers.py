@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -272,12 +273,12 @@ def roles(comparison: Comparison, task: str) -> dict[str, Mechanism]:
 
 def summary(comparison: Comparison, task: str) -> Table:
     """Return at most eight rows: what is compared first, by accuracy, with its cost."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for role, mechanism in roles(comparison, task).items():
         scores, times = comparison.results.scores_of(task, mechanism), time_of(comparison, mechanism)
         steps, rising = steps_of(comparison, task, mechanism)
         has_ppsbn = base_name(mechanism[2]) == PPSBN
-        values = {
+        row: dict[str, Any] = {
             "role": role,
             "method": label((base_name(mechanism[0]), mechanism[1])),
             "features": features_of(comparison, mechanism) or "",
@@ -289,7 +290,7 @@ def summary(comparison: Comparison, task: str) -> Table:
             "rising": rising,
             "state_bytes": state_of(comparison, task, mechanism),
         }
-        rows.append(values | {f"time at {length}": times.get(length, math.nan) for length in _lengths(comparison)})
+        rows.append(row | {f"time at {length}": times.get(length, math.nan) for length in _lengths(comparison)})
     values = pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
     spread = values["std"].map(lambda value: "" if math.isnan(value) else f" ± {value:.1f}")
     shown = pd.DataFrame({name: values[name].astype(str) for name in ("role", "method", "features", "ppSBN")})
