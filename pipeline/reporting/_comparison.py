@@ -12,6 +12,7 @@ from pipeline.reporting._mechanisms import Mechanism, rows_of, style
 from pipeline.reporting._results import Results
 from pipeline.reporting._statistics import LEVEL, Difference, holm, interquartile_mean, letters, paired_differences
 from pipeline.reporting._table import MISSING
+from schoenbat.registry import base_name
 
 CONTROL = "mean"
 """Uniform attention, the control."""
@@ -123,16 +124,19 @@ class Comparison:
         Args:
             others: `others_of` a mechanism, `without_ppsbn`, or what else is of interest.
         """
+        return self.versus_on((task, one, other) for task in self.tasks for one, other in others.items())
+
+    def versus_on(self, pairs: Iterable[tuple[str, Mechanism, Mechanism]]) -> list[Versus]:
+        """Compare pairs, each on its task, corrected over all of them; without those that have no seed in common."""
         return _family(
-            (task, one, other, on_task.both_ways[one, other].difference)
-            for task, on_task in self.tasks.items()
-            for one, other in others.items()
-            if (one, other) in on_task.both_ways
+            (task, one, other, found[one, other].difference)
+            for task, one, other in pairs
+            if (one, other) in (found := self.tasks[task].both_ways)
         )
 
     def without_ppsbn(self) -> dict[Mechanism, Mechanism]:
-        """Return for each mechanism with ppSBN itself without, if that is in the grid."""
-        with_it = [mechanism for mechanism in self.mechanisms if mechanism[2] == "maclauformer"]
+        """Return for each mechanism with ppSBN, of any gain, itself without, if that is in the grid."""
+        with_it = [mechanism for mechanism in self.mechanisms if base_name(mechanism[2]) == "maclauformer"]
         others = {mechanism: (*mechanism[:2], "transformer") for mechanism in with_it}
         return {mechanism: other for mechanism, other in others.items() if other in self.mechanisms}
 

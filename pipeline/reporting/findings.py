@@ -6,11 +6,12 @@ import numpy as np
 
 from pipeline.host.text import counted
 from pipeline.reporting import Report
-from pipeline.reporting._comparison import CONTROL, Comparison, OnTask
+from pipeline.reporting._answers import answers, roles, summary
+from pipeline.reporting._comparison import Comparison, OnTask
 from pipeline.reporting._mechanisms import label
 from pipeline.reporting._results import CELL
 from pipeline.reporting._statistics import LEAST_SEEDS
-from pipeline.reporting._table import Text, show_interval, show_number
+from pipeline.reporting._table import Table, Text
 
 _NAMED = 4
 """So many mechanisms are listed by name; of more, the number is given."""
@@ -22,12 +23,15 @@ class Findings(Report):
     title = "Findings"
     order = 0
 
-    def make(self, comparison: Comparison) -> Iterator[Text]:
+    def make(self, comparison: Comparison) -> Iterator[Text | Table]:
         if comparison.results.cells.empty:
             return
         shown = [line for task, on_task in comparison.tasks.items() for line in _on_task(comparison, task, on_task)]
-        shown += [*_attention_matters(comparison), *_on_ppsbn(comparison)]
-        yield Text("What the numbers show", tuple(shown) or ("Nothing yet: no cell is finished.",), "findings")
+        shown += answers(comparison) if comparison.results.scores else ["Nothing yet: no cell is finished."]
+        yield Text("What the numbers show", tuple(shown), "findings")
+        for task in comparison.tasks:
+            if roles(comparison, task):
+                yield summary(comparison, task)
         missing = [line for task, on_task in comparison.tasks.items() for line in _open(comparison, task, on_task)]
         yield Text("What they do not show", (*_in_general(comparison), *missing), "limits")
 
@@ -70,43 +74,6 @@ def _on_baseline(comparison: Comparison, task: str, on_task: OnTask) -> Iterator
         yield f"{task}: only some seeds of {_joined(counts)} passed the baseline {named}."
     if not never and not counts:
         yield f"{task}: every seed of every mechanism passed the baseline {named}."
-
-
-def _attention_matters(comparison: Comparison) -> Iterator[str]:
-    """Compare the reference with uniform attention of the same former: does it matter where one attends?"""
-    others = comparison.others_of(CONTROL)
-    rows = comparison.versus(
-        {one: other for one, other in others.items() if one[0] == comparison.results.reference and one[2] == other[2]}
-    )
-    for row in rows:
-        found = row.difference
-        one, other = label(row.mechanism), label(row.other)
-        points = f"{show_number(abs(found.estimate), 'z.1f')} points"
-        interval = f"(95 %: {show_interval(found.low, found.high, '+z.1f')})"
-        beats = f"{row.task}: {one} {'beats' if found.estimate > 0 else 'stays below'} {other} by {points}"
-        if found.seeds < 2:
-            yield f"{beats}, in one seed."
-        elif row.significant:
-            yield f"{beats} {interval}."
-        else:
-            among = f", one of {len(rows)} such comparisons" if len(rows) > 1 else ""
-            yield f"{row.task}: {one} and {other} differ by {points} {interval}{among}: not significant."
-
-
-def _on_ppsbn(comparison: Comparison) -> Iterator[str]:
-    """Name the largest significant effects of ppSBN, and say how many there are of either sign."""
-    rows = comparison.versus(comparison.without_ppsbn())
-    if not rows:
-        return
-    found = sorted((row for row in rows if row.significant), key=lambda row: -abs(row.difference.estimate))
-    for row in found[:_NAMED]:
-        change = "raises" if row.difference.estimate > 0 else "lowers"
-        yield f"{row.task}: ppSBN {change} {label(row.other)} by {abs(row.difference.estimate):.1f} points."
-    raised = sum(row.difference.estimate > 0 for row in found)
-    yield (
-        f"ppSBN: of {counted(len(rows), 'comparison')} with and without it, {raised} are significantly higher with it, "
-        f"{len(found) - raised} significantly lower, and {len(rows) - len(found)} not significantly different."
-    )
 
 
 def _open(comparison: Comparison, task: str, on_task: OnTask) -> Iterator[str]:

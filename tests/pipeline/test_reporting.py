@@ -20,6 +20,7 @@ from pipeline.grid.cells import Cell, expand
 from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import Params, load_params
 from pipeline.grid.results import CellResults, Fingerprint
+from pipeline.reporting._answers import answers
 from pipeline.reporting._comparison import Comparison, OnTask
 from pipeline.reporting._figure import Figure
 from pipeline.reporting._results import collect
@@ -220,6 +221,8 @@ TABLES = (
     "data",
     "pairs",
     "setup",
+    "summary-lra-listops",
+    "summary-lra-text",
     "tradeoff",
     "versus-mean",
     "versus-softmax",
@@ -490,16 +493,33 @@ def test_who_passed_the_baseline_is_said_by_seeds(tmp_path: Path, recall: Params
     assert not any("every mechanism" in line for line in lines)
 
 
-def test_the_largest_effects_of_ppsbn_are_named_whatever_their_order(tmp_path: Path, recall: Params) -> None:
+def test_effects_of_ppsbn_are_told_in_both_signs(tmp_path: Path, recall: Params) -> None:
     write_recall(
-        tmp_path, recall, {"kernelized-exp-maclauformer": [0.8, 0.8, 0.8], "rmfa-exp-transformer": [0.2, 0.2, 0.2]}
+        tmp_path, recall, {"kernelized-exp-maclauformer": [0.8, 0.8, 0.8], "rmfa-exp-transformer": [0.6, 0.6, 0.6]}
     )
-    lines = [line for line in lines_of(Findings(), recall, tmp_path) if ": ppSBN " in line or line[:6] == "ppSBN:"]
-    assert lines[0].startswith("recall-mqar: ppSBN raises rmfa exp by 70.0 points")
-    assert lines[1].startswith("recall-mqar: ppSBN lowers kernelized exp by 10.0 points")
-    assert (
-        "of 2 comparisons with and without it, 1 are significantly higher with it, 1 significantly lower" in lines[-1]
-    )
+    (line,) = [line for line in lines_of(Findings(), recall, tmp_path) if line.startswith("What does ppSBN do")]
+    assert "with gain 1? recall-mqar: of 2 with and without it, 1 are higher with it, 1 lower, 0 equal" in line
+    assert "rmfa exp + ppSBN is above rmfa exp by 30.0 points" in line
+    assert "kernelized exp + ppSBN is below kernelized exp by 10.0 points" in line
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_what_was_best_at_its_last_evaluation_learns_more_slowly(tmp_path: Path, recall: Params, rising: bool) -> None:
+    write_recall(tmp_path, recall, {"rmfa-exp-maclauformer": [0.7, 0.7, 0.7]})
+    results = collect(recall, tmp_path)
+    results.cells["best_step"] = float(results.curves.step.max()) if rising else 0.0
+    lines = [line for line in answers(Comparison(results)) if line.startswith("Is the published form")]
+    assert len(lines) == 1
+    assert "rmfa exp + ppSBN is below softmax by 20.0 points" in lines[0]
+    assert ("still rising: rmfa exp + ppSBN learns more slowly" in lines[0]) == rising
+
+
+def test_the_first_table_has_at_most_eight_rows_by_accuracy(tmp_path: Path, recall: Params) -> None:
+    write_recall(tmp_path, recall, {"mean-transformer": [0.3, 0.3, 0.3]})
+    (table,) = [part for part in parts_of(Findings(), recall, tmp_path) if isinstance(part, Table)]
+    assert len(table.shown) <= 8
+    assert table.values.accuracy.is_monotonic_decreasing
+    assert table.shown.role.iloc[-1] == "uniform"
 
 
 def test_no_number_is_a_negative_zero_and_no_interval_leaves_what_accuracies_can_differ_by() -> None:
