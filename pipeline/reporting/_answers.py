@@ -8,9 +8,11 @@ import pandas as pd
 
 from pipeline.reporting._comparison import CONTROL, Comparison, Versus
 from pipeline.reporting._mechanisms import Mechanism, label, rows_of
-from pipeline.reporting._results import CELL
+from pipeline.reporting._results import CELL, Results
 from pipeline.reporting._table import Table, show_interval, show_number
 from pipeline.reporting.cost import leads_from
+from pipeline.reporting.trained import EXACT as UNCHANGED
+from pipeline.reporting.trained import measured
 from schoenbat.registry import VARIANT_MARK, base_name
 
 PUBLISHED, OURS, EXACT = "rmfa", "rmfa-sketch", "kernelized"
@@ -34,6 +36,32 @@ def answers(comparison: Comparison) -> Iterator[str]:
     yield from _ppsbn(comparison)
     yield from _faster(comparison)
     yield from _advice(comparison)
+
+
+def answers_on_trained(results: Results) -> Iterator[str]:
+    """Yield for each trained model what is left of it by the best of our settings, and by the best of the others."""
+    cells = results.params.trained.cells
+    for model in results.params.trained.model:
+        if f"{model}-{UNCHANGED}" not in results.replaced:
+            continue
+        values = measured(model, results).set_index("cell")
+        what = "loss" if "loss" in values else "cosine"
+        ours = [name for name in values.index if (cells[name].estimate or cells[name].share) and not cells[name].bare]
+        learned = [name for name in ours if cells[name].fit or cells[name].rank]
+        kinds = {
+            "of ours without training": [name for name in ours if name not in learned],
+            "of ours with fitted kernels or updates": learned,
+            "of the others": [name for name in values.index if name not in (*ours, f"{model}-{UNCHANGED}")],
+        }
+        found = []
+        for kind, names in kinds.items():
+            if names:
+                ordered = values.loc[names].sort_values(what, ascending=what == "loss")
+                best = ordered.iloc[0]
+                away = show_interval(best[f"{what}_low"], best[f"{what}_high"], "+z.3f")
+                found.append(f"the best {kind}, {ordered.index[0].partition('-')[2]}, has {best[what]:.3f} ({away})")
+        told = "; ".join(found) or "nothing was measured but exact attention"
+        yield f"What {what} is left when the attention of {model} is replaced (less exact, 95 %)? {told}."
 
 
 def leading(comparison: Comparison, task: str, attn: str, formers: tuple[str, ...] = ()) -> Mechanism | None:
@@ -120,11 +148,11 @@ def _matters(comparison: Comparison) -> dict[str, list[Versus]]:
 
 
 def _published(comparison: Comparison) -> dict[str, list[Versus]]:
-    others, wanted = comparison.others_of(comparison.results.reference), {}
-    for task in comparison.tasks:
-        one = leading(comparison, task, PUBLISHED, (PPSBN,))
-        wanted[task] = {one: others[one]} if one in others else {}
-    return _versus(comparison, wanted)
+    """Take the published estimate with its normalisation, of most features."""
+    others = comparison.others_of(comparison.results.reference)
+    published = [m for m in others if base_name(m[0]) == PUBLISHED and m[2] == PPSBN]
+    one = max(published, key=lambda mechanism: features_of(comparison, mechanism), default=None)
+    return _versus(comparison, dict.fromkeys(comparison.tasks, {one: others[one]} if one else {}))
 
 
 def _ours(comparison: Comparison) -> dict[str, list[Versus]]:
@@ -243,7 +271,9 @@ def _advice(comparison: Comparison) -> Iterator[str]:
     for task in comparison.tasks:
         equal = [row.mechanism for row in rows if row.task == task and row.is_equal(comparison.results.margin)]
         sizes = {m: size for m in equal if not math.isnan(size := state_of(comparison, task, m))}
-        if not equal:
+        if all(comparison.never_passed(task, mechanism) for mechanism in comparison.tasks[task].means):
+            answer = "the data cannot say; no mechanism passed the best rule without a model"
+        elif not equal:
             answer = f"{reference}; nothing is shown to be equal to it within the margin"
         elif sizes:
             least = min(sizes, key=lambda m: sizes[m])

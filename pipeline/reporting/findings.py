@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.host.text import counted
 from pipeline.reporting import Report
-from pipeline.reporting._answers import answers, roles, summary
+from pipeline.reporting._answers import answers, answers_on_trained, roles, summary
 from pipeline.reporting._comparison import Comparison, OnTask
 from pipeline.reporting._mechanisms import label
 from pipeline.reporting._results import CELL
@@ -24,16 +24,19 @@ class Findings(Report):
     order = 0
 
     def make(self, comparison: Comparison) -> Iterator[Text | Table]:
-        if comparison.results.cells.empty:
+        results = comparison.results
+        if results.cells.empty and not results.replaced:
             return
-        shown = [line for task, on_task in comparison.tasks.items() for line in _on_task(comparison, task, on_task)]
-        shown += answers(comparison) if comparison.results.scores else ["Nothing yet: no cell is finished."]
+        shown = [*answers_on_trained(results), *(answers(comparison) if results.scores else ())]
+        shown += [line for task, on_task in comparison.tasks.items() for line in _on_task(comparison, task, on_task)]
+        shown = shown or ["Nothing yet: no cell is finished."]
         yield Text("What the numbers show", tuple(shown), "findings")
         for task in comparison.tasks:
             if roles(comparison, task):
                 yield summary(comparison, task)
-        missing = [line for task, on_task in comparison.tasks.items() for line in _open(comparison, task, on_task)]
-        yield Text("What they do not show", (*_in_general(comparison), *missing), "limits")
+        if not results.cells.empty:
+            missing = [line for task, on_task in comparison.tasks.items() for line in _open(comparison, task, on_task)]
+            yield Text("What they do not show", (*_in_general(comparison), *missing), "limits")
 
 
 def _on_task(comparison: Comparison, task: str, on_task: OnTask) -> Iterator[str]:

@@ -141,6 +141,16 @@ def test_each_method_is_measured_once_and_stands_in_the_report(
     assert [f"| {cell.partition('-')[2]} " in table for cell in CELLS if cell[0] == "b"] == [True] * 7
     assert "+0.000 to +0.000" in table
     assert Path("reports/tiny/figures/trained.svg").is_file()
+    # The best of each kind, whatever it is, is the one that the answer names.
+    kinds = {
+        "of ours without training": ("complete", "share", "published"),
+        "of ours with fitted kernels or updates": ("fitted",),
+        "of the others": ("mean", "landmarks"),
+    }
+    answer = Path("reports/tiny/findings.md").read_text()
+    for kind, names in kinds.items():
+        best = max(names, key=lambda name: means[f"bert-{name}"]["cosine"])
+        assert f"the best {kind}, {best}, has {means[f'bert-{best}']['cosine']:.3f} (" in answer
     assert json.loads(invoke("results", "--json")[1])["trained"]["bert-mean"] == pytest.approx(means["bert-mean"])
     monkeypatch.delattr(replace, "embed")
     code, out, err = invoke("replace", "--cell", "bert-mean")
