@@ -46,12 +46,10 @@ WHERE = {
     **{("ui", option): "test_mlflow_ui.py" for option in ("--profile", "--port", "--open")},
     ("log", "--profile"): "test_tracking.py",
     ("export", "--format"): "test_trained.py",
-    **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
+    **{("predict", option): "test_trained.py" for option in ("--cell", "--top", "--device", "--profile")},
     **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,
     ("status", "--json"): HERE,
-    ("logs", "--follow"): HERE,
-    ("logs", "-f"): HERE,
     ("list", "--json"): HERE,
     ("use", "--force"): HERE,
     **{("report", option): "test_results_command.py" for option in ("--reference", "--margin", "--force")},
@@ -222,12 +220,7 @@ def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
 @pytest.mark.slow
 def test_what_goes_on_ends_with_an_interrupt(project: Project) -> None:
     project.add_dvc()
-    log = Path("logs/tiny", f"{MEAN}.log")
-    log.parent.mkdir(parents=True)
-    log.write_text("first line\n")
     assert until_interrupted(project.folder, "status", "--watch", begins="profile tiny: 0 of 16 cells done") == 0
-    assert until_interrupted(project.folder, "logs", MEAN, "--follow", begins="first line") == 0
-    assert until_interrupted(project.folder, "logs", MEAN, "-f", begins="first line") == 0
 
 
 def test_what_programs_read(project: Project, invoke: Invoke) -> None:
