@@ -25,11 +25,7 @@ _LOG = Path("logs", "mlflow-ui.log")
 
 
 def run(*, profile: str | None, port: int, open_browser: bool) -> None:
-    """Serve the pages until Ctrl-C, SIGTERM or SIGHUP, and print the address; of a server that is there, only that.
-
-    Raises:
-        UserError: nothing is recorded yet, the port is taken, or the server does not start or ends by itself.
-    """
+    """Serve the pages until Ctrl-C, SIGTERM or SIGHUP, and print the address; of a server that is there, only that."""
     profile = profile or current_profile()
     uri, experiment = tracking.store_uri(), tracking.find_experiment()
     if experiment is None:

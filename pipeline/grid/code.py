@@ -8,11 +8,7 @@ from schoenbat.errors import UserError
 
 
 def check_code() -> None:
-    """Compare the modules that were imported with this checkout; to be called before anything is computed.
-
-    Raises:
-        UserError: a module that was imported has other contents than the file of this checkout.
-    """
+    """Raise UserError if an imported module is not that of this checkout; called before anything is computed."""
     packages = PACKAGES if Path("schoenbat").is_dir() else ()
     for name, module in list(sys.modules.items()):
         package, file = name.partition(".")[0], Path(getattr(module, "__file__", None) or "")

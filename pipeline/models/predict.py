@@ -13,15 +13,7 @@ Example = str | tuple[str, ...]
 
 
 def run(cell: str, texts: Sequence[str], *, top: int, device_name: str, profile: str | None, as_json: bool) -> None:
-    """Print the likeliest classes of each text.
-
-    Args:
-        texts: to classify; without any, those of standard input, one a line.
-        top: so many classes of each.
-
-    Raises:
-        UserError: no such cell, or a text that its task cannot read.
-    """
+    """Print the `top` likeliest classes of each text; without texts, of each line of standard input."""
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}")
     trained = load_trained(cell, profile)

@@ -34,21 +34,13 @@ from schoenbat.lra.training import Evaluation, FitResult, OtherCheckpoint, StepR
 def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
     """Train `cell` unless its training is up to date; a run that was interrupted goes on from its checkpoint.
 
-    A checkpoint of another configuration, or one that cannot be read, is set aside.
-
-    SIGINT and SIGTERM end it at the next step, with a checkpoint.
-
-    Writes the weights, the curve and, last, the metrics of the cell, each complete or not at all; then the checkpoint
-    goes.
-
-    Args:
-        force: train again what is up to date.
+    A checkpoint of another configuration, or one that cannot be read, is set aside. Writes the weights, the curve and,
+    last, the metrics of the cell, each complete or not at all; then the checkpoint goes.
 
     Raises:
-        UserError: the data is not prepared, the device is not there, or the code is not that of the start of the grid.
         TrainingFailed: the loss is no longer a number.
         OutOfMemory: the device's memory does not suffice.
-        Stopped: by a signal; the checkpoint is written.
+        Stopped: by SIGINT or SIGTERM; the checkpoint is written.
     """
     device, setup = get_device(device_name), resolve(params, cell)
     made_from, results = identify(setup), setup.results
