@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pipeline.grid.checked import load_checked
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code, load_checked
 from pipeline.grid.freshness import check_folders, data_folder, raw_folder
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, PROJECT_FILE
 from pipeline.host.text import counted

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
 from pipeline.grid.cells import expand, select
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.freshness import PAPERS, REVIEWS, Freshness, check_folders
 from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import Params

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.grid.cells import Cell, resolve
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.params import Params
 from pipeline.grid.results import TestScore
 from pipeline.grid.settings import flat

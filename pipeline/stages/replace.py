@@ -28,7 +28,7 @@ from transformers import __version__ as transformers_version
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.freshness import PAPERS, REVIEWS, Freshness, data_folder
 from pipeline.grid.numerics import digest
 from pipeline.grid.params import ModelParams, Params, ReplacementParams, model_of

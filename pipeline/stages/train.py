@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from pipeline.grid.cells import Cell, Setup, resolve
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.freshness import CODE_VARIABLE, Freshness
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import Params
