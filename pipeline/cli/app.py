@@ -70,7 +70,6 @@ def run(
     ] = "local",
     devices: Annotated[str | None, _how("Such as cpu or cuda:0,cuda:1. Default: run.device.")] = None,
     force: Annotated[bool, option("Run the chosen cells even if they are up to date.", "--force")] = False,
-    fail_fast: Annotated[bool, option("Whether the first failure stops the grid.", "--fail-fast/--keep-going")] = False,
     dry_run: Annotated[bool, option("Say what would run, and stop.", "--dry-run")] = False,
     as_json: Annotated[bool, option("With --dry-run: for programs.", "--json")] = False,
 ) -> None:
@@ -88,7 +87,7 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
-    typed = RunOptions(filters, backend == "slurm", jobs, devices, force, fail_fast, dry_run, as_json)
+    typed = RunOptions(filters, backend == "slurm", jobs, devices, force, dry_run, as_json)
     raise typer.Exit(run_grid(params, typed))
 
 

@@ -46,7 +46,6 @@ class RunOptions:
     jobs: int | None = None
     devices: str | None = None
     force: bool = False
-    fail_fast: bool = False
     dry_run: bool = False
     as_json: bool = False
 
@@ -216,7 +215,7 @@ class _Run:
         heartbeat = Heartbeat(_LOGS)
         state = GridState(folder / status.STATE_FILE, heartbeat.path)
         environment = {PARAMS_VARIABLE: str(fixed.absolute())}
-        options = Options(folder, environment, at_once, params.run.retries, self.typed.fail_fast, self._holds)
+        options = Options(folder, environment, at_once, params.run.retries, self._holds)
         with session.counted_stops() as stops:
             try:
                 with (

@@ -33,7 +33,6 @@ HERE = "test_options.py"
 WHERE = {
     **{("run", option): HERE for option in FILTERS},
     **{("run", option): HERE for option in ("--grid", "--dry-run", "--json", "--jobs", "--devices", "--force")},
-    **{("run", option): HERE for option in ("--fail-fast", "--keep-going")},
     ("run", "--backend"): "test_slurm.py",
     **{(command, option): HERE for command in ("train", "eval") for option in OF_A_CELL},
     **{(command, "--force"): "test_cli.py" for command in ("train", "eval")},
@@ -189,15 +188,6 @@ def test_force_runs_again_what_is_up_to_date(trained: Project, invoke: Invoke) -
     assert metrics[RMFA].stat().st_mtime_ns == written[RMFA]
     assert numbers(small.folder) == before
     assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("option", "failures"), [("--fail-fast", 1), ("--keep-going", 2)])
-def test_the_first_failure_stops_the_grid_or_does_not(small: Project, option: str, failures: int) -> None:
-    small.set("task.lra-listops.training.learning_rate", 1e30)
-    code, out = run(small.folder, "--jobs", "1", option)
-    assert code == 1, out
-    assert len([line for line in out.splitlines() if line.startswith("failed: train")]) == failures, out
 
 
 def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
