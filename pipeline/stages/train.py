@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import psutil
 import torch
@@ -126,7 +125,7 @@ class _Training:
 
             def on_step(report: StepReport) -> None:
                 if progress.is_due():
-                    progress.update(**dataclasses.asdict(report), **_used(self.device))
+                    progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(self.device))
                 figures = f"loss {report.loss:.4f} accuracy {report.accuracy:.3f} {report.steps_per_second:.1f} steps/s"
                 meter.update(report.step, report.steps, figures)
 
@@ -208,14 +207,7 @@ def _memory_watched(device: torch.device) -> Iterator[None]:
         raise OutOfMemory(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
 
 
-def _used(device: torch.device) -> dict[str, Any]:
-    """Return the memory that this process takes, and how busy its GPU is where the driver tells, with all on it."""
-    if device.type != "cuda":
-        return {"memory_mb": psutil.Process().memory_info().rss / 2**20}
-    import pynvml
-
-    used = {"memory_mb": torch.cuda.memory_reserved(device) / 2**20}
-    # It does not tell of a part of a GPU.
-    with contextlib.suppress(pynvml.NVMLError):
-        used["gpu_percent"] = torch.cuda.utilization(device)
-    return used
+def _memory_mb(device: torch.device) -> float:
+    """Return what this process takes of the device's memory."""
+    taken: int = torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return taken / 2**20
