@@ -1,12 +1,10 @@
 """schoenbat-exp: the experiments from the command line. `pipeline.stages.commands` has the commands of the stages."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -30,7 +28,6 @@ _setup = partial(commands.command, app, "Names and settings")
 _trained = partial(commands.command, app, "What has been trained")
 _filter, _how = partial(option, panel="Which cells"), partial(option, panel="Where and how")
 _BACKENDS = ("local", "slurm")
-_LOOK_SECONDS = 1.0
 
 Strings = list[str] | None
 OfProfile = Annotated[str | None, option("Default: that of params.yaml.", names=completion.profile)]
@@ -73,7 +70,6 @@ def run(
     ] = "local",
     devices: Annotated[str | None, _how("Such as cpu or cuda:0,cuda:1. Default: run.device.")] = None,
     force: Annotated[bool, option("Run the chosen cells even if they are up to date.", "--force")] = False,
-    fail_fast: Annotated[bool, option("Whether the first failure stops the grid.", "--fail-fast/--keep-going")] = False,
     dry_run: Annotated[bool, option("Say what would run, and stop.", "--dry-run")] = False,
     as_json: Annotated[bool, option("With --dry-run: for programs.", "--json")] = False,
 ) -> None:
@@ -91,7 +87,7 @@ def run(
         raise UserError("nothing chosen: pass --grid for all cells of params.yaml, or --task, --attn, --cell, ...")
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run")
-    typed = RunOptions(filters, backend == "slurm", jobs, devices, force, fail_fast, dry_run, as_json)
+    typed = RunOptions(filters, backend == "slurm", jobs, devices, force, dry_run, as_json)
     raise typer.Exit(run_grid(params, typed))
 
 
@@ -152,10 +148,9 @@ def results(as_json: Json = False) -> None:
         show_results(params, Path())
 
 
-@_grid("logs lra-text-rmfa-exp-maclauformer-42 -f")
+@_grid("logs lra-text-rmfa-exp-maclauformer-42")
 def logs(
     cell: Annotated[str, argument("The id of a cell, or another job as `status` shows it.", completion.log)],
-    follow: Annotated[bool, option("Go on with what is added, until Ctrl-C.", "-f", "--follow")] = False,
 ) -> None:
     """Show the output of a cell's last run."""
     from pipeline.monitor.status import read_grid
@@ -165,12 +160,8 @@ def logs(
     if not path.is_file():
         known = list_choices(cell, sorted(log.stem for log in folder.glob("*.log")))
         raise UserError(f"no log of {cell!r} in {folder}; there are: {known}")
-    with path.open(encoding="utf-8", errors="replace") as file, contextlib.suppress(KeyboardInterrupt):
+    with path.open(encoding="utf-8", errors="replace") as file:
         shutil.copyfileobj(file, sys.stdout)
-        while follow:
-            sys.stdout.flush()
-            time.sleep(_LOOK_SECONDS)
-            shutil.copyfileobj(file, sys.stdout)
 
 
 @_setup("list", "list attn", "list profiles --json", name="list")
@@ -241,14 +232,16 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(int(wrong))
 
 
-@_trained('predict --cell CELL "A gem of a film."', "predict --cell CELL --file reviews.txt --json")
+@_trained('predict --cell CELL "A gem of a film."', "predict --cell CELL --json < reviews.txt")
 def predict(
     cell: Annotated[str, option("The id of a trained cell.", names=completion.trained)],
     texts: Annotated[
         Strings,
-        argument("In pairs where the task compares two. Default: standard input, a text a line.", metavar="TEXT"),
+        argument(
+            "In pairs where the task compares two. Default: standard input, a text a line; two with a tab between.",
+            metavar="TEXT",
+        ),
     ] = None,
-    file: Annotated[Path | None, option("A text a line; two with a tab between where the task compares two.")] = None,
     top: Annotated[int, option("So many classes of each text, the likeliest first.")] = 3,
     device: Annotated[str, option("cpu, cuda or cuda:N.", envvar="SCHOENBAT_DEVICE")] = "cpu",
     profile: OfProfile = None,
@@ -257,7 +250,7 @@ def predict(
     """Classify texts with a trained cell."""
     from pipeline.models import predict as tool
 
-    tool.run(cell, texts or [], file, top=top, device_name=device, profile=profile, as_json=as_json)
+    tool.run(cell, texts or [], top=top, device_name=device, profile=profile, as_json=as_json)
 
 
 @_trained("export CELL exported/rmfa", "export CELL exported/rmfa --format onnx")

@@ -18,18 +18,13 @@ from pipeline.mlflow import tracking
 from pipeline.models.trained import current_profile
 from schoenbat.errors import UserError
 
-_STARTING_SECONDS = 120.0
 _ENDING_SECONDS = 10.0
 _LOOKING_SECONDS = 0.25
 _LOG = Path("logs", "mlflow-ui.log")
 
 
 def run(*, profile: str | None, port: int, open_browser: bool) -> None:
-    """Serve the pages until Ctrl-C, SIGTERM or SIGHUP, and print the address; of a server that is there, only that.
-
-    Raises:
-        UserError: nothing is recorded yet, the port is taken, or the server does not start or ends by itself.
-    """
+    """Serve the pages until Ctrl-C, SIGTERM or SIGHUP, and print the address; of a server that is there, only that."""
     profile = profile or current_profile()
     uri, experiment = tracking.store_uri(), tracking.find_experiment()
     if experiment is None:
@@ -37,15 +32,13 @@ def run(*, profile: str | None, port: int, open_browser: bool) -> None:
     if uri.startswith("http"):
         _show(page(uri.rstrip("/"), experiment, profile), open_browser)
         return
-    address, shown = f"http://127.0.0.1:{port}", False
-    give_up = time.monotonic() + _STARTING_SECONDS
+    address = f"http://127.0.0.1:{port}"
     with counted_stops() as stopped, _served(uri, port) as server:
+        answers = False
         while not stopped():
-            if server.poll() is not None or (not shown and time.monotonic() > give_up):
-                what = "has ended" if shown else "does not start"
-                raise UserError(f"MLflow's server {what}; what it said is in {_LOG}")
-            if not shown and _answers(address):
-                shown = True
+            if server.poll() is not None:
+                raise UserError(f"MLflow's server has ended; what it said is in {_LOG}")
+            if not answers and (answers := _answers(address)):
                 _show(page(address, experiment, profile), open_browser)
                 print("Ctrl-C ends it", flush=True)
             time.sleep(_LOOKING_SECONDS)

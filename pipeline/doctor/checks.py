@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import psutil
-from packaging.requirements import Requirement
-
-from pipeline.grid.checked import load_checked
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code, load_checked
 from pipeline.grid.freshness import check_folders, data_folder, raw_folder
 from pipeline.grid.settings import MIRROR_VARIABLE, PARAMS_FILE, PROJECT_FILE
 from pipeline.host.text import counted
@@ -25,7 +21,6 @@ from schoenbat.errors import UserError
 if TYPE_CHECKING:
     from pipeline.grid.params import Params
 
-DISTRIBUTION = "schoenbat-experiments"
 LEAST_DISK_GB, SCARCE_DISK_GB = 1.0, 5.0
 """Below the first a grid will fail, below the second a large one may."""
 
@@ -69,24 +64,11 @@ def examine() -> Iterator[Finding]:
         params = load_checked()
     except UserError:
         params = None
-    for check in (
-        _python,
-        _packages,
-        _settings,
-        _code,
-        _git,
-        _torch,
-        _compiled,
-        _threads,
-        _dvc,
-        _mlflow,
-        _disk,
-        _memory,
-        _data,
-    ):
+    needs_params = (_torch, _threads, _data)
+    for check in (_python, _settings, _code, _git, _torch, _compiled, _threads, _dvc, _mlflow, _disk, _data):
         subject = check.__name__[1:]
         try:
-            if params is None and check in (_torch, _threads, _data):
+            if params is None and check in needs_params:
                 raise _Note("unknown without settings")
             yield Finding(subject, "good", check(params))  # type: ignore[arg-type]
         except _Note as found:
@@ -99,22 +81,6 @@ def examine() -> Iterator[Finding]:
 
 def _python(_: object) -> str:
     return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
-
-
-def _packages(_: object) -> str:
-    try:
-        written = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise _Note(f"{DISTRIBUTION} is not installed; its code is used from PYTHONPATH") from None
-    needed = [each for each in map(Requirement, written) if each.marker is None or each.marker.evaluate({"extra": ""})]
-    wrong = []
-    for each in needed:
-        found = next(iter(importlib.metadata.distributions(name=each.name)), None)
-        if found is None or not each.specifier.contains(found.version, prereleases=True):
-            wrong.append(f"{each.name}{each.specifier} is needed, not {found.version if found else 'there'}")
-    if wrong:
-        raise _Wrong(", ".join(wrong), "make setup")
-    return f"the {len(needed)} packages that {DISTRIBUTION} needs"
 
 
 def _settings(params: "Params | None") -> str:
@@ -224,11 +190,6 @@ def _disk(_: object) -> str:
     if free < SCARCE_DISK_GB:
         raise _Note(text, "`dvc gc --all-commits` deletes weights that no commit has on record")
     return text
-
-
-def _memory(_: object) -> str:
-    memory = psutil.virtual_memory()
-    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free"
 
 
 def _data(params: "Params") -> str:

@@ -47,11 +47,7 @@ def expand(params: Params) -> list[Cell]:
 
 
 def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
-    """Return the cells whose task, attn, dotf, former, seed and id are among the values wanted; None takes all.
-
-    Args:
-        cells: the grid.
-        wanted: lists of values by attribute: `task`, `attn`, `dotf`, `former`, `seed`, `id`.
+    """Return the cells of a grid whose attributes are among the values wanted, such as task=["recall"]; None for all.
 
     Raises:
         UserError: a value that no cell has, or a combination that no cell has.
@@ -72,11 +68,7 @@ def select(cells: Sequence[Cell], **wanted: Sequence[Any] | None) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Setup:
-    """A cell with its sections of params.yaml: what its stages are made of.
-
-    Attributes:
-        training: as `cell_training` has it.
-    """
+    """A cell with its sections of params.yaml: what its stages are made of."""
 
     profile: str
     cell: Cell
@@ -143,12 +135,7 @@ def resolve(params: Params, cell: Cell) -> Setup:
 
 
 def check_models(params: Params, cells: Sequence[Cell]) -> None:
-    """Build one head of each combination in `cells`, so that options which do not go together are found at once.
-
-    Raises:
-        UserError: as `build_model` says it, such as a kernel that the former cannot keep inside its radius, or as
-            `cell_training` does.
-    """
+    """Build one head of each combination in `cells`; raises UserError where options do not go together."""
     for cell in {cell.group: cell for cell in cells}.values():
         setup, task = resolve(params, cell), TASKS.get(cell.task)
         width = setup.model.width // setup.model.num_heads

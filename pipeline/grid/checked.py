@@ -1,4 +1,4 @@
-"""Check params.yaml, without importing torch as long as nothing has changed.
+"""Check params.yaml, without importing torch as long as nothing has changed; and that the code is this checkout's.
 
 The whole check builds every model of the grid, so it needs torch, whose import takes longer than all that `status`
 does. What was found right is therefore remembered as a digest in logs/params-checked: of the file, and of what decides
@@ -54,6 +54,22 @@ def ensure_checked() -> None:
     read_yaml(PARAMS_FILE)
     if not _is_recorded(_digest(PARAMS_FILE)):
         load_checked()
+
+
+def check_code() -> None:
+    """Raise UserError if an imported module is not that of this checkout; called before anything is computed."""
+    packages = PACKAGES if Path("schoenbat").is_dir() else ()
+    for name, module in list(sys.modules.items()):
+        package, file = name.partition(".")[0], Path(getattr(module, "__file__", None) or "")
+        if package not in packages or not file.is_file():
+            continue
+        root = Path(package_folder(package)).parent
+        ours = file.relative_to(root)
+        if ours.absolute() != file and (not ours.is_file() or ours.read_bytes() != file.read_bytes()):
+            raise UserError(
+                f"the code that runs is that of {root}, and its {ours} is not the one of this checkout; use the "
+                f"environment of this checkout (make setup), or set PYTHONPATH={Path.cwd()}"
+            )
 
 
 def _is_recorded(digest: str) -> bool:

@@ -322,12 +322,7 @@ class Params(_Written):
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and check one params file.
-
-    Raises:
-        UserError: the file is missing or is not YAML, a key is unknown or missing, a value has the wrong type, a name
-            is in no registry, or a mechanism stands in the wrong half of the grid.
-    """
+    """Read and check one params file; raises UserError for whatever is wrong in it."""
     written = read_yaml(path)
     raw = build_config(_Written, written, str(path))
     if not _PROFILE_NAME.fullmatch(raw.profile):

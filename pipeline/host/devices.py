@@ -12,11 +12,7 @@ from schoenbat.errors import UserError
 
 
 def get_device(name: str) -> torch.device:
-    """Return the device called `name`: "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        UserError: the name is none of these, or this machine has no such device.
-    """
+    """Return the device called `name`: "cpu", "cuda" or "cuda:N"; raises UserError if this machine has no such one."""
     kind, _, index = name.partition(":")
     if (kind != "cpu" or index or ":" in name) and (kind != "cuda" or (":" in name and not index.isdecimal())):
         raise UserError(f"unknown device {name!r}; choose one of: {', '.join(_available())}")

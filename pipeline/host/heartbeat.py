@@ -29,11 +29,7 @@ _REPEAT_SECONDS = 2.0
 
 
 class Heartbeat:
-    """The heartbeat as the engine keeps it.
-
-    Args:
-        folder: where the file is made.
-    """
+    """The heartbeat as the engine keeps it, a file in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,11 +49,7 @@ class Heartbeat:
 
 
 def watch() -> threading.Event:
-    """If this process has a heartbeat to watch, stop its process group when that ends: SIGINT, in the end SIGKILL.
-
-    Returns:
-        An event that is set when the heartbeat has ended.
-    """
+    """If this process has a heartbeat, stop its process group, and set the event, when that ends."""
     ended = threading.Event()
     path = os.environ.get(HEARTBEAT_VARIABLE)
     if path:

@@ -61,12 +61,7 @@ class Meter:
 
 
 class ProgressFile:
-    """Where an operation stands, as a JSON file that is always whole; `schoenbat-exp status` reads it.
-
-    Args:
-        path: the file.
-        facts: what does not change.
-    """
+    """Where an operation stands, as a JSON file that is always whole; `schoenbat-exp status` reads it."""
 
     def __init__(self, path: Path, **facts: Any) -> None:
         self._path = path

@@ -50,7 +50,6 @@ class Options:
         environment: variables for the workers.
         jobs: how many run at once, on all devices together.
         retries: how often a job that crashed or ran out of memory is tried again.
-        fail_fast: the first failure stops the grid.
         holds: whether exclusive jobs, which are about to start, have to wait for something else.
     """
 
@@ -58,7 +57,6 @@ class Options:
     environment: Mapping[str, str]
     jobs: int = 1
     retries: int = 2
-    fail_fast: bool = False
     holds: Callable[[], bool] = lambda: False
 
 
@@ -262,8 +260,6 @@ class _Engine:
         self._state.set(name, outcome, reason=reason, kind=kind, seconds=seconds)
         yield Event(name, outcome, reason, log, stage)
         yield from self._skip_dependents(name, stage)
-        if self._options.fail_fast and outcome == "failed":
-            self._stop()
 
     def _skip_dependents(self, name: str, cause: str) -> Generator[Event, None, None]:
         for dependent in self._dependents.get(name, ()):

@@ -47,11 +47,7 @@ class Load:
 
 
 def place(job: Job, loads: Sequence[Load], *, alone: bool) -> Load | None:
-    """Return the device for a job, of those that take it the one with the fewest jobs; None if it has to wait.
-
-    Args:
-        alone: after it ran out of memory beside others.
-    """
+    """Return the device for a job, of those that take it the one with the fewest jobs; None if it has to wait."""
     fitting = [load for load in loads if load.takes(job, alone)]
     return min(fitting, key=lambda load: len(load.claims), default=None)
 

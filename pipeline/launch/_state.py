@@ -19,9 +19,7 @@ SAVE_SHARE = 0.05
 class GridState:
     """The state of every job of one grid, written to a file at most once a second, and less often if that takes long.
 
-    Args:
-        path: the file.
-        heartbeat: the path of the grid's heartbeat: as long as it is touched, the grid is alive.
+    The file names the grid's heartbeat: as long as that is touched, the grid is alive.
     """
 
     def __init__(self, path: Path, heartbeat: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.grid.axes import Cell, data_stage_names, stage_names
 from pipeline.grid.cells import expand, select
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.freshness import PAPERS, REVIEWS, Freshness, check_folders
 from pipeline.grid.numerics import write_numerics
 from pipeline.grid.params import Params
@@ -39,18 +39,13 @@ _say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The command-line options of `run`.
-
-    Attributes:
-        filters: values by attribute of a cell, as `select` takes them.
-    """
+    """The command-line options of `run`; `filters` are as `select` takes them."""
 
     filters: Mapping[str, Any]
     slurm: bool = False
     jobs: int | None = None
     devices: str | None = None
     force: bool = False
-    fail_fast: bool = False
     dry_run: bool = False
     as_json: bool = False
 
@@ -104,11 +99,7 @@ def _number(params: Params) -> int:
 
 @contextlib.contextmanager
 def recording(params: Params) -> Iterator[None]:
-    """Put on record what is complete after the block, in which no grid runs in this checkout.
-
-    Raises:
-        UserError: something could not be put on record.
-    """
+    """Put on record what is complete after the block, in which no grid runs in this checkout."""
     with session.only_grid(_LOGS, _say):
         _prepare_record(params)
         yield
@@ -134,11 +125,7 @@ def _unrecorded(cells: Collection[Cell], freshness: Freshness, changed: Mapping[
 def _other_stages(
     params: Params, due: Sequence[Cell], changed: Mapping[str, bool], *, everything: bool, replaced: bool = False
 ) -> list[str]:
-    """Return the stages that belong to no cell and are out of date now, or will be when the cells are done.
-
-    Args:
-        replaced: whether a cell of `trained.cells` is due.
-    """
+    """Return the stages that belong to no cell and are out of date now, or will be when the due cells are done."""
     suffix, folder = f"@{params.profile}", Path("runs", params.profile)
     first = {cell.group: cell for cell in reversed(expand(params))}
     groups = {cell.group for cell in due}
@@ -228,7 +215,7 @@ class _Run:
         heartbeat = Heartbeat(_LOGS)
         state = GridState(folder / status.STATE_FILE, heartbeat.path)
         environment = {PARAMS_VARIABLE: str(fixed.absolute())}
-        options = Options(folder, environment, at_once, params.run.retries, self.typed.fail_fast, self._holds)
+        options = Options(folder, environment, at_once, params.run.retries, self._holds)
         with session.counted_stops() as stops:
             try:
                 with (

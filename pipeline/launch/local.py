@@ -48,9 +48,7 @@ class _Worker:
 class LocalBackend:
     """Workers on this machine, forked from one process that has imported what takes long.
 
-    Args:
-        devices: where they may run.
-        logs: the folder in which this checkout's grids keep their heartbeats.
+    The heartbeats of this checkout's grids are in `logs`.
     """
 
     def __init__(self, devices: Sequence[Device], logs: Path) -> None:

@@ -90,14 +90,11 @@ def _work(
 
 
 def plan_devices(params: Params, names: str | None, jobs: int | None) -> tuple[list[Device], int]:
-    """Return the devices of a grid, and how many jobs run at once on all of them.
+    """Return the devices of a grid, and how many jobs run at once on all of them; raises UserError.
 
     Args:
         names: as typed, such as "cuda:0,cuda:1"; None for `run.device`.
         jobs: as wished; the cores of this machine divided by `run.threads` are the limit.
-
-    Raises:
-        UserError: a device that is not there.
     """
     chosen = (names or params.run.device).split(",")
     found = list(dict.fromkeys(str(get_device(name.strip())) for name in chosen))

@@ -87,11 +87,7 @@ class _Attempt:
 
 
 def plan_slurm(run: RunParams, jobs: int | None) -> tuple[list[Device], int]:
-    """Return the cluster as one device, and how many cells run at once on it.
-
-    Args:
-        run: settings; those of `run.slurm` say what a Slurm job asks for.
-        jobs: as wished; None for `max_jobs`.
+    """Return the cluster as one device, and how many cells run at once on it: as wished, or `max_jobs`.
 
     Raises:
         UserError: Slurm's commands are missing, or Slurm refuses what a job asks for.
@@ -112,10 +108,7 @@ def plan_slurm(run: RunParams, jobs: int | None) -> tuple[list[Device], int]:
 class SlurmBackend:
     """Workers in Slurm jobs. One thread calls Slurm's commands, so that the engine never waits for an answer.
 
-    Args:
-        run: settings.
-        devices: of `plan_slurm`.
-        logs: the folder in which this checkout's grids keep their heartbeats.
+    The heartbeats of this checkout's grids are in `logs`.
     """
 
     def __init__(self, run: RunParams, devices: Sequence[Device], logs: Path) -> None:
@@ -129,11 +122,7 @@ class SlurmBackend:
         self._asked = self._refreshed = time.monotonic()
 
     def clear(self) -> None:
-        """End what earlier grids have left on this machine and in Slurm, and wait until it is gone.
-
-        Raises:
-            UserError: Slurm does not answer, or a job does not end.
-        """
+        """End what earlier grids have left on this machine and in Slurm, and wait until it is gone; or UserError."""
         end = time.monotonic() + _CLEAR_SECONDS
         while left := [job.id for job in _find(self._logs).values() if job.state not in _ENDED]:
             _call("scancel", "--quiet", *left)
@@ -282,11 +271,7 @@ def _find(logs: Path) -> dict[Path, _SlurmJob]:
 
 
 def _call(*command: str, script: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """Return what one of Slurm's commands prints, given its standard input and all of its environment.
-
-    Raises:
-        UserError: it fails, which is said in its own words, or does not answer.
-    """
+    """Return what one of Slurm's commands prints; raises UserError in its own words, or if it does not answer."""
     run = partial(subprocess.run, capture_output=True, text=True, errors="replace", timeout=_COMMAND_SECONDS)
     try:
         found = run(command, input=script, env=environment)

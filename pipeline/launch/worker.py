@@ -44,11 +44,7 @@ def work(file: Path, environment: Mapping[str, str], log: Path) -> None:
 
 
 def do_job(file: Path) -> int:
-    """Run the stages that `file` holds.
-
-    Returns:
-        0 when all are done, STOPPED when asked to stop, 1 otherwise.
-    """
+    """Run the stages that `file` holds; return 0 when all are done, STOPPED when asked to stop, 1 otherwise."""
     if sys.platform == "linux":
         Path("/proc/self/comm").write_text(_PROGRAM)
     # The commands in dvc.yaml are found beside this interpreter.

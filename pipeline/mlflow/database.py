@@ -30,11 +30,7 @@ def is_absent(uri: str) -> bool:
 
 
 def create(path: Path, make_tables: Callable[[str], object]) -> None:
-    """Create a database. To be called under a lock.
-
-    Args:
-        make_tables: makes the tables of a new database at a URI.
-    """
+    """Create a database; `make_tables` makes the tables of one at a URI. To be called under a lock."""
     # MLflow remembers by its name that a database has its tables.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

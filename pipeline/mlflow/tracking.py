@@ -48,11 +48,7 @@ _CURVES = ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss", "epoch", 
 
 
 class Tracker:
-    """Logs the finished cells of a profile in a thread of its own, for which nothing has to wait.
-
-    Args:
-        cells: ids of cells that may be finished.
-    """
+    """Logs those of `cells` that are finished in a thread of its own, for which nothing has to wait."""
 
     def __init__(self, profile: str, cells: Iterable[str] = ()) -> None:
         self._profile, self._cells = profile, list(cells)
@@ -74,11 +70,7 @@ class Tracker:
         return not self._thread.is_alive()
 
     def finish(self, status: str = "FINISHED", stops: Callable[[], int] = lambda: 0) -> str:
-        """Log what MLflow lacks, unless that gets nowhere or is to stop, and end the parent run.
-
-        Args:
-            status: "FINISHED", "FAILED" or "KILLED".
-            stops: whether the user has asked to stop.
+        """Log what MLflow lacks, unless that gets nowhere or `stops` asks to stop, and end the parent run.
 
         Returns:
             One line about what is not logged; empty if all is.
@@ -174,11 +166,7 @@ def store_uri() -> str:
 
 
 def find_experiment() -> str | None:
-    """Return the id of the experiment in which cells are logged; None if there is none yet.
-
-    Raises:
-        UserError: it was deleted, or the tracking server or database cannot be used.
-    """
+    """Return the id of the experiment in which cells are logged; None if there is none yet, UserError if deleted."""
     uri, experiment = store_uri(), None
     if not database.is_absent(uri):
         with _usable(uri) as mlflow:

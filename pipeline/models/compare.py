@@ -74,11 +74,7 @@ class Side:
 
 
 def run(a: str, b: str, *, as_json: bool) -> None:
-    """Print the comparison of two profiles, git revisions or cells; "." is the working folder.
-
-    Raises:
-        UserError: a name that is none of these.
-    """
+    """Print the comparison of two profiles, git revisions or cells; "." is the working folder."""
     with ExitStack() as stack:
         found = compare(_side(a, stack), _side(b, stack))
     print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))

@@ -20,19 +20,11 @@ from schoenbat.lra.pretrained import ONNX
 from schoenbat.lra.tasks import TASKS
 
 CARD, SETTINGS = "README.md", "params.yaml"
-
-
 FORMATS = ("safetensors", "onnx")
 
 
 def run(cell: str, folder: Path, file_format: str = "safetensors") -> list[Path]:
-    """Write the export; it is whole, or it is not there.
-
-    Args:
-        file_format: "onnx" for the model as ONNX, beside what is written in any case.
-
-    Returns:
-        The files.
+    """Write the export, whole or not at all, and return its files; "onnx" adds the model as ONNX to the others.
 
     Raises:
         UserError: no such format or cell, a model that has no ONNX form, code or settings other than those that it was

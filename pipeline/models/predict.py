@@ -4,7 +4,6 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipeline.host.devices import get_device
 from pipeline.models.trained import TrainedCell, load_trained
@@ -13,32 +12,12 @@ from schoenbat.errors import UserError
 Example = str | tuple[str, ...]
 
 
-def run(
-    cell: str,
-    texts: Sequence[str],
-    file: Path | None,
-    *,
-    top: int,
-    device_name: str,
-    profile: str | None,
-    as_json: bool,
-) -> None:
-    """Print the likeliest classes of each text.
-
-    Args:
-        texts: to classify; without any, and without `file`, those of standard input.
-        file: a text a line.
-        top: so many classes of each.
-
-    Raises:
-        UserError: no such cell, a text that its task cannot read, or both texts and a file.
-    """
+def run(cell: str, texts: Sequence[str], *, top: int, device_name: str, profile: str | None, as_json: bool) -> None:
+    """Print the `top` likeliest classes of each text; without texts, of each line of standard input."""
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}")
-    if texts and file is not None:
-        raise UserError("give texts or --file, not both")
     trained = load_trained(cell, profile)
-    examples = _examples(trained, texts, file)
+    examples = _examples(trained, texts)
     device = get_device(device_name)
     if trained.code_has_changed():
         print(f"warning: the code has changed since {cell} was trained, so its answers may have, too", file=sys.stderr)
@@ -57,7 +36,7 @@ def run(
         print(f"{classes}  {_short(shown)}")
 
 
-def _examples(trained: TrainedCell, texts: Sequence[str], file: Path | None) -> list[Example]:
+def _examples(trained: TrainedCell, texts: Sequence[str]) -> list[Example]:
     """Return the examples in the form that the task takes: texts, or pairs."""
     pairs = trained.classifier.config.data["num_texts"] == 2
     if texts:
@@ -66,31 +45,26 @@ def _examples(trained: TrainedCell, texts: Sequence[str], file: Path | None) -> 
         if len(texts) % 2:
             raise UserError(f"{trained.cell.task} compares two texts: give them in pairs")
         return list(zip(texts[::2], texts[1::2], strict=True))
-    name = "standard input" if file is None else str(file)
     examples: list[Example] = []
-    for number, line in enumerate(_read(file).split("\n"), start=1):
+    for number, line in enumerate(_read().split("\n"), start=1):
         first, *others = line.split("\t") if pairs else [line]
         if not line.strip():
             continue
         if len(others) != pairs:
-            raise UserError(f"{name}, line {number}: {trained.cell.task} compares two texts, with a tab between them")
+            raise UserError(f"line {number}: {trained.cell.task} compares two texts, with a tab between them")
         examples.append((first, *others) if pairs else first)
     if not examples:
-        raise UserError(f"{name} holds no text")
+        raise UserError("standard input holds no text")
     return examples
 
 
-def _read(file: Path | None) -> str:
-    if file is None:
-        if sys.stdin.isatty():
-            print("a text a line, then Ctrl-D:", file=sys.stderr)
-        return sys.stdin.read()
+def _read() -> str:
+    if sys.stdin.isatty():
+        print("a text a line, then Ctrl-D:", file=sys.stderr)
     try:
-        return file.read_text(encoding="utf-8")
+        return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x})") from None
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"there is no file {file}") from None
+        raise UserError(f"the input is not {error.encoding} (byte 0x{error.object[error.start]:02x})") from None
 
 
 def _short(text: str, most: int = 40) -> str:

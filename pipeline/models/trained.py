@@ -49,11 +49,7 @@ def current_profile(root: Path = Path()) -> str:
 
 
 def load_trained(cell: str, profile: str | None = None) -> TrainedCell:
-    """Load a trained cell with its best weights, on the CPU.
-
-    Args:
-        cell: its id.
-        profile: by default that of params.yaml.
+    """Load a trained cell, of the profile of params.yaml by default, with its best weights, on the CPU.
 
     Raises:
         UserError: no such cell is trained, its files are damaged, or its data has changed since.

@@ -31,8 +31,7 @@ class Row:
             "interrupted".
         reason: why it failed, or what is to be known.
         log: the file with its output, if it has any.
-        progress: what the cell itself says: step, steps, loss, accuracy, dev_accuracy, steps_per_second, memory_mb,
-            gpu_percent.
+        progress: what the cell itself says: step, steps, loss, accuracy, dev_accuracy, steps_per_second, memory_mb.
         attempt: how often it was started in this grid.
         device: where it runs.
         seconds_left: estimated; None if nothing is known yet.

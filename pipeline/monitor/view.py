@@ -112,7 +112,6 @@ def _columns(row: Row) -> dict[str, str]:
         "loss": shown("loss", "{:.4f}"),
         "steps/s": shown("steps_per_second", "{:.1f}"),
         "memory": shown("memory_mb", "{:.0f} MB"),
-        "GPU": shown("gpu_percent", "{} %"),
         "device": row.device,
     }
 

@@ -1,17 +1,11 @@
 """Stage `bench`: every mechanism of the grid timed side by side, in one process, against torch's exact attention.
 
-One attention is batch 1, 2 heads of 32, in float32, or of another `Shape`, on queries and keys of unit length (what
-pre-SBN gives) and Gaussian values, with the mechanism's section of params.yaml and each kernel of the grid. It is timed
-forward, and forward and backward; and the causal form as well, if there is one, against torch's with is_causal. In each
-round every mechanism is timed once, in turn, so that what disturbs the machine disturbs all alike; a row holds the
-median over rounds and the interquartile range, per call. On CUDA a sample ends when the GPU has done all of its calls.
-
-Mechanisms know that they get unit vectors, as behind pre-SBN. Beside them stands dot_product_kernel_attention, which a
-user calls, with each of `bench.num_features`; its output is kept from being further off than that of uniform weights.
-One token is a query and a key after so many others: for it through the state of fixed size that these leave, for sdpa
-over a cache of their keys and values.
-
-A pass whose quartiles are further apart than a fifth of its median is measured again, up to twice.
+Queries and keys have unit length, which mechanisms know, as behind pre-SBN; values are Gaussian. A mechanism has its
+section of params.yaml and each kernel of the grid. It is timed forward, and forward and backward; and its causal form
+as well. Each round times every mechanism once, in turn, so that what disturbs the machine disturbs all
+alike; a row holds the median over rounds and the interquartile range, per call. Beside them stands
+dot_product_kernel_attention with each of `bench.num_features`, and one token after so many others: for it through the
+state of fixed size that these leave, for sdpa over a cache of their keys and values.
 
 Nothing is timed before its result has been compared, at the same length, with exact attention in float64, for 128
 queries spread over the sequence: outputs, and the gradients of query, key and value that those outputs cause.

@@ -4,6 +4,7 @@
 for a grid). Modules that take long to import are imported by the commands that need them.
 """
 
+import importlib
 import io
 import json
 import os
@@ -46,11 +47,11 @@ def make_app(**settings: Any) -> typer.Typer:
 
 
 def command(
-    app: typer.Typer, panel: str, *examples: str, name: str | None = None
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None, about: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds a command to `app`, in a group of the help and with examples at the help's end."""
     lines = "".join(f"\n  {PROGRAM} {line}" for line in examples)
-    return app.command(name, rich_help_panel=panel, epilog=f"Examples:{lines}")
+    return app.command(name, help=about, rich_help_panel=panel, epilog=f"Examples:{lines}")
 
 
 def option(
@@ -86,47 +87,39 @@ app = make_app(add_completion=False)
 _add = partial(command, app, "One stage at a time")
 
 
-@_add(
+def _for_cell(stage: str) -> Callable[..., None]:
+    """Return a command that runs a stage for one cell, or for each seed of it."""
+
+    def run(
+        task: Task,
+        attn: Attn,
+        former: Former,
+        dotf: Dotf = None,
+        seed: Seed = None,
+        device: Device = None,
+        profile: Profile = None,
+        force: Force = False,
+    ) -> None:
+        from pipeline.grid.cells import make_cells
+
+        module, params = importlib.import_module(f"pipeline.stages.{stage}"), load(profile)
+        for cell in make_cells(params, task, attn, dotf, former, seed):
+            module.run(params, cell, device_name=device or params.run.device, force=force)
+
+    return run
+
+
+_add(
     "train --task lra-text --attn rmfa --dotf exp --former maclauformer",
     "train --task lra-text --attn softmax --former transformer --seed 43 --device cuda:0",
-)
-def train(
-    task: Task,
-    attn: Attn,
-    former: Former,
-    dotf: Dotf = None,
-    seed: Seed = None,
-    device: Device = None,
-    profile: Profile = None,
-    force: Force = False,
-) -> None:
-    """Train one cell, or each seed of it that is out of date; an interrupted run goes on from its checkpoint."""
-    from pipeline.grid.cells import make_cells
-    from pipeline.stages import train as stage
-
-    params = load(profile)
-    for cell in make_cells(params, task, attn, dotf, former, seed):
-        stage.run(params, cell, device_name=device or params.run.device, force=force)
-
-
-@_add("eval --task lra-text --attn rmfa --dotf exp --former maclauformer", name="eval")
-def evaluate(
-    task: Task,
-    attn: Attn,
-    former: Former,
-    dotf: Dotf = None,
-    seed: Seed = None,
-    device: Device = None,
-    profile: Profile = None,
-    force: Force = False,
-) -> None:
-    """Test the best weights of one trained cell, or of each seed of it."""
-    from pipeline.grid.cells import make_cells
-    from pipeline.stages import evaluate as stage
-
-    params = load(profile)
-    for cell in make_cells(params, task, attn, dotf, former, seed):
-        stage.run(params, cell, device_name=device or params.run.device, force=force)
+    name="train",
+    about="Train one cell, or each seed of it that is out of date; an interrupted run goes on from its checkpoint.",
+)(_for_cell("train"))
+_add(
+    "eval --task lra-text --attn rmfa --dotf exp --former maclauformer",
+    name="eval",
+    about="Test the best weights of one trained cell, or of each seed of it.",
+)(_for_cell("evaluate"))
 
 
 @_add("numerics")
@@ -219,8 +212,7 @@ def replace(
 
 def load(profile: str | None = None) -> "Params":
     """Return the settings: params.yaml, or in a grid those of its start; UserError if they are of another profile."""
-    from pipeline.grid.checked import load_checked
-    from pipeline.grid.code import check_code
+    from pipeline.grid.checked import check_code, load_checked
     from pipeline.grid.settings import params_file
 
     path = params_file()

@@ -16,10 +16,7 @@ def run(params: Params, task: str) -> None:
     """Put the raw files of `task` and provenance.json, which says where they came from, into data/raw/TASK.
 
     Files of this machine that the task's settings name are listed there with hashes, for `sources_have_changed`.
-
-    Raises:
-        DataUnavailable: no source could be reached, or the only one is too large; the message says what to do.
-        UserError: an unknown task, or a mirror that is no folder.
+    DataUnavailable is raised if no source could be reached, or the only one is too large.
     """
     section = section_of(params.task, "task", task)
     mirror = params.data.mirror_folder

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.grid.cells import Cell, resolve
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.params import Params
 from pipeline.grid.results import TestScore
 from pipeline.grid.settings import flat
@@ -18,9 +18,6 @@ from schoenbat.lra.training import load_model, predict
 
 def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
     """Score the best weights of `cell` on the test split, unless that is up to date.
-
-    Args:
-        force: test again what is up to date.
 
     Raises:
         UserError: the cell has not been trained, or its weights belong to other settings, data or code than today's.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.grid.cells import Cell, resolve
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.params import Params
 from pipeline.host.devices import get_device, prepare_host
 from schoenbat.files import write_bytes

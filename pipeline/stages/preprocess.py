@@ -13,9 +13,6 @@ def run(params: Params, task: str) -> None:
     """Encode the raw files of `task` into data/processed/PROFILE/TASK.
 
     A copy of meta.json, with the baselines of the task and what the data was made from, is left beside the results.
-
-    Raises:
-        UserError: an unknown task, or raw files that have not been downloaded.
     """
     section = section_of(params.task, "task", task)
     raw = raw_folder(task)

@@ -28,7 +28,7 @@ from transformers import __version__ as transformers_version
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.freshness import PAPERS, REVIEWS, Freshness, data_folder
 from pipeline.grid.numerics import digest
 from pipeline.grid.params import ModelParams, Params, ReplacementParams, model_of
@@ -57,12 +57,7 @@ BATCH, PIECE = 8, 512
 
 
 def run(params: Params, name: str, *, force: bool = False) -> None:
-    """Measure one cell of `trained.cells`, unless that is up to date.
-
-    Raises:
-        DataUnavailable: the model is not here.
-        UserError: the data is not prepared, or has fewer texts than are asked for.
-    """
+    """Measure one cell of `trained.cells`, unless that is up to date; DataUnavailable if the model is not here."""
     if name not in params.trained.cells:
         raise unknown_name("cell", name, params.trained.cells)
     results, made_from = Replaced(params.profile, name), Freshness(read_yaml(params_file())).replaced(name)

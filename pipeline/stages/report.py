@@ -9,14 +9,7 @@ from schoenbat.errors import UserError
 
 
 def run(params: Params, *, reference: str, margin: float, force: bool) -> None:
-    """Write reports/PROFILE; cells that are missing are shown as such.
-
-    Args:
-        reference, margin, force: as in `reporting.build`.
-
-    Raises:
-        UserError: an unknown mechanism, a margin that is not positive, or a report that shows results that are gone.
-    """
+    """Write reports/PROFILE; cells that are missing are shown as such. Options are as in `reporting.build`."""
     ATTENTIONS.get(reference)
     if not 0 < margin <= 100:
         raise UserError(f"--margin must lie between 0 and 100 points, not {margin:g}")

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import psutil
 import torch
 
 from pipeline.grid.cells import Cell, Setup, resolve
-from pipeline.grid.code import check_code
+from pipeline.grid.checked import check_code
 from pipeline.grid.freshness import CODE_VARIABLE, Freshness
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import Params
@@ -34,21 +33,13 @@ from schoenbat.lra.training import Evaluation, FitResult, OtherCheckpoint, StepR
 def run(params: Params, cell: Cell, *, device_name: str, force: bool) -> None:
     """Train `cell` unless its training is up to date; a run that was interrupted goes on from its checkpoint.
 
-    A checkpoint of another configuration, or one that cannot be read, is set aside.
-
-    SIGINT and SIGTERM end it at the next step, with a checkpoint.
-
-    Writes the weights, the curve and, last, the metrics of the cell, each complete or not at all; then the checkpoint
-    goes.
-
-    Args:
-        force: train again what is up to date.
+    A checkpoint of another configuration, or one that cannot be read, is set aside. Writes the weights, the curve and,
+    last, the metrics of the cell, each complete or not at all; then the checkpoint goes.
 
     Raises:
-        UserError: the data is not prepared, the device is not there, or the code is not that of the start of the grid.
         TrainingFailed: the loss is no longer a number.
         OutOfMemory: the device's memory does not suffice.
-        Stopped: by a signal; the checkpoint is written.
+        Stopped: by SIGINT or SIGTERM; the checkpoint is written.
     """
     device, setup = get_device(device_name), resolve(params, cell)
     made_from, results = identify(setup), setup.results
@@ -134,7 +125,7 @@ class _Training:
 
             def on_step(report: StepReport) -> None:
                 if progress.is_due():
-                    progress.update(**dataclasses.asdict(report), **_used(self.device))
+                    progress.update(**dataclasses.asdict(report), memory_mb=_memory_mb(self.device))
                 figures = f"loss {report.loss:.4f} accuracy {report.accuracy:.3f} {report.steps_per_second:.1f} steps/s"
                 meter.update(report.step, report.steps, figures)
 
@@ -216,14 +207,7 @@ def _memory_watched(device: torch.device) -> Iterator[None]:
         raise OutOfMemory(f"{device} has too little memory: {str(error).splitlines()[0]}") from error
 
 
-def _used(device: torch.device) -> dict[str, Any]:
-    """Return the memory that this process takes, and how busy its GPU is where the driver tells, with all on it."""
-    if device.type != "cuda":
-        return {"memory_mb": psutil.Process().memory_info().rss / 2**20}
-    import pynvml
-
-    used = {"memory_mb": torch.cuda.memory_reserved(device) / 2**20}
-    # It does not tell of a part of a GPU.
-    with contextlib.suppress(pynvml.NVMLError):
-        used["gpu_percent"] = torch.cuda.utilization(device)
-    return used
+def _memory_mb(device: torch.device) -> float:
+    """Return what this process takes of the device's memory."""
+    taken: int = torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return taken / 2**20

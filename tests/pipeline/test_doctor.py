@@ -38,7 +38,6 @@ def test_where_everything_is_there_nothing_is_wrong_and_nothing_is_made(whole: P
     found = lines(out)
     assert list(found) == [
         "python",
-        "packages",
         "settings",
         "code",
         "git",
@@ -48,7 +47,6 @@ def test_where_everything_is_there_nothing_is_wrong_and_nothing_is_made(whole: P
         "dvc",
         "mlflow",
         "disk",
-        "memory",
         "data",
     ]
     assert all(line.split()[0] in ("ok", "note") for line in found.values())

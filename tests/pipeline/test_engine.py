@@ -146,13 +146,6 @@ def test_no_more_run_at_once_than_asked_nor_than_the_devices_have_room_for(grid:
         assert max(len(others) + 1 for _, others in backend.beside) == most, options
 
 
-def test_the_first_failure_stops_a_grid_that_is_told_so(grid: Callable[..., Any]) -> None:
-    jobs = [job(name, saves=True) for name in ("a", "b", "c", "d")]
-    ended, backend = grid(*jobs, ends={"a": [FAILED]}, kinds={"a": "failed"}, jobs=1, fail_fast=True)
-    assert states(ended) == {"a": "failed", "b": "stopped", "c": "stopped", "d": "stopped"}
-    assert backend.starts("b") == 0
-
-
 def test_a_timeout_ends_a_job_for_good(grid: Callable[..., Any]) -> None:
     ended, backend = grid(job("endless", timeout_seconds=0.05), job("a"))
     assert states(ended) == {"endless": "failed", "a": "done"}

@@ -132,20 +132,6 @@ def test_a_job_that_hangs_is_ended_and_not_tried_again(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_failure_stops_a_grid_that_is_told_so(folder: Path) -> None:
-    jobs = (does("slow", ("slow",), seconds=2.0), does("nan", ("nan",), seconds=1.0), does("later", ("later",)))
-    ended = ends(run(*jobs, fail_fast=True))
-    assert {name: event.state for name, event in ended.items()} == {
-        "slow": "stopped",
-        "nan": "failed",
-        "later": "stopped",
-    }, ended
-    assert ended["slow"].log is not None
-    assert ended["later"].log is None, "it was never started"
-    assert _processes_in(folder) == []
-
-
-@pytest.mark.slow
 def test_the_longest_starts_first_and_what_measures_runs_alone_and_last(folder: Path) -> None:
     jobs = (
         does("measures", ("crashes_once",), exclusive=True, seconds=100.0),

@@ -33,7 +33,6 @@ HERE = "test_options.py"
 WHERE = {
     **{("run", option): HERE for option in FILTERS},
     **{("run", option): HERE for option in ("--grid", "--dry-run", "--json", "--jobs", "--devices", "--force")},
-    **{("run", option): HERE for option in ("--fail-fast", "--keep-going")},
     ("run", "--backend"): "test_slurm.py",
     **{(command, option): HERE for command in ("train", "eval") for option in OF_A_CELL},
     **{(command, "--force"): "test_cli.py" for command in ("train", "eval")},
@@ -46,12 +45,10 @@ WHERE = {
     **{("ui", option): "test_mlflow_ui.py" for option in ("--profile", "--port", "--open")},
     ("log", "--profile"): "test_tracking.py",
     ("export", "--format"): "test_trained.py",
-    **{("predict", option): "test_trained.py" for option in ("--cell", "--file", "--top", "--device", "--profile")},
+    **{("predict", option): "test_trained.py" for option in ("--cell", "--top", "--device", "--profile")},
     **{(command, "--json"): "test_trained.py" for command in ("predict", "compare")},
     ("status", "--watch"): HERE,
     ("status", "--json"): HERE,
-    ("logs", "--follow"): HERE,
-    ("logs", "-f"): HERE,
     ("list", "--json"): HERE,
     ("use", "--force"): HERE,
     **{("report", option): "test_results_command.py" for option in ("--reference", "--margin", "--force")},
@@ -193,15 +190,6 @@ def test_force_runs_again_what_is_up_to_date(trained: Project, invoke: Invoke) -
     assert run(small.folder)[1].startswith("nothing to do: all 2 cells")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("option", "failures"), [("--fail-fast", 1), ("--keep-going", 2)])
-def test_the_first_failure_stops_the_grid_or_does_not(small: Project, option: str, failures: int) -> None:
-    small.set("task.lra-listops.training.learning_rate", 1e30)
-    code, out = run(small.folder, "--jobs", "1", option)
-    assert code == 1, out
-    assert len([line for line in out.splitlines() if line.startswith("failed: train")]) == failures, out
-
-
 def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
     """Run a command that goes on until Ctrl-C, interrupt it after its first line; its exit code."""
     process = subprocess.Popen(
@@ -222,12 +210,7 @@ def until_interrupted(folder: Path, *arguments: str, begins: str) -> int:
 @pytest.mark.slow
 def test_what_goes_on_ends_with_an_interrupt(project: Project) -> None:
     project.add_dvc()
-    log = Path("logs/tiny", f"{MEAN}.log")
-    log.parent.mkdir(parents=True)
-    log.write_text("first line\n")
     assert until_interrupted(project.folder, "status", "--watch", begins="profile tiny: 0 of 16 cells done") == 0
-    assert until_interrupted(project.folder, "logs", MEAN, "--follow", begins="first line") == 0
-    assert until_interrupted(project.folder, "logs", MEAN, "-f", begins="first line") == 0
 
 
 def test_what_programs_read(project: Project, invoke: Invoke) -> None:

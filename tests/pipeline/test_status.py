@@ -41,9 +41,7 @@ def heartbeat(project: Project) -> Heartbeat:
     folder = Path("checkpoints/tiny", MEAN[0])
     folder.mkdir(parents=True)
     said = {"stage": "train", "step": 30, "steps": 60, "loss": 1.25, "dev_accuracy": 0.5, "steps_per_second": 2.0}
-    (folder / "progress.json").write_text(
-        json.dumps({**said, "memory_mb": 200.0, "gpu_percent": 87, "updated": time.time()})
-    )
+    (folder / "progress.json").write_text(json.dumps({**said, "memory_mb": 200.0, "updated": time.time()}))
     (folder / "last.pt").touch()
     Path("logs/tiny", f"{SOFTMAX[1]}.outcome.json").write_text('{"kind": "failed", "message": "loss is nan"}')
     return made
@@ -64,9 +62,9 @@ def test_a_running_grid_is_shown_as_its_engine_and_its_cells_see_it(heartbeat: H
     # The only cell that is done took half of what was expected, so what is queued is taken to be 2 x 50 s.
     assert snapshot.seconds_left == 115.0
     title, *shown, summary = view.lines(snapshot)
-    assert " ".join(title.split()) == "cell state progress left dev accuracy loss steps/s memory GPU device"
+    assert " ".join(title.split()) == "cell state progress left dev accuracy loss steps/s memory device"
     (mean,) = (" ".join(line.split()) for line in shown if line.startswith(MEAN[0]))
-    assert mean == f"{MEAN[0]} running (2) train 30/60 15 s 0.5000 1.2500 2.0 200 MB 87 % cpu"
+    assert mean == f"{MEAN[0]} running (2) train 30/60 15 s 0.5000 1.2500 2.0 200 MB cpu"
     assert f"{SOFTMAX[1]}  failed       loss is nan" in shown
     assert summary == "profile tiny: 1 of 4 cells done, 1 running, 1 failed, 1 queued; about 2 min left"
     assert [line.plain.split()[0] for line in view.screen(snapshot, width=160, height=6)] == [

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,11 @@ def test_predict_says_of_a_text_of_unknown_words_that_its_answer_says_little(tra
         load_trained(SOFTMAX).classifier.predict(["quibble zounds"])
 
 
-def test_predict_reads_a_file_or_standard_input_and_speaks_json(
-    trained: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_predict_reads_standard_input_and_speaks_json(
+    trained: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = "a dull thing\n\na warm thing\n"
-    file = tmp_path / "texts.txt"
-    file.write_text(texts)
-    code, out, _ = invoke("predict", "--cell", SOFTMAX, "--file", str(file), "--json")
+    monkeypatch.setattr("sys.stdin", StringIO("a dull thing\n\na warm thing\n"))
+    code, out, _ = invoke("predict", "--cell", SOFTMAX, "--json")
     assert code == 0
     answer = json.loads(out)
     assert (answer["cell"], answer["profile"]) == (SOFTMAX, "tiny")
@@ -116,8 +114,17 @@ def test_predict_reads_a_file_or_standard_input_and_speaks_json(
     for each, likeliest in zip(answer["predictions"], ("bad", "good"), strict=True):
         assert next(iter(each["classes"])) == likeliest
         assert sum(each["classes"].values()) == pytest.approx(1)
-    monkeypatch.setattr("sys.stdin", StringIO(texts))
-    assert invoke("predict", "--cell", SOFTMAX, "--json")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"caf\xe9", "the input is not utf-8 (byte 0xe9)"), (b"\n", "standard input holds no text")],
+)
+def test_predict_says_what_is_wrong_with_standard_input(
+    trained: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(content), encoding="utf-8"))
+    assert invoke("predict", "--cell", SOFTMAX) == (2, "", f"error: {message}\n")
 
 
 def test_predict_gives_the_logits_that_the_test_was_scored_with(trained: Path) -> None:
@@ -138,10 +145,6 @@ def test_predict_gives_the_logits_that_the_test_was_scored_with(trained: Path) -
     [
         (("--cell", "table-sofmax-transformer-0", "x"), f"choose one of: {SOFTMAX}"),
         (("--cell", SOFTMAX, "x", "--top", "0"), "--top must be at least 1, not 0"),
-        (("--cell", SOFTMAX, "x", "--file", "y"), "give texts or --file, not both"),
-        (("--cell", SOFTMAX, "--file", "nowhere.txt"), "there is no file nowhere.txt"),
-        (("--cell", SOFTMAX, "--file", "latin.txt"), "latin.txt is not UTF-8 (byte 3: 0xe9)"),
-        (("--cell", SOFTMAX, "--file", "empty.txt"), "empty.txt holds no text"),
         (("--cell", SOFTMAX, " "), "a text is empty"),
         (("--cell", SOFTMAX, "x", "--profile", "other"), "no trained cell"),
         (("--cell", SOFTMAX, "x", "--device", "gpu"), "unknown device 'gpu'"),
@@ -150,8 +153,6 @@ def test_predict_gives_the_logits_that_the_test_was_scored_with(trained: Path) -
 def test_what_cannot_be_classified_is_one_line(
     trained: Path, invoke: Invoke, arguments: tuple[str, ...], message: str
 ) -> None:
-    (trained / "latin.txt").write_bytes(b"caf\xe9")
-    (trained / "empty.txt").write_text("\n")
     code, out, err = invoke("predict", *arguments)
     assert (code, out) == (2, "")
     assert message in err
