@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import schoenbat
-from pipeline.cli.names import Kind, described, names
+from pipeline.cli.names import KINDS, described, names
 from pipeline.grid import completion
 from pipeline.grid.settings import enter_project
 from pipeline.host.heartbeat import watch
@@ -166,16 +166,16 @@ def logs(
 
 @_setup("list", "list attn", "list profiles --json", name="list")
 def list_names(
-    kind: Annotated[str | None, argument(f"One of {', '.join(Kind)}. Default: all kinds.", lambda: list(Kind))] = None,
+    kind: Annotated[str | None, argument(f"One of {', '.join(KINDS)}. Default: all.", lambda: list(KINDS))] = None,
     as_json: Json = False,
 ) -> None:
     """List the names that can be used, what they stand for, and what comes from other distributions."""
     from pipeline.grid.checked import ensure_checked
     from pipeline.grid.settings import PARAMS_FILE, PROJECT_FILE
 
-    if kind is not None and kind not in list(Kind):
-        raise unknown_name("kind", kind, Kind)
-    found = {each: names(each) for each in Kind if kind in (None, each)}
+    if kind is not None and kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    found = {each: names(each) for each in KINDS if kind in (None, each)}
     if as_json:
         print(json.dumps({each: [dataclasses.asdict(name) for name in listed] for each, listed in found.items()}))
     else:
@@ -197,7 +197,7 @@ def use(
     from pipeline.record.writer import exchange_record
     from schoenbat.files import write_bytes
 
-    known = [each.name for each in names(Kind.PROFILES)]
+    known = [each.name for each in names("profiles")]
     if profile not in known:
         raise unknown_name("profile", profile, known)
     source = Path("profiles", f"{profile}.yaml")

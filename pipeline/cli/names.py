@@ -1,6 +1,5 @@
 """The names that can be used, what each stands for, and where it comes from if not from this project."""
 
-import enum
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -13,12 +12,11 @@ from pipeline.grid.settings import read_yaml
 from schoenbat.errors import UserError
 from schoenbat.registry import Registry, describe_entry
 
+KINDS = ("tasks", "attn", "dotf", "former", "profiles")
 _FORMERS = {
     "maclauformer": "pre-SBN and post-SBN around the mechanism, as SchoenbAt has it.",
     "transformer": "The mechanism alone.",
 }
-
-
 PROMISES = {
     "weights_sum_to_one": "weights sum to one",
     "sees_every_key": "sees every key",
@@ -30,16 +28,6 @@ PROMISES = {
     "needs_max_length": "needs a maximal length",
 }
 """What each class variable of `schoenbat.attention.Attention` that is true or false says, in words."""
-
-
-class Kind(enum.StrEnum):
-    """A kind of names."""
-
-    TASKS = "tasks"
-    ATTN = "attn"
-    DOTF = "dotf"
-    FORMER = "former"
-    PROFILES = "profiles"
 
 
 @dataclass(frozen=True)
@@ -74,17 +62,17 @@ class Mechanism(Name):
         return [*super().lines(), f"{self.cost} cost; {kept}", *([f"paper: {self.paper}"] if self.paper else [])]
 
 
-def names(kind: Kind) -> list[Name]:
-    """Return all names of a kind, sorted; one that cannot be imported says so in its text."""
-    if kind is Kind.PROFILES:
+def names(kind: str) -> list[Name]:
+    """Return all names of a kind of KINDS, sorted; one that cannot be imported says so in its text."""
+    if kind == "profiles":
         return [Name(path.stem, _note(path)) for path in sorted(Path("profiles").glob("*.yaml"))]
-    if kind is Kind.FORMER:
+    if kind == "former":
         return [Name(former, about) for former, about in _FORMERS.items()]
     from schoenbat.attention import ATTENTIONS
     from schoenbat.kernels import KERNELS
     from schoenbat.lra.tasks import TASKS
 
-    registries: dict[Kind, Registry[Any]] = {Kind.TASKS: TASKS, Kind.ATTN: ATTENTIONS, Kind.DOTF: KERNELS}
+    registries: dict[str, Registry[Any]] = {"tasks": TASKS, "attn": ATTENTIONS, "dotf": KERNELS}
     registry = registries[kind]
     return [_registered(registry, name, registry.external().get(name)) for name in registry.names()]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from project_folder import Project
 
-from pipeline.cli.names import PROMISES, Kind, Name, described, names
+from pipeline.cli.names import KINDS, PROMISES, Name, described, names
 from pipeline.grid.cells import expand, make_cells
 from pipeline.grid.params import MAX_SEED, load_params
 from schoenbat import registry
@@ -86,17 +86,17 @@ def test_every_seed_that_is_accepted_trains(project: Project, invoke: Invoke, se
 
 
 def test_every_name_says_what_it_stands_for(project: Project) -> None:
-    for kind in Kind:
+    for kind in KINDS:
         for name in names(kind):
             assert name.about, f"{kind} {name.name} has no first line in its docstring"
             assert name.origin == ""
-    assert [name.name for name in names(Kind.FORMER)] == list(FORMERS)
+    assert [name.name for name in names("former")] == list(FORMERS)
 
 
 def test_a_profile_that_is_no_yaml_is_listed_with_its_error(project: Project) -> None:
     Path("profiles").mkdir()
     Path("profiles/broken.yaml").write_text("a: [")
-    ((broken,)) = names(Kind.PROFILES)
+    ((broken,)) = names("profiles")
     assert "not valid YAML" in broken.about
 
 
@@ -128,7 +128,7 @@ def test_every_promise_of_a_mechanism_has_words() -> None:
 def test_a_mechanism_that_cannot_be_loaded_is_listed_with_the_reason(hyphenated: Project) -> None:
     (installed,) = (Path(path) for path in sys.path if (Path(path) / "my_attention.py").is_file())
     (installed / "my_attention.py").write_text("import schoenbat.nothing\n")
-    (broken,) = (each for each in names(Kind.ATTN) if each.name == "rmfa-exp")
+    (broken,) = (each for each in names("attn") if each.name == "rmfa-exp")
     assert broken == Name(
         "rmfa-exp",
         "cannot be loaded: attn 'rmfa-exp' (my_attention:RmfaExp of my-attention 0.1) cannot be loaded: "
