@@ -86,7 +86,7 @@ def run(params: Params, name: str, *, force: bool = False) -> None:
 def golden_record(params: Params, name: str) -> dict[str, np.ndarray]:
     """Return what a cell gives on few texts, to compare two revisions of the code."""
     model, trained = model_of(name), params.trained
-    few = with_changes(trained, model={model: with_changes(trained.model[model], texts=GOLDEN_TEXTS)})
+    few = with_changes(trained, model={**trained.model, model: with_changes(trained.model[model], texts=GOLDEN_TEXTS)})
     values, _ = measure(with_changes(params, trained=few), name, git_revision())
     return {"outputs": torch.cat([of_draws.flatten() for of_draws in values.values()]).numpy()}
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from project_folder import Project
@@ -152,6 +153,9 @@ def test_each_method_is_measured_once_and_stands_in_the_report(
         best = max(names, key=lambda name: means[f"bert-{name}"]["cosine"])
         assert f"the best {kind}, {best}, has {means[f'bert-{best}']['cosine']:.3f} (" in answer
     assert json.loads(invoke("results", "--json")[1])["trained"]["bert-mean"] == pytest.approx(means["bert-mean"])
+    assert invoke("golden", "golden.npz", "--cell", "bert-mean", "--cell", "llama-mean")[0] == 0
+    with np.load("golden.npz") as golden:
+        assert {name.partition("/")[0] for name in golden} == {"bert-mean", "llama-mean"}
     monkeypatch.delattr(replace, "embed")
     code, out, err = invoke("replace", "--cell", "bert-mean")
     assert (code, out) == (0, "bert-mean: up to date; --force measures it again\n"), err
