@@ -217,8 +217,9 @@ class ReplacementParams:
         attention: a mechanism, with its `options`.
         bare: of the estimate the near and heavy keys alone.
         fit: let `schoenbat.transfer` fit kernels to a few texts.
-        rank: of updates of queries and keys that `schoenbat.transfer` fits, in `steps` to the outputs of layers and in
-            `own_steps` to what the model gives.
+        rank: of the low-rank updates of queries and keys that `schoenbat.transfer` fits; 0 for none.
+        steps: in which they are fitted to the outputs of layers.
+        own_steps: in which they are then fitted to what the whole model gives.
         fitting: texts, or windows, that are not measured, to choose settings on and to fit to.
         draws: of the features.
     """
