@@ -9,7 +9,10 @@ OVERFULL = re.compile(r"Overfull \\[hv]box \(([\d.]+)pt too (?:wide|high|large)\
 
 
 def has_tex() -> bool:
-    return shutil.which("pdflatex") is not None
+    """Return whether there are pdflatex and the packages that the tables need, which smaller installations lack."""
+    if shutil.which("pdflatex") is None:
+        return False
+    return subprocess.run(["kpsewhich", "adjustbox.sty"], capture_output=True, check=False).returncode == 0
 
 
 def set_tables(tables: Path, folder: Path) -> list[float]:

@@ -535,7 +535,7 @@ def test_every_number_of_the_main_tables_follows_from_the_raw_files(complete: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_tex(), reason="no pdflatex")
+@pytest.mark.skipif(not has_tex(), reason="no pdflatex, or no adjustbox")
 def test_tables_fit_the_page_of_the_article_class(complete: Path, tmp_path: Path) -> None:
     overfull = set_tables(complete / "reports/cpu/tables", tmp_path)
     assert max(overfull, default=0.0) <= 5
