@@ -18,7 +18,7 @@ from schoenbat.ops._share import compare_exactly
 from schoenbat.ops.reference import AttentionInputs, fill_masked
 from schoenbat.ops.sparse import QUERIES
 
-EXACT_KEYS = (8, 16, 32, 64)
+EXACT_KEYS = (8, 16, 32, 64, 128)
 """Tokens of a block, and heavy keys, of the settings that are tried."""
 NUM_FEATURES = 256
 """Features of the setting that is tried without near and heavy keys."""
@@ -128,17 +128,18 @@ def replace(
     candidates: Sequence[Estimate] | None = None,
     length: int | None = None,
 ) -> Replacement:
-    """Replace each layer of attention by the cheapest settings that explain `share` of it on a batch.
+    """Replace each layer of attention by the cheapest settings that explain `share` of each of its heads on a batch.
 
-    The model is run once, with exact attention, and each layer is measured on what it is given there. A layer that no
-    candidate explains is left exact. Nothing of the model's weights changes; what a model of transformers has been
+    The model is run once, with exact attention, and each layer is measured on what it is given there. The worst head
+    decides, as what a model computes in one head it does not have in another. A layer that no candidate explains is left
+    exact. Nothing of the model's weights changes; what a model of transformers has been
     given is saved by its `save_pretrained` (see `schoenbat.integrations.layers`).
 
     Args:
         model: a model of transformers whose attention goes through the attention interface, or any module with layers
             of nn.MultiheadAttention, such as nn.TransformerEncoder, whose dropout of weights is left out.
         batch: the model's keyword arguments, or its only argument: real texts of the length that matters, with masks.
-        share: of the attention to be explained, up to 1; see `schoenbat.diagnosis` for its definition.
+        share: of the attention of a head to be explained, up to 1; see `schoenbat.diagnosis` for its definition.
         candidates: the settings to try; those of `candidates_for` where it is None.
         length: at which costs are compared, in tokens; that of the batch where it is None.
 
@@ -190,7 +191,7 @@ class _Measured:
             self.shares[estimate] = min(share, before[0]), min(worst, before[1])
 
     def choose(self, layer: str, share: float, length: int) -> Choice:
-        enough = [estimate for estimate, (own, _) in self.shares.items() if own >= share]
+        enough = [estimate for estimate, (_, worst) in self.shares.items() if worst >= share]
         costs = {estimate: cost_of(estimate, self.inputs, length) for estimate in enough}
         if not costs:
             return Choice(layer, Estimate(num_features=None), 1.0, 1.0, 1.0)

@@ -45,28 +45,28 @@ def test_the_example_whose_error_grew_with_the_number_of_features() -> None:
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("dotf", "head_dim", "normalize"),
     [("exp", 8, False), ("exp", 64, False), ("inverse", 64, False), ("sqrt", 8, False), ("exp", 64, True)],
 )
 def test_where_queries_and_keys_vary_in_different_directions_it_is_no_worse_than_the_mean_value(
-    dotf: str, head_dim: int, normalize: bool, is_causal: bool
+    dotf: str, head_dim: int, normalize: bool, is_causal: bool, seed: int
 ) -> None:
-    """Over eight draws for each of three sets of vectors, so that one draw decides nothing; all seeds are fixed."""
-    for seed in range(3):
-        query, key, value = vectors(seed, head_dim, decay=1.5, size=0.5, is_alike=True)
-        longest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
-        how = {"is_causal": is_causal, "scale": head_dim**-0.5 if dotf == "exp" else 0.9 / longest}
-        exact = Estimate(dotf, None, normalize=normalize).attend(query, key, value, **how)
-        counts = torch.arange(1, 257)[:, None] if is_causal else 256
-        uniform = (value.cumsum(2) if is_causal else value.sum(2, keepdim=True)) / counts
-        distance = (exact - uniform).square().sum()
-        for num_features in (4, 16, 31, 48, 330, 1024):
-            estimates = (Estimate(dotf, num_features, seed=draw, normalize=normalize) for draw in range(8))
-            found = [estimate.attend(query, key, value, **how) for estimate in estimates]
-            error = torch.stack([(out - exact).square().sum() for out in found]).mean()
-            assert error < LIMIT**2 * distance, (num_features, seed)
+    """Over eight draws of a set of vectors, so that one draw decides nothing; all seeds are fixed."""
+    query, key, value = vectors(seed, head_dim, decay=1.5, size=0.5, is_alike=True)
+    longest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
+    how = {"is_causal": is_causal, "scale": head_dim**-0.5 if dotf == "exp" else 0.9 / longest}
+    exact = Estimate(dotf, None, normalize=normalize).attend(query, key, value, **how)
+    counts = torch.arange(1, 257)[:, None] if is_causal else 256
+    uniform = (value.cumsum(2) if is_causal else value.sum(2, keepdim=True)) / counts
+    distance = (exact - uniform).square().sum()
+    for num_features in (4, 16, 31, 48, 330, 1024):
+        estimates = (Estimate(dotf, num_features, seed=draw, normalize=normalize) for draw in range(8))
+        found = [estimate.attend(query, key, value, **how) for estimate in estimates]
+        error = torch.stack([(out - exact).square().sum() for out in found]).mean()
+        assert error < LIMIT**2 * distance, (num_features, seed)
 
 
 FALLING = falling_kernels()
@@ -94,11 +94,11 @@ def far_from_0(kind: str, head_dim: int, length: int, generator: torch.Generator
 
 
 @pytest.mark.parametrize(
-    "first", [pytest.param(i, marks=[pytest.mark.slow] if i else []) for i in range(0, NUM_FALLING, 20)]
+    "first", [pytest.param(i, marks=[pytest.mark.slow] if i else []) for i in range(0, NUM_FALLING, 5)]
 )
 def test_kernels_that_fall_are_no_worse_than_the_mean_value(first: int) -> None:
     """Each with one kind of vectors, width and length, causal or not, masked or not; errors are pooled over 4 draws."""
-    for number in range(first, first + 20):
+    for number in range(first, first + 5):
         generator = torch.Generator().manual_seed(number)
 
         def choose(*choices: Any, generator: torch.Generator = generator) -> Any:

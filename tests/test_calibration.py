@@ -342,6 +342,7 @@ def test_a_layer_that_is_called_twice_is_refused_and_no_layer_changes() -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_calibrated_like_others() -> None:
     plain, compiled, x = Model(num_features=16), Model(num_features=16), tokens(0)
     compiled.layers[1].compile(backend="eager")

@@ -184,8 +184,8 @@ CASES: dict[str, Case] = {
     "bert": (bert, tokens, (BY_TOKEN, BY_TOKEN)),
     "llama": (llama, tokens, (BY_TOKEN, BY_TOKEN)),
 }
-SLOW = {"cell", "bert", "llama"}
-MARKED = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+QUICK = {"layer", "function, causal"}
+MARKED = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
 
 
 def exported(name: str, is_dynamic: bool) -> tuple[nn.Module, ExportedProgram]:

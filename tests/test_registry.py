@@ -136,6 +136,7 @@ def test_an_installation_made_of_links_has_all_components(tmp_path: Path) -> Non
     assert names == listed(package.parent)[1:]
 
 
+@pytest.mark.slow
 def test_an_installation_from_a_checkout_with_variants_has_no_component_more(tmp_path: Path) -> None:
     shutil.copytree(
         Path(registry.__file__).parent, tmp_path / "schoenbat", ignore=shutil.ignore_patterns("__pycache__")

@@ -63,7 +63,9 @@ def run(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids)[0]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "bart"])
+@pytest.mark.parametrize(
+    "family", ["bert", *(pytest.param(other, marks=pytest.mark.slow) for other in ("llama", "bart"))]
+)
 @pytest.mark.parametrize("fitted", ["installed", "resampled", "calibrated", "kernels"])
 def test_a_saved_model_comes_back_with_the_same_bits(family: str, fitted: str, tmp_path: Path) -> None:
     head = family == "llama"

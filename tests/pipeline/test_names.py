@@ -70,7 +70,7 @@ def test_two_cells_of_one_id_are_an_error_that_names_both(hyphenated: Project, i
         )
 
 
-@pytest.mark.parametrize("seed", [0, 2**43, MAX_SEED])
+@pytest.mark.parametrize("seed", [*(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2**43)), MAX_SEED])
 def test_every_seed_that_is_accepted_trains(project: Project, invoke: Invoke, seed: int) -> None:
     project.add_dvc()
     project.set("grid.seeds", [seed])

@@ -167,7 +167,16 @@ def with_comments(source: str) -> str:
     return f"# A comment.\n{source}# Another.\n"
 
 
-@pytest.mark.parametrize("edit", [with_comments, with_other_texts, with_other_variables, with_functions_moved])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        with_other_texts,
+        *(
+            pytest.param(edit, marks=pytest.mark.slow)
+            for edit in (with_comments, with_other_variables, with_functions_moved)
+        ),
+    ],
+)
 def test_an_edit_of_the_text_of_all_modules_changes_no_digest(tree: Tree, edit: Callable[[str], str]) -> None:
     edited = 0
     for file in sorted(tree.root.joinpath("schoenbat").rglob("*.py")):
@@ -441,7 +450,13 @@ def lines_of(run: Callable[[], object]) -> set[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", ATTENTIONS.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("softmax", "rmfa", "rmfa-sketch") else [pytest.mark.slow])
+        for name in ATTENTIONS.names()
+    ],
+)
 def test_golden_steps_run_what_a_cell_runs(
     trainable: Project, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,7 +154,10 @@ def made(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if not {"__pycache__", ".dvc"} & set(path.parts)}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "nested too deeply" else []) for name in REFUSED],
+)
 def test_every_reader_refuses_it_in_one_line_that_names_the_key(name: str, project: Project, invoke: Invoke) -> None:
     mutate, message = REFUSED[name]
     mutate(project)

@@ -131,6 +131,7 @@ def test_the_release_is_subject_to_the_limit(tmp_path: Path) -> None:
 
 
 @needs_mirror
+@pytest.mark.slow
 def test_the_real_pictures_have_the_known_statistics(tmp_path: Path) -> None:
     assert MIRROR
     provenance = Image(Image.Config()).download(tmp_path / "raw", Path(MIRROR), 0, None)

@@ -99,6 +99,7 @@ def test_labels_are_the_values_of_the_expressions(tmp_path: Path) -> None:
             assert evaluate(tokens) == label
 
 
+@pytest.mark.slow
 def test_every_test_label_of_the_published_set_up_is_right_and_its_statistics_are_those_of_the_rule(
     tmp_path: Path,
 ) -> None:

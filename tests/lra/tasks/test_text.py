@@ -150,6 +150,7 @@ def test_the_release_is_subject_to_the_limit(tmp_path: Path) -> None:
 
 
 @needs_mirror
+@pytest.mark.slow
 def test_the_real_data_have_the_known_counts_in_both_forms(tmp_path: Path) -> None:
     assert MIRROR
     Text(Text.Config()).download(tmp_path / "raw", Path(MIRROR), 0, None)

@@ -26,7 +26,11 @@ def poisoned_buffers() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = ("several blocks", "masked", "unbounded", "bfloat16")
+MARKED = [pytest.param(case, marks=[] if case.name in QUICK else [pytest.mark.slow]) for case in CASES]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=lambda case: case.name)
 def test_kernels_are_the_formulas(case: Case) -> None:
     assert_kernels_are_the_formulas(case)
 
