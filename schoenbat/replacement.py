@@ -131,9 +131,9 @@ def replace(
     """Replace each layer of attention by the cheapest settings that explain `share` of each of its heads on a batch.
 
     The model is run once, with exact attention, and each layer is measured on what it is given there. The worst head
-    decides, as what a model computes in one head it does not have in another. A layer that no candidate explains is left
-    exact. Nothing of the model's weights changes; what a model of transformers has been
-    given is saved by its `save_pretrained` (see `schoenbat.integrations.layers`).
+    decides, as what a model computes in one head it does not have in another. A layer that no candidate explains is
+    left exact. Nothing of the model's weights changes; what a model of transformers has been given is saved by its
+    `save_pretrained` (see `schoenbat.integrations.layers`).
 
     Args:
         model: a model of transformers whose attention goes through the attention interface, or any module with layers

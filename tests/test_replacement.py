@@ -107,6 +107,17 @@ def test_the_cheapest_that_explains_enough_is_chosen() -> None:
     assert table[1].split() == ["encoder.layer.0.attention.self", "exact", "1.000", "1.000", "1.00"]
 
 
+def test_the_worst_head_of_a_layer_decides() -> None:
+    model, batch = model_of("bert")
+    few = Estimate(num_features=9, window=2, heavy=1)
+    done = schoenbat.replace(model, batch, share=-9.0, candidates=[few])
+    done.undo()
+    measured = done.choices[0]
+    assert measured.worst < measured.share
+    between = (measured.worst + measured.share) / 2
+    assert schoenbat.replace(model, batch, share=between, candidates=[few]).choices[0].estimate.num_features is None
+
+
 def test_costs_are_those_of_a_linear_form() -> None:
     inputs = AttentionInputs(*(torch.zeros(1, 1, 8, 32) for _ in range(3)), self_attention=True)
     for estimate in candidates_for(32):
