@@ -11,7 +11,9 @@ knowing nothing. A relative error does not tell these apart, as attention may be
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, median
 from typing import Any
+from xml.sax.saxutils import escape
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.reference import AttentionInputs, fill_masked, normalise
 from schoenbat.replacement import describe, is_of_transformers, kernel_form
 
-__all__ = ["Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
+__all__ = ["Diagnosis", "Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
 
 NUM_FEATURES = (64, 128, 256, 512, 1024)
 ENOUGH = 0.9
@@ -74,6 +76,67 @@ class Head:
         return "It cannot be replaced as it is: its attention is too sharp for an estimate of this size."
 
 
+class Diagnosis(list[Head]):
+    """The heads of a model, layer after layer; printed, a table of layers, and in a notebook a picture of all heads."""
+
+    @property
+    def layers(self) -> dict[str, list[Head]]:
+        """The heads of each layer, by the name of the layer."""
+        found: dict[str, list[Head]] = {}
+        for head in self:
+            found.setdefault(head.layer, []).append(head)
+        return found
+
+    def __str__(self) -> str:
+        rows = [("layer", "spread", "effective keys", *map(_name, self[0].shares))]
+        for layer, heads in self.layers.items():
+            values = [f"{fmean(head.spread for head in heads):.2f}", f"{fmean(h.effective_keys for h in heads):.0f}"]
+            for setting in heads[0].shares:
+                shares = [head.shares[setting] for head in heads]
+                values.append(f"{median(shares):.2f}, {min(shares):.2f}")
+            rows.append((layer, *values))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        return "\n".join(["share of the attention explained: median, worst head", *lines])
+
+    def picture(self, setting: int | Estimate | None = None) -> str:
+        """Draw the share of each head that a setting explains, a row for each layer and a column for each head, as SVG.
+
+        Args:
+            setting: one of those measured; the last where it is None.
+
+        Raises:
+            UserError: a setting that was not measured.
+        """
+        measured = [*self[0].shares]
+        setting = measured[-1] if setting is None else setting
+        if setting not in measured:
+            raise UserError(f"{_name(setting)} were not measured; choose from: {'; '.join(map(_name, measured))}")
+        left, size, top = 8 * max(map(len, self.layers)) + 12, 36, 44
+        width = left + size * max(map(len, self.layers.values())) + 8
+        parts = [f'<text x="8" y="18">Share of the attention explained by {_name(setting)}</text>']
+        for row, (layer, heads) in enumerate(self.layers.items()):
+            y = top + size * row
+            parts.append(f'<text x="8" y="{y + 22}">{escape(layer)}</text>')
+            for column, head in enumerate(heads):
+                share, x = head.shares[setting], left + size * column
+                ink = "#ffffff" if share > 0.6 else "#000000"
+                parts.append(
+                    f'<rect x="{x}" y="{y}" width="{size - 2}" height="{size - 2}" fill="#08519c" '
+                    f'fill-opacity="{min(max(share, 0.0), 1.0):.3f}" stroke="#bbbbbb"/>'
+                    f'<text x="{x + size / 2 - 1}" y="{y + 22}" fill="{ink}" text-anchor="middle">{share:.2f}</text>'
+                )
+        height = top + size * len(self.layers) + 8
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#ffffff"/>'
+            f"{''.join(parts)}</svg>\n"
+        )
+
+    def _repr_svg_(self) -> str:
+        return self.picture()
+
+
 def _name(setting: int | Estimate) -> str:
     return describe(setting) if isinstance(setting, Estimate) else f"{setting} features"
 
@@ -91,7 +154,7 @@ def diagnose_tensors(
     num_features: Sequence[int] = NUM_FEATURES,
     estimates: Sequence[Estimate] | None = None,
     layer: str = "",
-) -> list[Head]:
+) -> Diagnosis:
     """Measure the share that estimates would explain of the attention of these tensors, per head.
 
     Args:
@@ -129,7 +192,7 @@ def _look(
     estimate: Estimate,
     inputs: AttentionInputs,
     features: FeatureMap | None = None,
-) -> list[Head]:
+) -> Diagnosis:
     """Diagnose what `schoenbat.estimate.WATCHER` is shown."""
     with torch.no_grad():
         query = inputs.query
@@ -147,7 +210,7 @@ def _look(
         for setting in settings:
             out = _try(setting, estimate, inputs, features)
             shares[setting] = exact.share_explained(out, dim=(0, 2, 3))
-    heads = []
+    heads = Diagnosis()
     for head in range(query.shape[1]):
         of_head = {setting: values[head] for setting, values in shares.items()}
         needed = next((setting for setting in of_head if of_head[setting] >= ENOUGH), None)
@@ -174,7 +237,7 @@ def diagnose(
     num_features: Sequence[int] = NUM_FEATURES,
     estimates: Sequence[Estimate] | None = None,
     **named_inputs: Any,
-) -> list[Head]:
+) -> Diagnosis:
     """Run `diagnose_tensors` on every attention layer that model(*inputs, **named_inputs) calls, in evaluation mode.
 
     Looked at are torch's nn.MultiheadAttention, `schoenbat.MultiheadKernelAttention`, the kernelised mechanisms of
@@ -190,7 +253,7 @@ def diagnose(
             have, such as that of nn.MultiheadAttention with add_bias_kv or a mask of pairs of tokens.
     """
     settings = _settings(num_features, estimates)
-    found: list[Head] = []
+    found = Diagnosis()
 
     def take(layer: str, estimate: Estimate, inputs: AttentionInputs, features: FeatureMap | None = None) -> None:
         found.extend(_look(layer, settings, estimate, inputs, features))

@@ -1,8 +1,11 @@
 """What `diagnose` says of a layer is what its replacement then does."""
 
 import importlib
+import re
+import statistics
 import warnings
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -92,6 +95,29 @@ def test_the_settings_of_a_layer_are_compared_in_a_model() -> None:
     assert all(list(head.shares) == settings and head.needed == settings[0] for head in found)
     assert "It can be replaced with window 8, 16 features." in str(found[0])
     assert model.training
+
+
+def test_a_model_is_shown_as_a_table_of_layers_and_a_picture_of_heads() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2, enable_nested_tensor=False
+    )
+    setting = Estimate(num_features=9, window=8, heavy=2)
+    found = diagnose(model, torch.randn(2, 80, 32), estimates=[Estimate(num_features=64), setting])
+    table = str(found).splitlines()
+    assert len(table) == 4
+    assert table[1].split("  ")[-1] == "window 8, 2 heavy keys, 9 features"
+    shares = [head.shares[setting] for head in found.layers["layers.1.self_attn"]]
+    assert table[3].startswith("layers.1.self_attn ")
+    assert table[3].endswith(f"{statistics.median(shares):.2f}, {min(shares):.2f}")
+    picture = ElementTree.fromstring(found.picture(setting))
+    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in texts if text in found.layers] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert [f"{head.shares[setting]:.2f}" for head in found] == [
+        text for text in texts if re.fullmatch(r"-?[0-9.]+", text)
+    ]
+    assert found.picture() == found.picture(setting)
+    with pytest.raises(UserError, match="128 features were not measured; choose from: 64 features; window 8"):
+        found.picture(128)
 
 
 @pytest.mark.parametrize("estimates", [64, (), [64], Estimate()])

@@ -50,7 +50,7 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     lines = [" ".join(SENTENCE.split()[i % 7 :]) + " " + SENTENCE * (10 + i) for i in range(12)]
     Path("texts.txt").write_text("\n".join(lines), encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(examples) == 10
+    assert len(examples) == 11
     assert NAME in examples[0]
     program = "\n".join(examples).replace(NAME, os.fspath(tmp_path / "model"))
     found: dict[str, object] = {}
