@@ -10,7 +10,8 @@ from schoenbat.ops.reference import AttentionInputs, fill_masked, normalise
 
 POOR = 0.5
 _QUERIES = 64
-"""Queries, spread over the sequence, on which outputs are compared."""
+"""Queries, spread over the sequence, on which outputs are compared: fewer where all scores were more than _SCORES."""
+_SCORES = 2**24
 
 
 class PoorEstimateWarning(UserWarning):
@@ -53,7 +54,8 @@ def compare_exactly(kernel: Kernel, inputs: AttentionInputs) -> Exact:
     groups = query.shape[1] // key.shape[1]
     k, v = (fill_masked(x.to(wide), key_mask).repeat_interleave(groups, 1) for x in (key, value))
     length, keys = query.shape[2], key.shape[2]
-    rows = torch.linspace(0, length - 1, min(_QUERIES, length), device=query.device).long()
+    number = min(_QUERIES, max(8, _SCORES // max(1, query.shape[0] * query.shape[1] * keys)), length)
+    rows = torch.linspace(0, length - 1, number, device=query.device).long()
     allowed = torch.ones(len(rows), keys, dtype=torch.bool, device=query.device)
     if is_causal:
         allowed = torch.arange(keys, device=query.device) <= rows[:, None]

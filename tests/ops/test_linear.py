@@ -418,4 +418,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KiB on Linux only")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 1.0, "GiB beyond the interpreter and the inputs"
+    assert float(run.stdout) < 0.8, "GiB beyond the interpreter and the inputs"
