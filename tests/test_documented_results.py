@@ -17,9 +17,9 @@ MAD = re.findall(r"^\| ([\w-]+) \| `(recall-\w+)` \| ([\d.]+) \|(?: ([\d.]+))? \
 
 def reported(profile: str, task: str) -> dict[tuple[str, str], str]:
     """By mechanism and former the mean accuracy as the documents write it."""
-    with (ROOT / f"reports/{profile}/tables/accuracy.csv").open(encoding="utf-8", newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["former"]]
-    return {(line["attn"], line["former"]): f"{float(line[f'{task} mean']):.1f}" for line in lines}
+    with (ROOT / f"reports/{profile}/tables/accuracy-{task}.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    return {(line["attn"], line["former"]): f"{float(line['mean']):.1f}" for line in lines}
 
 
 @pytest.mark.parametrize("row", RECALL, ids=lambda row: "+".join(filter(None, row[:2])))

@@ -1,32 +1,39 @@
 """The mechanisms of a profile compared with each other, task by task, and with baselines that need no model."""
 
-import functools
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from pipeline.reporting._mechanisms import Mechanism, rows_of, style
-from pipeline.reporting._results import Results
-from pipeline.reporting._statistics import LEVEL, Difference, holm, interquartile_mean, letters, paired_differences
-from pipeline.reporting._table import MISSING
+from pipeline.reporting._mechanisms import (
+    CONTROL,
+    EXACT,
+    OURS,
+    PLAIN,
+    PPSBN,
+    PUBLISHED,
+    Mechanism,
+    features_of,
+    rows_of,
+)
+from pipeline.reporting._results import CELL, Results
+from pipeline.reporting._statistics import LEVEL, Difference, holm, paired_differences
 from schoenbat.registry import base_name
 
-CONTROL = "mean"
-"""Uniform attention, the control."""
 NEVER = "†"
 """Marks an accuracy of which no seed has passed the best baseline."""
-MOST_GROUPS = 6
-"""With more groups than that, the letters of a mechanism cannot be read any more."""
+TIMED = "forward+backward"
+COLOURED = 6
+"""Lines that are coloured in a figure, at most."""
 
 
 class Versus(NamedTuple):
     """A mechanism less another one, on one task.
 
     Attributes:
-        adjusted: p by Holm over all of the family, or table, that it stands in.
+        adjusted: p by Holm over all of the family that it stands in.
     """
 
     task: str
@@ -43,73 +50,34 @@ class Versus(NamedTuple):
         return self.difference.margin < margin
 
 
-@dataclass(frozen=True)
-class OnTask:
-    """All pairs of one task, and the groups without a significant difference.
-
-    Attributes:
-        means: accuracy in percent, the mean over seeds.
-        pairs: each once, of those that have a seed in common; significant among all of these.
-    """
-
-    means: Mapping[Mechanism, float]
-    pairs: Sequence[Versus]
-    groups: Mapping[Mechanism, str]
-
-    @functools.cached_property
-    def both_ways(self) -> dict[tuple[Mechanism, Mechanism], Versus]:
-        """The pairs by their mechanisms, and each the other way round."""
-        found = {(row.mechanism, row.other): row for row in self.pairs}
-        return found | {
-            (other, one): row._replace(mechanism=other, other=one, difference=row.difference.reversed())
-            for (one, other), row in found.items()
-        }
-
-    @property
-    def marks(self) -> Mapping[Mechanism, str]:
-        """The groups of each mechanism as letters, where they are few enough to be read; else none at all."""
-        return self.groups if len(set().union(*self.groups.values())) <= MOST_GROUPS else {}
-
-    @property
-    def best(self) -> Mechanism | None:
-        return max(self.means, key=lambda mechanism: self.means[mechanism], default=None)
-
-    def leaders(self) -> list[Mechanism]:
-        """Return the best, and those that are not significantly different from it."""
-        worse = {row.other for row in self.both_ways.values() if row.mechanism == self.best and row.significant}
-        return [mechanism for mechanism in self.means if mechanism not in worse]
-
-
 class Comparison:
     """What reports are made of: results, and what follows from the scores.
 
     Attributes:
         results: the observations as DataFrames, and how they came about.
         mechanisms: all of the grid, in its order.
+        tasks: of each task of the grid what was tested, the highest mean accuracy first.
     """
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        cells, bench = results.cells, results.bench
+        cells = results.cells
         self.mechanisms: list[Mechanism] = list(dict.fromkeys(zip(cells.attn, cells.dotf, cells.former, strict=True)))
-        self._drawn = [*self.mechanisms, *zip(bench.attn, bench.dotf, strict=True)]
+        self._groups = dict(iter(cells.groupby(CELL[:-1])))
+        self.tasks: dict[str, list[Mechanism]] = {
+            task: sorted(
+                (m for m in self.mechanisms if (task, m) in results.scores), key=lambda m: -results.scores[task, m].mean
+            )
+            for task in results.tasks
+        }
 
-    def style(self, mechanism: Sequence[str]) -> dict[str, Any]:
-        """Return how a mechanism, or one of the benchmark, is drawn in all figures."""
-        return style(self._drawn, mechanism)
-
-    @functools.cached_property
-    def tasks(self) -> dict[str, OnTask]:
-        """The comparisons on each task of the grid."""
-        return {task: self._on(task) for task in self.results.tasks}
-
-    def _on(self, task: str) -> OnTask:
-        scores = {m: self.results.scores[task, m] for m in self.mechanisms if (task, m) in self.results.scores}
-        both = itertools.combinations(scores, 2)
-        found = paired_differences({(one, other): (scores[one], scores[other]) for one, other in both})
-        pairs = _family((task, *pair, difference) for pair, difference in found.items())
-        means = {mechanism: of_mechanism.mean for mechanism, of_mechanism in scores.items()}
-        return OnTask(means, pairs, letters(means, [(row.mechanism, row.other) for row in pairs if row.significant]))
+    def versus(self, pairs: Iterable[tuple[str, Mechanism, Mechanism]]) -> list[Versus]:
+        """Compare pairs, each on its task, corrected over all of them; without those that have no seed in common."""
+        scores_of = self.results.scores_of
+        wanted = {(task, one, other): (scores_of(task, one), scores_of(task, other)) for task, one, other in pairs}
+        found = paired_differences(wanted)
+        adjusted = holm([difference.p for difference in found.values()])
+        return [Versus(*key, found[key], p) for key, p in zip(found, adjusted, strict=True)]
 
     def others_of(self, attn: str) -> dict[Mechanism, Mechanism]:
         """Return for each mechanism the `attn` that it is compared with: of the same former, if there is one."""
@@ -118,27 +86,19 @@ class Comparison:
         rest = [mechanism for mechanism in self.mechanisms if mechanism[0] != attn]
         return {mechanism: alike.get(mechanism[2], named[0]) for mechanism in rest if named}
 
-    def versus(self, others: Mapping[Mechanism, Mechanism]) -> list[Versus]:
-        """Compare mechanisms with others on every task, corrected over all of them.
-
-        Args:
-            others: `others_of` a mechanism, `without_ppsbn`, or what else is of interest.
-        """
-        return self.versus_on((task, one, other) for task in self.tasks for one, other in others.items())
-
-    def versus_on(self, pairs: Iterable[tuple[str, Mechanism, Mechanism]]) -> list[Versus]:
-        """Compare pairs, each on its task, corrected over all of them; without those that have no seed in common."""
-        return _family(
-            (task, one, other, found[one, other].difference)
-            for task, one, other in pairs
-            if (one, other) in (found := self.tasks[task].both_ways)
-        )
-
     def without_ppsbn(self) -> dict[Mechanism, Mechanism]:
         """Return for each mechanism with ppSBN, of any gain, itself without, if that is in the grid."""
-        with_it = [mechanism for mechanism in self.mechanisms if base_name(mechanism[2]) == "maclauformer"]
-        others = {mechanism: (*mechanism[:2], "transformer") for mechanism in with_it}
+        with_it = [mechanism for mechanism in self.mechanisms if base_name(mechanism[2]) == PPSBN]
+        others = {mechanism: (*mechanism[:2], PLAIN) for mechanism in with_it}
         return {mechanism: other for mechanism, other in others.items() if other in self.mechanisms}
+
+    def leaders(self, task: str) -> list[Mechanism]:
+        """Return the best and what is equal to it within the margin; nothing where the best has not learned."""
+        if not self.tasks[task] or len(self.results.seeds) < 2 or self.never_passed(task, self.tasks[task][0]):
+            return []
+        best, *others = self.tasks[task]
+        rows = self.versus((task, best, other) for other in others)
+        return [best, *(row.other for row in rows if row.is_equal(self.results.margin))]
 
     def baselines(self, task: str) -> dict[str, float]:
         """Return what rules that need no model score on the test examples of a task, in percent by name."""
@@ -151,38 +111,80 @@ class Comparison:
 
     def steps_to_pass(self, task: str, mechanism: Mechanism) -> list[float]:
         """Return the step at which each of its seeds passed the best baseline; infinity for never."""
-        cells = rows_of(self.results.cells[self.results.cells.task == task], mechanism)
-        return cells.passed_baseline_at.dropna().tolist()
+        return self._cells(task, mechanism).passed_baseline_at.dropna().tolist()
 
     def never_passed(self, task: str, mechanism: Mechanism) -> bool:
         """Return whether there is a baseline, and no seed has passed it."""
         steps = self.steps_to_pass(task, mechanism)
         return bool(steps) and all(np.isinf(steps))
 
-    def shown(self, task: str, mechanism: Mechanism, how: str = ".2f", sign: str = " ± ") -> str:
-        """Return mean and standard deviation over seeds, the groups, and `NEVER` where it applies, as text."""
-        scores = self.results.scores_of(task, mechanism)
-        if not scores.seeds:
-            return MISSING
-        spread = f"{sign}{scores.std:{how}}" if len(scores.seeds) > 1 else ""
-        group = self.tasks[task].marks.get(mechanism, "") if len(self.results.seeds) > 1 else ""
-        never = NEVER if self.never_passed(task, mechanism) else ""
-        return f"{scores.mean:{how}}{spread}{f' {group}' if group else ''}{never}"
+    def state_of(self, task: str, mechanism: Mechanism) -> float:
+        """Return the bytes of its state, NaN where attention is not causal."""
+        return float(self._cells(task, mechanism).state_bytes.max())
 
-    def middle(self, mechanism: Mechanism) -> tuple[float, float, float]:
-        """Return the interquartile mean over all runs of all tasks of accuracy above the majority class, in percent.
+    def steps_of(self, task: str, mechanism: Mechanism) -> tuple[int, bool]:
+        """Return the steps trained, and whether a seed was best at its last evaluation with room to rise on dev."""
+        curves = self.results.curves
+        last = rows_of(curves[curves.task == task], mechanism).groupby(CELL).step.max()
+        cells = self._cells(task, mechanism).set_index(CELL).reindex(last.index)
+        rising = (cells.best_step == last) & (100 - 100 * cells.dev_accuracy > self.results.margin)
+        return int(last.max()), bool(rising.any())
 
-        0 is the majority class and 100 everything right; NaN where a task is missing, or there is one task only.
-        """
-        runs = []
-        for task in self.results.tasks:
-            floor = self.baselines(task).get("majority class", float("nan"))
-            runs.append(100 * (self.results.scores_of(task, mechanism).accuracies - floor) / (100 - floor))
-        return interquartile_mean(runs) if len(runs) > 1 and all(map(len, runs)) else (float("nan"),) * 3
+    def timings(self, attn: str, dotf: str, features: int = 0) -> pd.DataFrame:
+        """Return the timings of a training pass, causal where the cells are, at `features` if there are such."""
+        direction = f"causal {TIMED}" if self.results.cells.state_bytes.notna().any() else TIMED
+        bench = self.results.bench if features else self.results.first_timings()
+        own = bench[(bench.attn == base_name(attn)) & (bench.dotf == dotf) & (bench.direction == direction)]
+        return own[own.num_features == features] if features else own
 
+    def time_of(self, mechanism: Mechanism) -> dict[int, float]:
+        """Return its time of a training pass relative to torch's attention, by length; empty where it is not timed."""
+        rows = self.timings(*mechanism[:2], features_of(self.results.params, mechanism[0]))
+        return dict(zip(rows.length, 1 / rows.speedup_vs_sdpa, strict=True))
 
-def _family(rows: Iterable[tuple[str, Mechanism, Mechanism, Difference]]) -> list[Versus]:
-    """Judge differences, corrected over all of them."""
-    family = list(rows)
-    adjusted = holm([difference.p for *_, difference in family])
-    return [Versus(*row, p) for row, p in zip(family, adjusted, strict=True)]
+    def best_on_dev(self, task: str, among: Iterable[Mechanism]) -> Mechanism | None:
+        """Return the one with the highest accuracy on dev of those that were tested."""
+        tested = [mechanism for mechanism in among if mechanism in self.tasks[task]]
+        return max(tested, key=lambda mechanism: self._cells(task, mechanism).dev_accuracy.mean(), default=None)
+
+    def leading(self, task: str, attn: str, former: str = "") -> Mechanism | None:
+        """Return the variant of `attn` that has the highest accuracy on dev, of this former if one is given."""
+        among = [m for m in self.mechanisms if base_name(m[0]) == attn and former in ("", m[2])]
+        return self.best_on_dev(task, among)
+
+    def rivals(self) -> list[Mechanism]:
+        """Return the mechanisms that are neither exact, nor uniform, nor of this project."""
+        known = {self.results.reference, CONTROL, EXACT, PUBLISHED, OURS}
+        return [m for m in self.mechanisms if base_name(m[0]) not in known]
+
+    def rival_at_equal_state(self, task: str, mechanism: Mechanism) -> Mechanism | None:
+        """Return the rival that is best on dev of those with no more state, and with less than a cache."""
+        most, cache = self.state_of(task, mechanism), self.leading(task, self.results.reference)
+        least = self.state_of(task, cache) if cache else math.inf
+        sizes = {rival: self.state_of(task, rival) for rival in self.rivals()}
+        return self.best_on_dev(task, [rival for rival, size in sizes.items() if size <= most and size < least])
+
+    def roles(self, task: str) -> dict[str, Mechanism]:
+        """Return what a reader compares first, by what it stands for, each at its best variant on dev."""
+        ours = self.leading(task, OURS)
+        found = {
+            self.results.reference: self.leading(task, self.results.reference),
+            "ours": ours,
+            "as published": self.leading(task, PUBLISHED, PPSBN) or self.leading(task, PUBLISHED),
+            "exact kernel": self.leading(task, EXACT),
+            "best rival": self.best_on_dev(task, self.rivals()),
+            "best rival at our state": self.rival_at_equal_state(task, ours) if ours else None,
+            "uniform": self.leading(task, CONTROL),
+            "window": self.leading(task, "window"),
+        }
+        return {role: mechanism for role, mechanism in found.items() if mechanism}
+
+    def coloured(self, task: str) -> list[Mechanism]:
+        """Return the first `COLOURED` of the roles, one of each method."""
+        by_method: dict[str, Mechanism] = {}
+        for mechanism in self.roles(task).values():
+            by_method.setdefault(base_name(mechanism[0]), mechanism)
+        return list(by_method.values())[:COLOURED]
+
+    def _cells(self, task: str, mechanism: Mechanism) -> pd.DataFrame:
+        return self._groups[(task, *mechanism)]

@@ -1,20 +1,20 @@
 """Figures of a report, and their files: SVG, PDF and PNG. The same input gives the same bytes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Annotation
+from matplotlib.text import Text as Drawn
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
-from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._mechanisms import Mechanism, label
 from pipeline.reporting._table import escape_markdown
 
 STYLE: Any = {
@@ -31,6 +31,10 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 """Drawn over matplotlib's own defaults, whatever the user's matplotlibrc says."""
+COLUMNS = 3
+"""Panels side by side, at most."""
+_POINT, _LINE = 3.0, 1.0
+"""Half a marker, and the step by which labels move apart, in points."""
 
 
 @dataclass(frozen=True)
@@ -51,51 +55,65 @@ class Figure:
     def write(self, folder: Path) -> str:
         """Write figures/NAME.{svg,pdf,png} under `folder`; return a reference to it as Markdown for the index."""
         stem = folder / "figures" / self.name
+        spread_labels(self.canvas)
         self.canvas.savefig(stem.with_suffix(".png"), dpi=160)
-        # What constrained layout has found by now is kept: it takes longer than to draw.
-        self.canvas.set_layout_engine("none")
         self.canvas.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
         self.canvas.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
         title, note = escape_markdown(self.title), escape_markdown(f"{self.caption} {self.provenance}".strip())
-        return (
-            f"![{title}](figures/{self.name}.svg)\n\n**{title}.** {note} "
-            f"[PDF](figures/{self.name}.pdf), [PNG](figures/{self.name}.png)"
-        )
+        return f"![{title}](figures/{self.name}.png)\n\n**{title}.** {note}"
 
 
-def new_canvas(
-    width: float, height: float, panels: int = 1, columns: int = 1, share_y: bool = True
-) -> tuple[Canvas, list[Axes]]:
-    """Return a figure of width x height inches with axes in rows of `columns`, of one vertical scale if `share_y`."""
+def new_canvas(width: float, height: float, panels: int = 1, share_y: bool = True) -> tuple[Canvas, list[Axes]]:
+    """Return a figure of panels of width x height inches each, of one vertical scale if `share_y`."""
+    columns = 2 if panels == 4 else min(COLUMNS, panels)
+    rows = math.ceil(panels / columns)
     # A text is a little wider in one format than in another.
-    canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    canvas = Canvas(figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(canvas)
-    every = list(canvas.subplots(math.ceil(panels / columns), columns, squeeze=False, sharey=share_y).flat)
+    every = list(canvas.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
     for axes in every[panels:]:
         axes.remove()
     return canvas, every[:panels]
 
 
-def add_legend(axes: Axes) -> None:
-    """Draw the legend below all axes, in as many columns as fit; the figure grows by its rows."""
-    canvas = axes.figure
-    assert isinstance(canvas, Canvas)
-    handles, labels = axes.get_legend_handles_labels()
-    width, height = canvas.get_size_inches()
-    # Inches that a column takes: the handle and the gaps, and the longest text in small letters.
-    columns = max(1, int(width / (0.5 + 0.06 * max(map(len, labels)))))
-    canvas.set_size_inches(width, height + 0.16 * math.ceil(len(labels) / columns) - 0.1)
-    canvas.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize="small")
+def add_label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """Write a text beside a point, such as the end of a line; `spread_labels` moves those apart that overlap."""
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
+    place: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    axes.annotate(text, (x, y), fontsize=7, color=colour, arrowprops=line, **place)
+
+
+def spread_labels(canvas: Canvas) -> None:
+    """Move the labels of each panel up or down until none covers another one, or a labelled point."""
+    canvas.draw_without_rendering()
+    # What constrained layout has found by now is kept, so that nothing moves any more.
+    canvas.set_layout_engine("none")
+    renderer: Any = canvas.canvas.get_renderer()  # type: ignore[attr-defined]
+    for axes in canvas.axes:
+        labels = [text for text in axes.texts if isinstance(text, Annotation)]
+        points = [axes.transData.transform(label.xy) for label in labels]
+        taken = [Bbox.from_bounds(x - _POINT, y - _POINT, 2 * _POINT, 2 * _POINT) for x, y in points]
+        for label, _ in sorted(zip(labels, points, strict=True), key=lambda pair: -pair[1][1]):
+            for step in range(400):
+                label.set_position((7, (step + 1) // 2 * _LINE * (-1) ** step))
+                label.update_positions(renderer)
+                box = Drawn.get_window_extent(label, renderer)
+                if box.count_overlaps(taken) == 0:
+                    break
+            taken.append(box)
 
 
 def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
     """Make the axis of what has been drawn logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten.
 
-    Side by side there is room for so many over two decades only; beyond that the powers of ten have to do.
+    Side by side there is room for so many over two decades only; beyond that the powers of ten have to do. Values
+    within a factor of three stay on a linear axis.
     """
-    axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
     low, high = axis.get_data_interval()
+    if high < 3 * low:
+        return
+    axes.set(**{f"{name}scale": "log"})
     crowded = name == "x" and high > 100 * low
     axis.set_major_locator(LogLocator(subs=(1.0,) if crowded else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -108,31 +126,3 @@ def set_doubling(axes: Axes, values: Iterable[int], rotation: float = 0) -> None
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=rotation)
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def draw_accuracy(
-    comparison: Comparison,
-    task: str,
-    lines: Mapping[Mechanism, Sequence[tuple[float, Mechanism]]],
-    xlabel: str,
-    **look: Any,
-) -> Canvas:
-    """Draw test accuracies, with bars of one sample standard deviation over seeds.
-
-    Args:
-        lines: of what each is called, the mechanisms on it and where they stand on the x axis.
-        look: how they are drawn, where that is not the style of the first of a line.
-    """
-    canvas, (axes,) = new_canvas(7.5, 4)
-    for name, variants in lines.items():
-        found = [(x, comparison.results.scores_of(task, mechanism)) for x, mechanism in variants]
-        x, means, spreads = zip(*sorted((x, scores.mean, scores.std) for x, scores in found), strict=True)
-        style = comparison.style(variants[0][1]) | look
-        axes.errorbar(x, means, yerr=spreads if np.nansum(spreads) else None, label=label(name), **style)
-    set_log(axes, "x")
-    axes.set(xlabel=xlabel, ylabel="test accuracy (%)", title=comparison.results.heading(task))
-    # No bar leaves what an accuracy can be.
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.0), min(high, 102.0))
-    add_legend(axes)
-    return canvas

@@ -19,12 +19,10 @@ Lippman-Hand, 1983, "If nothing goes wrong, is everything all right?"). Interval
 
 import dataclasses
 import functools
-import string
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -41,7 +39,7 @@ MARGIN = 1.0
 LEAST_SEEDS = 6
 """Below, no p-value is shown: with so few, it hangs on the normality of what it is made from."""
 REPLICATES = 2000
-"""Of the bootstrap of interquartile means."""
+"""Of a bootstrap."""
 
 Array = NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
@@ -116,7 +114,7 @@ class Difference:
 
 
 def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]]) -> dict[K, Difference]:
-    """Return the differences of all pairs of one task over the seeds that both have, without those that have none."""
+    """Return the differences of all pairs over the seeds that both have, without those that have none."""
     found = {}
     for key, (one, other) in pairs.items():
         if common := [number for number in one.seeds if number in other.seeds]:
@@ -176,41 +174,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     if known.any():
         adjusted[known] = multipletests(adjusted[known], method="holm")[1]
     return adjusted.tolist()
-
-
-def letters(means: Mapping[K, float], significant: Collection[tuple[K, K]]) -> dict[K, str]:
-    """Return groups as letters: two share one where they, and all that share it, are not significantly different.
-
-    Args:
-        means: what "a", the group with the highest, is chosen by.
-        significant: the pairs that are, in either order.
-    """
-    ordered = sorted(means, key=lambda key: -means[key])
-    graph: nx.Graph = nx.complete_graph(len(ordered))
-    ranks = {key: rank for rank, key in enumerate(ordered)}
-    graph.remove_edges_from((ranks[one], ranks[other]) for one, other in significant)
-    groups = sorted(sorted(group) for group in nx.find_cliques(graph))
-    names = [f"{string.ascii_lowercase[number % 26]}{number // 26 or ''}" for number in range(len(groups))]
-    return {
-        key: "".join(name for name, group in zip(names, groups, strict=True) if rank in group)
-        for key, rank in ranks.items()
-    }
-
-
-def interquartile_mean(runs: Sequence[Array]) -> tuple[float, float, float]:
-    """Return the mean of the middle half of all runs of all tasks, and an interval with 1 - LEVEL.
-
-    By percentiles of a bootstrap that draws runs anew within each task (Agarwal et al., 2021, "Deep reinforcement
-    learning at the edge of the statistical precipice"); NaN where a task has a single run.
-
-    Args:
-        runs: of each task, one number per seed.
-    """
-    middle = float(stats.trim_mean(np.concatenate(runs), 0.25))
-    if min(map(len, runs)) < 2:
-        return middle, float("nan"), float("nan")
-    generator = np.random.default_rng(0)
-    drawn = [of_task[generator.integers(0, len(of_task), (REPLICATES, len(of_task)))] for of_task in runs]
-    means = stats.trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
-    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
-    return middle, float(low), float(high)

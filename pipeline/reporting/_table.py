@@ -17,8 +17,6 @@ LONG = 40
 """Rows from which a table goes over several pages."""
 BROKEN = 24
 """Letters of a text from which its column is broken into lines."""
-DENSE = 130
-"""Letters of a row from which a long table is set in the smallest type."""
 _ESCAPES = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -32,8 +30,6 @@ _ESCAPES = str.maketrans(
         "×": r"$\times$",
         "—": "---",
         "†": r"$\dagger$",
-        "≥": r"$\ge$",
-        "≤": r"$\le$",
     }
 )
 
@@ -44,11 +40,13 @@ class Text:
 
     Attributes:
         name: the stem of a file of their own; "" for none.
+        boxed: whether the page draws a box around them.
     """
 
     title: str
     lines: tuple[str, ...]
     name: str = ""
+    boxed: bool = False
 
     def write(self, folder: Path) -> str:
         """Write NAME.md under `folder` if the sentences have a name; return them as Markdown for the index."""
@@ -91,7 +89,7 @@ class Table:
         stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         self.values.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
         stem.with_suffix(".tex").write_text(self._latex(), encoding="utf-8")
-        return f"{text} Files: [CSV](tables/{self.name}.csv), [LaTeX](tables/{self.name}.tex)."
+        return f"{text} Numbers: [CSV](tables/{self.name}.csv)."
 
     @property
     def _note(self) -> str:
@@ -106,12 +104,10 @@ class Table:
 
     def _latex(self) -> str:
         """Return the table with its title as the caption and how to read it as a note."""
-        longest = [max(map(len, (heading, *self.shown[heading]))) for heading in self.shown]
         is_long = len(self.shown) > LONG
-        is_dense = sum(min(length, BROKEN) for length in longest) > DENSE
-        size, share = ("tiny", 0.12) if is_dense else ("scriptsize", 0.16)
-        broken = rf">{{\raggedright\arraybackslash}}p{{{share if is_long else 0.3}\linewidth}}"
-        columns = "".join("l" if length <= BROKEN else broken for length in longest)
+        broken = rf">{{\raggedright\arraybackslash}}p{{{0.12 if is_long else 0.3}\linewidth}}"
+        widths = (max(map(len, (heading, *self.shown[heading]))) for heading in self.shown)
+        columns = "".join("l" if width <= BROKEN else broken for width in widths)
         styler = self._marked(escape_latex, r"\textbf{{{}}}").style.hide(axis="index")
         title, label, note = escape_latex(self.title), f"tab:{self.name}", escape_latex(self._note)
         if is_long:
@@ -119,7 +115,7 @@ class Table:
                 environment="longtable", hrules=True, column_format=columns, caption=title, label=label
             )
             return rf"""\begin{{landscape}}
-\{size}
+\tiny
 \setlength{{\tabcolsep}}{{2pt}}
 {written}
 \noindent {note}
@@ -134,6 +130,13 @@ class Table:
 \begin{{minipage}}{{\linewidth}}\scriptsize\noindent {note}\end{{minipage}}
 \end{{table}}
 """
+
+
+def without_constants(shown: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return a table without the columns that say the same in every row, and a sentence of what they say."""
+    constant = {name: shown[name].iloc[0] for name in shown if len(shown) > 1 and shown[name].nunique() == 1}
+    told = ", ".join(f"{name} {text}" for name, text in constant.items() if text not in ("", MISSING))
+    return shown.drop(columns=list(constant)), f"In every row: {told}." if told else ""
 
 
 def escape_markdown(text: str) -> str:

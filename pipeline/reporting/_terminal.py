@@ -1,4 +1,4 @@
-"""The results of a profile on a terminal of 80 columns: accuracies, groups that do not differ, what to do next."""
+"""The results of a profile on a terminal of 80 columns: accuracies, the best of each task, what to do next."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +11,10 @@ from rich.text import Text
 from pipeline.grid.params import Params
 from pipeline.host.text import counted
 from pipeline.reporting._comparison import NEVER, Comparison
-from pipeline.reporting._mechanisms import Mechanism, keyed, label
+from pipeline.reporting._mechanisms import keyed, label
 from pipeline.reporting._results import Results, collect
-from pipeline.reporting._table import MISSING
 
 WIDTH = 80
-_LEAST_NAME, _COLUMN = 30, 16
-"""Columns of the terminal for the name of a mechanism, and for a task with the gap before it."""
 
 
 def show_results(params: Params, root: Path) -> None:
@@ -26,12 +23,13 @@ def show_results(params: Params, root: Path) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     results = collect(params, root)
+    comparison = Comparison(results)
     cells = counted(results.num_cells, "cell")
     console.print(Text(f"profile {results.profile}: {results.num_finished} of {cells} done"))
+    for task in comparison.tasks:
+        if comparison.tasks[task]:
+            console.print(_table(comparison, task))
     if results.scores:
-        comparison = Comparison(results)
-        for table in _tables(comparison, console.width):
-            console.print(table)
         console.print(Text(_legend(comparison), style="dim"))
     for name, (texts, _) in results.replaced.items():
         means = ", ".join(f"{str(measured).replace('_', ' ')} {mean:.4f}" for measured, mean in texts.mean().items())
@@ -45,16 +43,17 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
     results = collect(params, root)
     comparison = Comparison(results)
     tasks = {}
-    for task, on_task in comparison.tasks.items():
+    for task, tested in comparison.tasks.items():
+        leaders = comparison.leaders(task)
         rows = [
             {
                 **keyed(mechanism),
-                "mean": mean,
+                "mean": scores.mean,
                 "seeds": dict(zip(map(str, scores.seeds), scores.accuracies.tolist(), strict=True)),
-                "group": on_task.groups[mechanism],
+                "best": mechanism in leaders,
                 "passed_baseline": not comparison.never_passed(task, mechanism),
             }
-            for mechanism, mean in on_task.means.items()
+            for mechanism in tested
             for scores in [results.scores[task, mechanism]]
         ]
         tasks[task] = {"baselines": comparison.baselines(task), "mechanisms": rows}
@@ -68,45 +67,25 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
     }
 
 
-def _tables(comparison: Comparison, width: int) -> Iterator[Table]:
-    """Yield as many as it takes for the tasks to stand side by side, each with the highest mean accuracy first."""
-    results = comparison.results
-    longest = max(_LEAST_NAME, *(len(label(mechanism)) for mechanism in comparison.mechanisms))
-    at_once = max(1, (width - min(longest, width // 2)) // _COLUMN)
-    for start in range(0, len(results.tasks), at_once):
-        chosen = results.tasks[start : start + at_once]
-        drawn = Table(box=None, pad_edge=False, header_style="bold")
-        drawn.add_column("test accuracy in %", max_width=width - len(chosen) * _COLUMN, overflow="fold")
-        for task in chosen:
-            drawn.add_column(task, justify="right", max_width=_COLUMN - 1, overflow="fold")
-        found = {
-            m: [results.scores[task, m].mean for task in chosen if (task, m) in results.scores]
-            for m in comparison.mechanisms
-        }
-        for mechanism in sorted(found, key=lambda m: (-len(found[m]), -sum(found[m]))):
-            drawn.add_row(label(mechanism), *(_cell(comparison, task, mechanism) for task in chosen))
-        best = [comparison.best_baseline(task) for task in chosen]
-        if any(best):
-            texts = [f"{found[1]:.1f}" if found else "" for found in best]
-            drawn.add_row("best baseline (no model)", *texts, style="dim")
-        yield drawn
-
-
-def _cell(comparison: Comparison, task: str, mechanism: Mechanism) -> Text:
-    text = comparison.shown(task, mechanism, ".1f", " ±")
-    if text == MISSING:
-        return Text(text, style="dim")
-    is_repeated = len(comparison.results.scores[task, mechanism].seeds) > 1
-    return Text(text, style="bold green" if is_repeated and mechanism in comparison.tasks[task].leaders() else "")
+def _table(comparison: Comparison, task: str) -> Table:
+    drawn, leaders = Table(box=None, pad_edge=False, header_style="bold"), comparison.leaders(task)
+    drawn.add_column("test accuracy in %", overflow="fold")
+    drawn.add_column(task, justify="right", no_wrap=True)
+    for mechanism in comparison.tasks[task]:
+        scores = comparison.results.scores[task, mechanism]
+        spread = f" ±{scores.std:.1f}" if len(scores.seeds) > 1 else ""
+        text = f"{scores.mean:.1f}{spread}{NEVER * comparison.never_passed(task, mechanism)}"
+        drawn.add_row(label(mechanism), Text(text, style="bold green" if mechanism in leaders else ""))
+    if best := comparison.best_baseline(task):
+        drawn.add_row("best baseline (no model)", f"{best[1]:.1f}", style="dim")
+    return drawn
 
 
 def _legend(comparison: Comparison) -> str:
     seeds = len(comparison.results.seeds)
     parts = [f"± over {seeds} seeds." if seeds > 1 else "One seed: no spread."]
-    if seeds > 1 and any(on_task.marks for on_task in comparison.tasks.values()):
-        parts.append("Two that share a letter are not significantly different.")
-    elif seeds > 1:
-        parts.append("Which differ significantly is in the report.")
+    if any(comparison.leaders(task) for task in comparison.tasks):
+        parts.append(f"Bold: the best, and what is equal to it within {comparison.results.margin:g}.")
     if any(comparison.never_passed(*key) for key in comparison.results.scores):
         parts.append(f"{NEVER} no better than the best baseline, which needs no model.")
     return " ".join(parts)

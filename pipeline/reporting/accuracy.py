@@ -1,96 +1,130 @@
-"""Test accuracy of every mechanism on every task, over seeds, beside baselines that need no model."""
+"""What every mechanism reaches on a task, with what it keeps and takes for that, beside baselines without a model."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.reporting import Report
-from pipeline.reporting._comparison import MOST_GROUPS, NEVER, Comparison
-from pipeline.reporting._mechanisms import Mechanism, keyed, label
-from pipeline.reporting._table import MISSING, Table, show_number
+from pipeline.reporting._comparison import NEVER, Comparison
+from pipeline.reporting._figure import Figure, add_label, new_canvas, set_log
+from pipeline.reporting._mechanisms import CACHE, Mechanism, columns, features_of, keyed, label, style
+from pipeline.reporting._results import Results
+from pipeline.reporting._table import Table, show_number, without_constants
+from schoenbat.registry import base_name
 
 
 class Accuracy(Report):
-    """The main table. In bold: the best of a task, and those that are not significantly different from it."""
+    """The main table of each task, and a figure where attention keeps a state."""
 
     title = "Test accuracy"
     order = 10
 
-    def make(self, comparison: Comparison) -> Iterator[Table]:
-        results, mechanisms = comparison.results, comparison.mechanisms
-        if not mechanisms:
-            return
-        rows = [_row(comparison, mechanism) for mechanism in mechanisms]
-        names = dict.fromkeys(name for task in results.tasks for name in comparison.baselines(task))
-        rows += [_baseline_row(comparison, name) for name in names]
-        strong = {
-            (mechanisms.index(mechanism), results.heading(task))
-            for task, on_task in comparison.tasks.items()
-            for mechanism in on_task.leaders()
-            if len(results.seeds) > 1
-        }
-        spread = "mean ± sample standard deviation over seeds" if len(results.seeds) > 1 else "one seed, so no spread"
-        yield Table(
-            name="accuracy",
-            title=f"Test accuracy in percent ({spread})",
-            values=pd.DataFrame([values for values, _ in rows]),
-            shown=pd.DataFrame([shown for _, shown in rows]),
-            caption=_legend(comparison),
-            provenance=results.caption(),
-            strong=frozenset(strong),
-        )
+    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+        for task, tested in comparison.tasks.items():
+            if tested:
+                title = f"Test accuracy on {comparison.results.heading(task)}"
+                yield table(comparison, task, dict(enumerate(tested)), f"accuracy-{task}", title)
+                if not math.isnan(comparison.state_of(task, tested[0])):
+                    yield _figure(comparison, task, tested)
 
 
-def _legend(comparison: Comparison) -> str:
+def table(comparison: Comparison, task: str, mechanisms: Mapping[Any, Mechanism], name: str, title: str) -> Table:
+    """Return a row for each mechanism, the highest first, with its key as role if that is a text."""
     results = comparison.results
-    parts = [f"Seeds: {len(results.seeds)}, or as many as stand in parentheses."]
-    if len(results.seeds) > 1:
-        parts.append(
-            "Bold: the best, and what is not significantly different from it, over seeds and test examples together "
-            "(all pairs of a task; Holm)."
-        )
-        marked = [bool(on_task.marks) for on_task in comparison.tasks.values() if on_task.groups]
-        if any(marked):
-            parts.append("Letters: two that share one are not significantly different.")
-        if not all(marked):
-            parts.append(
-                f"Where it would take more than {MOST_GROUPS} letters, the figure of all pairs shows it instead."
+    leaders = comparison.leaders(task)
+    ordered = sorted(mechanisms.items(), key=lambda item: -results.scores_of(task, item[1]).mean)
+    values = [_values(comparison, task, mechanism) for _, mechanism in ordered]
+    rows = [{"role": role} if isinstance(role, str) else {} for role, _ in ordered]
+    shown = [
+        row
+        | columns(results.params, mechanism)
+        | _shown(of_mechanism, results, comparison.never_passed(task, mechanism))
+        for row, (_, mechanism), of_mechanism in zip(rows, ordered, values, strict=True)
+    ]
+    told, constant = without_constants(pd.DataFrame(shown))
+    baselines = ", ".join(f"{rule} {accuracy:.2f}" for rule, accuracy in comparison.baselines(task).items())
+    return Table(
+        name=name,
+        title=title,
+        values=pd.DataFrame([row | each for row, each in zip(rows, values, strict=True)]),
+        shown=told,
+        caption=" ".join(
+            filter(
+                None,
+                (
+                    "Accuracy: percent, mean ± sample standard deviation over seeds; bold: the best, and what is equal "
+                    f"to it within {results.margin:g} (two one-sided tests at 5 %).",
+                    f"Rules without a model: {baselines}; passed: seeds whose dev accuracy was two standard errors "
+                    f"above the best of them, {NEVER} for none."
+                    if baselines
+                    else "",
+                    "Rising: a seed was best at its last evaluation. State: bytes that causal attention keeps. Time: "
+                    "of a training pass relative to torch's attention, at so many tokens.",
+                    constant,
+                ),
             )
-    parts.append(f"{NEVER}: no seed passed the best baseline, which needs no model, by two standard errors on dev.")
-    if len(results.tasks) > 1:
-        parts.append(
-            "IQM: interquartile mean over the runs of all tasks, as the share of the way from the majority class to "
-            "100 %, with its interval."
-        )
-    return " ".join(parts)
+        ),
+        provenance=results.caption([task]),
+        strong=frozenset((row, "accuracy") for row, (_, mechanism) in enumerate(ordered) if mechanism in leaders),
+    )
 
 
-def _row(comparison: Comparison, mechanism: Mechanism) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = dict(keyed(mechanism))
-    shown, planned = {"mechanism": label(mechanism)}, len(comparison.results.seeds)
-    for task, on_task in comparison.tasks.items():
-        scores = comparison.results.scores_of(task, mechanism)
-        steps = comparison.steps_to_pass(task, mechanism)
-        values |= {f"{task} mean": scores.mean, f"{task} std": scores.std, f"{task} n": len(scores.seeds)}
-        values |= {f"{task} group": on_task.groups.get(mechanism, ""), f"{task} passed": int(np.isfinite(steps).sum())}
-        count = f" ({len(scores.seeds)} of {planned})" if 0 < len(scores.seeds) < planned else ""
-        shown[comparison.results.heading(task)] = comparison.shown(task, mechanism) + count
-    if len(comparison.tasks) > 1:
-        middle, low, high = comparison.middle(mechanism)
-        values |= {"iqm": middle, "iqm low": low, "iqm high": high}
-        shown["IQM"] = show_number(middle) + ("" if np.isnan(low) else f" [{low:z.1f}, {high:z.1f}]")
-    return values, shown
+def _values(comparison: Comparison, task: str, mechanism: Mechanism) -> dict[str, Any]:
+    scores, times = comparison.results.scores_of(task, mechanism), comparison.time_of(mechanism)
+    steps, rising = comparison.steps_of(task, mechanism)
+    return {
+        **keyed(mechanism),
+        "features": features_of(comparison.results.params, mechanism[0]),
+        "mean": scores.mean,
+        "std": scores.std,
+        "n": len(scores.seeds),
+        "passed": int(np.isfinite(comparison.steps_to_pass(task, mechanism)).sum()),
+        "steps": steps,
+        "rising": rising,
+        "state_bytes": comparison.state_of(task, mechanism),
+        # The two longest lengths that were timed.
+        **{f"time at {at}": times.get(at, math.nan) for at in sorted(comparison.results.bench.length.unique())[-2:]},
+    }
 
 
-def _baseline_row(comparison: Comparison, name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = {"attn": f"baseline: {name}"}
-    shown = {"mechanism": f"baseline: {name}"}
-    for task in comparison.tasks:
-        accuracy = comparison.baselines(task).get(name, float("nan"))
-        values[f"{task} mean"] = accuracy
-        shown[comparison.results.heading(task)] = show_number(accuracy)
-    if len(comparison.tasks) > 1:
-        shown["IQM"] = MISSING
-    return values, shown
+def _shown(values: Mapping[str, Any], results: Results, never: bool) -> dict[str, str]:
+    spread = "" if math.isnan(values["std"]) else f" ± {values['std']:.2f}"
+    count = f" ({values['n']} of {len(results.seeds)})" if values["n"] < len(results.seeds) else ""
+    times = {f"time at {int(name[8:]):,}": show_number(values[name]) for name in values if name.startswith("time at")}
+    return {
+        "accuracy": f"{values['mean']:.2f}{spread}{NEVER * never}{count}",
+        "passed": f"{values['passed']} of {values['n']}",
+        "steps": f"{values['steps']:,}{', rising' * values['rising']}",
+        "state": show_number(values["state_bytes"], ",.0f"),
+        **times,
+    }
+
+
+def _figure(comparison: Comparison, task: str, tested: Iterable[Mechanism]) -> Figure:
+    """Draw accuracy against the size of the state; a line joins the numbers of features of one mechanism."""
+    lines: dict[Mechanism, list[Mechanism]] = {}
+    for mechanism in tested:
+        lines.setdefault((base_name(mechanism[0]), *mechanism[1:]), []).append(mechanism)
+    coloured = {(base_name(m[0]), *m[1:]) for m in comparison.coloured(task)}
+    canvas, (axes,) = new_canvas(7.5, 4)
+    for line, variants in lines.items():
+        points = sorted((comparison.state_of(task, m), comparison.results.scores_of(task, m).mean) for m in variants)
+        look = style(line, line in coloured)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=5 if line in coloured else 3, **look)
+        if line in coloured:
+            add_label(axes, *points[-1], label(line), look["color"])
+        if line[0] == CACHE:
+            axes.axvline(points[0][0], linestyle="--", linewidth=1, color=look["color"])
+    set_log(axes, "x")
+    axes.set(xlabel="bytes of state", ylabel="test accuracy (%)", title=comparison.results.heading(task))
+    return Figure(
+        name=f"state-{task}",
+        title=f"Test accuracy of {task} against the size of the state",
+        canvas=canvas,
+        caption="State: bytes that causal attention keeps of the tokens before, in all layers, at the length of the "
+        "task; dashed: the cache of exact attention. Means over seeds. A line joins numbers of features; grey: rest.",
+        provenance=comparison.results.caption([task]),
+    )

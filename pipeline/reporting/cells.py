@@ -8,13 +8,13 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._mechanisms import label
+from pipeline.reporting._mechanisms import columns
 from pipeline.reporting._results import CELL, CELL_VALUES
-from pipeline.reporting._table import Table, Text, show_number
+from pipeline.reporting._table import Table, Text, show_number, without_constants
 
 
 class Cells(Report):
-    """One row per cell of the grid; what is not finished stays empty."""
+    """One row per cell of the grid, by task the highest first; what is not finished stays empty."""
 
     title = "Cells"
     order = 80
@@ -25,23 +25,26 @@ class Cells(Report):
             yield Text("What is not there", (*results.gaps(), "schoenbat-exp status says why."))
         if results.cells.empty:
             return
-        values = results.cells[[*CELL, *CELL_VALUES]]
+        values = results.cells[[*CELL, *CELL_VALUES]].sort_values(
+            ["task", "test_accuracy"], ascending=[True, False], kind="stable", ignore_index=True
+        )
+        shown, constant = without_constants(pd.DataFrame([_show(row, comparison) for row in values.to_dict("records")]))
         yield Table(
             name="cells",
             title="Dev and test accuracy in percent of every cell, at the step with the best dev accuracy",
             values=values,
-            shown=pd.DataFrame([_show(row) for row in values.to_dict("records")]),
+            shown=shown,
             caption="Baseline passed at: the first evaluation at which dev accuracy was two standard errors above the "
-            "best baseline that needs no model.",
+            f"best baseline that needs no model. {constant}".strip(),
             provenance=results.caption(),
         )
 
 
-def _show(row: dict[Hashable, Any]) -> dict[str, str]:
+def _show(row: dict[Hashable, Any], comparison: Comparison) -> dict[str, str]:
     dev, test, passed = 100 * row["dev_accuracy"], 100 * row["test_accuracy"], row["passed_baseline_at"]
     return {
         "task": row["task"],
-        "mechanism": label((row["attn"], row["dotf"], row["former"])),
+        **columns(comparison.results.params, (row["attn"], row["dotf"], row["former"])),
         "seed": str(row["seed"]),
         "parameters": show_number(row["num_parameters"], ",.0f"),
         "step": show_number(row["best_step"], ",.0f"),

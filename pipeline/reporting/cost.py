@@ -9,16 +9,14 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._figure import Figure, add_legend, new_canvas, set_doubling, set_log
-from pipeline.reporting._mechanisms import label, rows_of
-from pipeline.reporting._results import BENCH_VALUES, Results
-from pipeline.reporting._table import MISSING, Table, show_number
+from pipeline.reporting._figure import Figure, add_label, new_canvas, set_doubling, set_log
+from pipeline.reporting._mechanisms import CACHE, EXACT, OURS, PUBLISHED, label, rows_of, style
+from pipeline.reporting._table import MISSING, Table, show_number, without_constants
+from schoenbat.registry import base_name
 
-PASSES = ("forward", "forward+backward")
-CAUSAL_PASSES = ("causal forward", "causal forward+backward")
+PASSES = ("forward", "forward+backward", "causal forward", "causal forward+backward")
 SDPA = "sdpa"
-TOKEN = "one token"
-_MEASURED = ["attn", "dotf", "num_features"]
+MEASURED = ["direction", "attn", "dotf", "num_features"]
 
 
 class Cost(Report):
@@ -28,57 +26,57 @@ class Cost(Report):
     order = 40
 
     def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
-        results, timings = comparison.results, comparison.results.bench
-        passes = timings[timings.direction.isin((*PASSES, *CAUSAL_PASSES))]
-        if not passes.empty:
-            yield _lead_table(passes, results)
-            yield _table("cost", "Time, memory and error of one attention", passes, results)
-            for quantity, name, axis in (
-                ("milliseconds", "time", "milliseconds (median)"),
-                ("peak_memory_mb", "memory", "peak memory (MB)"),
-            ):
-                yield from _figure(comparison, PASSES, quantity, name, axis)
-                yield from _figure(comparison, CAUSAL_PASSES, quantity, f"causal-{name}", axis)
-        tokens = timings[timings.direction == TOKEN]
-        if not tokens.empty:
-            yield _table("token", "Time of one causal token after so many others", tokens, results)
+        bench = comparison.results.bench
+        if bench.empty:
+            return
+        rows = [_row(key, own) for key, own in bench.groupby(MEASURED, sort=False)]
+        lengths = sorted(bench.length.unique())
+        rows.sort(key=lambda row: (row["direction"], row.get(lengths[-1], math.inf), str(row["attn"])))
+        shown, constant = without_constants(pd.DataFrame([_shown(row, lengths) for row in rows]))
+        yield Table(
+            name="cost",
+            title="Time of one attention over that of torch's exact attention, by length",
+            values=pd.DataFrame(rows),
+            shown=shown,
+            caption="Medians over those of torch's scaled_dot_product_attention, causal where the mechanism is; less "
+            "than 1 is faster, unsteady: the interquartile range is more than the median. Faster from: interpolated on "
+            "logarithmic axes; CSV: 0 is below the shortest measured length, inf never. Error: relative to the exact "
+            "result in float64; memory: its peak in MB; both at the longest length. One token: after so many others. "
+            f"{constant}".strip(),
+            provenance=comparison.results.bench_caption(),
+        )
+        yield from _figure(comparison)
 
 
-def _table(name: str, title: str, timings: pd.DataFrame, results: Results) -> Table:
-    shown = [
-        {
-            **_named(row),
-            "length": f"{row['length']:,}",
-            "direction": row["direction"],
-            "ms": show_number(row["milliseconds"], ",.2f"),
-            "± (iqr)": show_number(row["spread"], ",.2f"),
-            "speed-up": _speedup(row),
-            "peak MB": show_number(row["peak_memory_mb"], ",.2f"),
-            "error": show_number(row["relative_error"], ".1e"),
-        }
-        for row in timings.to_dict("records")
-    ]
-    return Table(
-        name=name,
-        title=title,
-        values=timings[[*_MEASURED, "length", "direction", *BENCH_VALUES]],
-        shown=pd.DataFrame(shown),
-        caption="Medians and interquartile ranges; speed-up: against torch's scaled_dot_product_attention, causal "
-        "where the mechanism is, more than 1 is faster; error: relative to the exact result in float64; unsteady: the "
-        "interquartile range is more than the median, so that a speed-up would mean nothing.",
-        provenance=results.bench_caption(),
-    )
+def _row(key: Any, own: pd.DataFrame) -> dict[Hashable, Any]:
+    own = own.sort_values("length")
+    known = own.dropna(subset="speedup_vs_sdpa")
+    ratios = dict(zip(known.length, 1 / known.speedup_vs_sdpa, strict=True))
+    last = own.iloc[-1]
+    return {
+        **dict(zip(MEASURED, key, strict=True)),
+        **ratios,
+        "unsteady": " ".join(map(str, own.length[own.spread > own.milliseconds])),
+        "from_length": leads_from(list(ratios), list(ratios.values())) if ratios else math.nan,
+        "peak_memory_mb": last.peak_memory_mb,
+        "relative_error": last.relative_error,
+    }
 
 
-def _named(row: Mapping[Hashable, Any]) -> dict[str, str]:
-    name = label((row["attn"], row["dotf"]))
-    return {"mechanism": name, "features": str(row["num_features"] or MISSING)}
-
-
-def _speedup(row: Mapping[Hashable, Any]) -> str:
-    if row["spread"] > row["milliseconds"]:
-        return "unsteady"
-    return MISSING if pd.isna(row["speedup_vs_sdpa"]) else f"{row['speedup_vs_sdpa']:.2f}×"
+def _shown(row: Mapping[Hashable, Any], lengths: Sequence[int]) -> dict[str, str]:
+    unsteady = row["unsteady"].split()
+    texts = {f"{at:,}": "unsteady" if str(at) in unsteady else show_number(row.get(at, math.nan)) for at in lengths}
+    start = row["from_length"]
+    faster = f"{float(f'{start:.3g}'):,.0f}" if 0 < start < math.inf else MISSING
+    return {
+        "direction": str(row["direction"]),
+        "method": label((row["attn"], row["dotf"])) + (" (ours)" if row["attn"] == OURS else ""),
+        "features": str(row["num_features"] or ""),
+        **texts,
+        "faster from": {0: f"below {lengths[0]:,}", math.inf: f"never up to {lengths[-1]:,}"}.get(start, faster),
+        "peak MB": show_number(row["peak_memory_mb"], ",.2f"),
+        "error": show_number(row["relative_error"], ".1e"),
+    }
 
 
 def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
@@ -100,59 +98,33 @@ def leads_from(lengths: Sequence[int], ratios: Sequence[float]) -> float:
     return math.exp(np.interp(0.0, np.log([ratios[i] for i in around]), np.log([lengths[i] for i in around])))
 
 
-def _lead_table(timings: pd.DataFrame, results: Results) -> Table:
-    rows, shown = [], []
-    sdpa = timings[timings.attn == SDPA]
-    for key, own in timings[timings.attn != SDPA].groupby(_MEASURED, sort=False):
-        measured: dict[Hashable, Any] = dict(zip(_MEASURED, key, strict=True))
-        shown.append(_named(measured))
-        for direction in (*PASSES, *CAUSAL_PASSES):
-            mine = own[own.direction == direction]
-            exact = sdpa[sdpa.direction == direction]
-            shown[-1][direction] = MISSING
-            both = mine.merge(exact, on="length", suffixes=("", "_sdpa")).sort_values("length")
-            if not both.empty:
-                found = leads_from(both.length.tolist(), (both.milliseconds / both.milliseconds_sdpa).tolist())
-                shown[-1][direction] = _lead_text(found, both.length)
-                rows.append(measured | {"direction": direction, "from_length": found})
-    return Table(
-        name="cost-lead",
-        title="The length from which on a mechanism is faster than torch's exact attention",
-        values=pd.DataFrame(rows),
-        shown=pd.DataFrame(shown),
-        caption="Against torch's scaled_dot_product_attention (causal: with is_causal), interpolated between measured "
-        "lengths on logarithmic axes. CSV: 0 is below the shortest measured length, inf never.",
-        provenance=results.bench_caption(),
-    )
-
-
-def _lead_text(found: float, lengths: pd.Series) -> str:
-    if found == 0:
-        return f"below {lengths.min():,}"
-    return f"never up to {lengths.max():,}" if math.isinf(found) else f"{float(f'{found:.3g}'):,.0f}"
-
-
-def _figure(comparison: Comparison, directions: Sequence[str], quantity: str, name: str, axis: str) -> Iterator[Figure]:
-    """Yield the figure of these directions, if they were measured."""
+def _figure(comparison: Comparison) -> Iterator[Figure]:
+    """Yield one panel for each pass that was measured, of the first numbers of features."""
     timings = comparison.results.first_timings()
-    timings = timings[timings.direction.isin(directions)]
-    if timings.empty:
+    timings = timings[timings.direction.isin(PASSES) & (timings.attn != SDPA)]
+    directions = [direction for direction in PASSES if direction in set(timings.direction)]
+    if not directions:
         return
-    canvas, panels = new_canvas(9, 3.8, panels=len(directions), columns=len(directions))
+    first = next((comparison.coloured(task) for task, tested in comparison.tasks.items() if tested), [])
+    coloured = {base_name(mechanism[0]) for mechanism in first} or {OURS, PUBLISHED, EXACT}
+    canvas, panels = new_canvas(5.2, 3.6, len(directions))
     for axes, direction in zip(panels, directions, strict=True):
+        axes.axhline(1.0, linestyle="--", linewidth=1, color=style((CACHE,), True)["color"])
         for mechanism in dict.fromkeys(zip(timings.attn, timings.dotf, strict=True)):
             rows = rows_of(timings[timings.direction == direction], mechanism)
-            look = comparison.style(mechanism) | {"linewidth": 1.5}
-            axes.plot(rows.length, rows[quantity], label=label(mechanism), **look)
+            look = style(mechanism, mechanism[0] in coloured - {CACHE})
+            ratios = (1 / rows.speedup_vs_sdpa).tolist()
+            axes.plot(rows.length, ratios, **look)
+            if ratios and mechanism[0] in coloured - {CACHE}:
+                add_label(axes, rows.length.iloc[-1], ratios[-1], label(mechanism), look["color"])
         set_log(axes, "y")
         set_doubling(axes, timings.length, rotation=45)
         axes.set(xlabel="length", title=direction)
-    panels[0].set_ylabel(axis)
-    add_legend(panels[-1])
+    panels[0].set_ylabel("time over that of exact attention")
     yield Figure(
-        name=f"bench-{name}",
-        title=f"{name.replace('-', ' ').capitalize()} of one attention over the length of the sequence",
+        name="bench-time",
+        title="Time of one attention over the length of the sequence, relative to torch's exact attention",
         canvas=canvas,
-        caption="Medians.",
+        caption="Medians. Dashed: torch's scaled_dot_product_attention; below it is faster. Grey: the rest.",
         provenance=comparison.results.bench_caption(),
     )

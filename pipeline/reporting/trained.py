@@ -9,24 +9,22 @@ import pandas as pd
 from pipeline.grid.params import ReplacementParams, model_of
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._figure import Figure, add_legend, new_canvas, set_log
+from pipeline.reporting._figure import Figure, add_label, new_canvas, set_log
+from pipeline.reporting._mechanisms import COLOURS, OURS, PUBLISHED
+from pipeline.reporting._mechanisms import EXACT as KERNEL
 from pipeline.reporting._results import Results
 from pipeline.reporting._statistics import LEVEL, REPLICATES
-from pipeline.reporting._table import MISSING, Table, show_number
+from pipeline.reporting._table import MISSING, Table, show_number, without_constants
 
 EXACT = "exact"
-NEAR, CHOSEN, ALONE, OTHERS = (
-    "ours: near and heavy keys",
-    "ours: chosen for each layer",
-    "ours: features alone",
-    "others",
-)
-LOOKS: dict[str, dict[str, Any]] = {
-    NEAR: {"color": "tab:blue", "marker": "o"},
-    CHOSEN: {"color": "tab:green", "marker": "*", "markersize": 11},
-    ALONE: {"color": "tab:orange", "marker": "s"},
-    OTHERS: {"color": "0.45", "marker": "X"},
+NEAR, CHOSEN, ALONE, OTHERS = ("near and heavy keys", "chosen for each layer", "features alone", "others")
+LOOKS: dict[str, tuple[str, str]] = {
+    NEAR: (COLOURS[OURS], "o"),
+    CHOSEN: (COLOURS[KERNEL], "*"),
+    ALONE: (COLOURS[PUBLISHED], "s"),
+    OTHERS: ("#757575", "X"),
 }
+"""Colour and marker."""
 QUALITIES = ("cosine", "reciprocal_rank", "loss")
 
 
@@ -64,74 +62,95 @@ def measured(model: str, results: Results) -> pd.DataFrame:
         for time in results.replaced_times[results.replaced_times.cell == name].to_dict("records"):
             row |= {f"{what}_{time['length']}": time[what] for what in ("milliseconds", "of_sdpa")}
         rows.append(row)
-    return pd.DataFrame(rows)
+    what = quality_of(pd.DataFrame(rows))
+    return pd.DataFrame(rows).sort_values(what, ascending=what == "loss", kind="stable", ignore_index=True)
 
 
-def _table(model: str, results: Results) -> Table:
-    values = measured(model, results)
-    shown = []
-    for row in values.to_dict("records"):
-        texts = {"method": str(row["cell"]).partition("-")[2]}
-        for what in filter(row.__contains__, QUALITIES):
-            name = what.replace("_", " ")
-            low, high = (show_number(row[f"{what}_{end}"], "+z.3f") for end in ("low", "high"))
-            texts |= {name: show_number(row[what], "z.3f"), f"{name} less exact": f"{low} to {high}"}
-        if "share_median" in row:
-            texts["share, median / worst head"] = f"{row['share_median']:z,.2f} / {row['share_worst']:z,.2f}"
-        for length in results.params.trained.lengths:
-            if f"of_sdpa_{length}" in row:
-                texts[f"time at {length:,}"] = show_number(row[f"of_sdpa_{length}"], ".2f")
-        shown.append(texts)
-    return Table(
-        name=f"trained-{model}",
-        title=f"{model}: what is left of a trained model when its attention is replaced",
-        values=values,
-        shown=pd.DataFrame(shown).fillna(MISSING),
-        caption="Means over texts or windows; less exact: 95 % of the difference from exact attention, by a bootstrap "
-        "over them in pairs. Cosine: with the embedding of a review by exact attention. Reciprocal rank: at which the "
-        "beginning of a paper finds its middle. Share: of the attention explained; 1 is exact, 0 is uniform. Loss: of "
-        "a token, in nats. Time: of one layer's attention over that of torch's exact attention, at so many tokens. "
-        "Methods of three numbers: window, heavy keys, features; bare: without features.",
-        provenance=results.replaced_caption(),
-    )
+def quality_of(values: pd.DataFrame) -> str:
+    """Return the name of what tells methods on one model apart."""
+    return "loss" if "loss" in values else "cosine"
 
 
-def _figure(models: list[str], results: Results) -> Figure:
-    canvas, panels = new_canvas(6.2 * len(models), 4.6, len(models), len(models), share_y=False)
-    length = max(results.params.trained.lengths)
-    times = f"milliseconds_{length}"
-    for axes, model in zip(panels, models, strict=True):
-        values = measured(model, results).set_index("cell")
-        exact = float(values[times][f"{model}-{EXACT}"])
-        what = "loss" if "loss" in values else "cosine"
-        values["away"] = values[f"{what}_less_exact"].abs()
-        for group, look in LOOKS.items():
-            own = values[[_group(results, name) == group for name in values.index]].dropna(subset=[times])
-            own = own[own.away > 0]
-            axes.plot(own[times], own.away, label=group, linestyle="none", **look)
-            for name, x, y in zip(own.index, own[times], own.away, strict=True):
-                shift: Any = {"xytext": (5, 3), "textcoords": "offset points"}
-                axes.annotate(name.partition("-")[2], (x, y), **shift, fontsize=6, color=look["color"])
-        axes.axvline(exact, color="k", linestyle="--", linewidth=1, label="exact attention")
-        set_log(axes, "x")
-        set_log(axes, "y")
-        axes.invert_yaxis()
-        quality = "loss above exact attention, nats" if what == "loss" else "1 - cosine with the exact embedding"
-        axes.set(xlabel=f"milliseconds of one layer's attention, {length:,} tokens", ylabel=quality, title=model)
-    add_legend(panels[0])
-    return Figure(
-        name="trained",
-        title="Quality of trained models against the time of the attention that replaces theirs",
-        canvas=canvas,
-        caption="Higher is closer to exact attention, further left is faster; both axes are logarithmic.",
-        provenance=results.replaced_caption(),
-    )
-
-
-def _group(results: Results, name: str) -> str:
+def group_of(results: Results, name: str) -> str:
+    """Return which of the groups of `LOOKS` a cell belongs to."""
     method: ReplacementParams = results.params.trained.cells[name]
     if method.share is not None:
         return CHOSEN
     if method.bare or not method.estimate:
         return OTHERS
     return NEAR if method.estimate.get("window") or method.estimate.get("heavy") else ALONE
+
+
+def is_ours(results: Results, name: str) -> bool:
+    """Return whether a cell is of our estimate, with exact keys or without."""
+    published = results.params.trained.cells[name].estimate.get("estimator") == "maclaurin"
+    return group_of(results, name) != OTHERS and not published
+
+
+def _table(model: str, results: Results) -> Table:
+    values = measured(model, results)
+    shown = []
+    for row in values.to_dict("records"):
+        name = str(row["cell"])
+        given: ReplacementParams = results.params.trained.cells[name]
+        options = given.estimate or given.options
+        ours = " (ours)" if is_ours(results, name) else ""
+        texts = {"method": name.partition("-")[2] + ours}
+        for heading, option in (("near", "window"), ("heavy", "heavy"), ("features", "num_features")):
+            texts[heading] = "" if given.bare and option == "num_features" else str(options.get(option) or "")
+        for what in filter(row.__contains__, QUALITIES):
+            heading = what.replace("_", " ")
+            low, high = (show_number(row[f"{what}_{end}"], "+z.3f") for end in ("low", "high"))
+            texts |= {heading: show_number(row[what], "z.3f"), f"{heading} less exact": f"{low} to {high}"}
+        if "share_median" in row:
+            texts["share, median / worst head"] = f"{row['share_median']:z,.2f} / {row['share_worst']:z,.2f}"
+        for length in results.params.trained.lengths:
+            if f"of_sdpa_{length}" in row:
+                texts[f"time at {length:,}"] = show_number(row[f"of_sdpa_{length}"], ".2f")
+        shown.append(texts)
+    told, constant = without_constants(pd.DataFrame(shown).fillna(MISSING))
+    replaced = values.index[values.cell != f"{model}-{EXACT}"]
+    return Table(
+        name=f"trained-{model}",
+        title=f"{model}: what is left of a trained model when its attention is replaced",
+        values=values,
+        shown=told,
+        caption="Means over texts or windows; less exact: 95 % of the difference from exact attention, by a bootstrap "
+        "over them in pairs; bold: the best. Cosine: with the embedding of a review by exact attention. Reciprocal "
+        "rank: at which the beginning of a paper finds its middle. Share: of the attention explained; 1 is exact, 0 is "
+        "uniform. Loss: of a token, in nats. Time: of one layer's attention over that of torch's exact attention, at "
+        "so many tokens. Near: keys of a window on either side, and heavy: keys of most weight, both exact; fitted: "
+        f"kernels of features fitted to the model; bare: without features. {constant}".strip(),
+        provenance=results.replaced_caption(),
+        strong=frozenset((int(row), quality_of(values)) for row in replaced[:1]),
+    )
+
+
+def _figure(models: list[str], results: Results) -> Figure:
+    canvas, panels = new_canvas(6.6, 4.8, len(models), share_y=False)
+    length = max(results.params.trained.lengths)
+    for axes, model in zip(panels, models, strict=True):
+        values = measured(model, results).set_index("cell")
+        what = quality_of(values)
+        values["away"] = values[f"{what}_less_exact"].abs()
+        own = values[values.away > 0].dropna(subset=[f"of_sdpa_{length}"])
+        for name, time, away in zip(own.index, own[f"of_sdpa_{length}"], own.away, strict=True):
+            colour, marker = LOOKS[group_of(results, name)]
+            fill = "none" if results.params.trained.cells[name].fit else colour
+            axes.plot(time, away, color=colour, marker=marker, markerfacecolor=fill, markersize=6, linestyle="none")
+            add_label(axes, time, away, name.partition("-")[2], colour)
+        axes.axvline(1.0, color="#000000", linestyle="--", linewidth=1)
+        set_log(axes, "x")
+        set_log(axes, "y")
+        axes.invert_yaxis()
+        quality = "loss above exact attention, nats" if what == "loss" else "1 - cosine with the exact embedding"
+        axes.set(xlabel=f"time over that of exact attention, {length:,} tokens", ylabel=quality, title=model)
+    return Figure(
+        name="trained",
+        title="Quality of trained models against the time of the attention that replaces theirs",
+        canvas=canvas,
+        caption="Higher is closer to exact attention, further left is faster. Dashed: exact "
+        "attention. Blue: ours, near and heavy keys exact (numbers: near, heavy, features; hollow: fitted); star: "
+        "chosen for each layer; squares: features alone; grey: others.",
+        provenance=results.replaced_caption(),
+    )

@@ -4,10 +4,8 @@ It reads metrics/, test/, curves/ and predictions/ of each group of cells, and t
 what follows from them with the tables of the report.
 """
 
-import itertools
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +86,7 @@ class Raw:
 def check_report(root: Path, profile: str) -> int:
     """Compare every number of the main tables of a report with what its raw files give; how many were compared."""
     raw, tables = Raw(root / "runs" / profile), root / "reports" / profile / "tables"
-    return sum(check(raw, tables) for check in (_accuracy, _cells, _pairs, _versus))
+    return sum(check(raw, tables) for check in (_accuracy, _cells, _contrasts, _cost))
 
 
 def _same(found: Any, expected: float, **tolerance: float) -> int:
@@ -106,28 +104,23 @@ def _mechanism(row: Any, prefix: str = "") -> Mechanism:
 
 
 def _accuracy(raw: Raw, tables: Path) -> int:
-    table = pd.read_csv(tables / "accuracy.csv")
-    tasks = [column.removesuffix(" std") for column in table if column.endswith(" std")]
     count = 0
-    for row in table.to_dict("records"):
-        if row["attn"].startswith("baseline: "):
-            for task in tasks:
-                accuracy = raw.baselines.get(task, {}).get(row["attn"].removeprefix("baseline: "), math.nan)
-                count += _same(row[f"{task} mean"], 100 * accuracy)
-            continue
-        runs = []
-        for task in tasks:
-            scores = np.array([cell["accuracy"] for cell in raw.of(task, _mechanism(row)).values()])
-            count += _same(row[f"{task} n"], len(scores))
-            count += _same(row[f"{task} mean"], scores.mean() if len(scores) else math.nan)
-            count += _same(row[f"{task} std"], scores.std(ddof=1) if len(scores) > 1 else math.nan)
-            floor = 100 * raw.baselines.get(task, {}).get("majority class", math.nan)
-            runs.append(100 * (scores - floor) / (100 - floor))
-        if len(tasks) > 1:
-            every = np.sort(np.concatenate(runs))
-            cut = len(every) // 4
-            middle = every[cut : len(every) - cut].mean() if all(map(len, runs)) else math.nan
-            count += _same(row["iqm"], middle)
+    for path in [*tables.glob("accuracy-*.csv"), *tables.glob("summary-*.csv")]:
+        task, table = path.stem.partition("-")[2], pd.read_csv(path)
+        for row in table.to_dict("records"):
+            cells = raw.of(task, _mechanism(row)).values()
+            scores = np.array([cell["accuracy"] for cell in cells])
+            count += _same(row["n"], len(scores)) + _same(row["mean"], scores.mean())
+            count += _same(row["std"], scores.std(ddof=1) if len(scores) > 1 else math.nan)
+            passed = [_passed(raw, task, cell["curve"]) for cell in cells]
+            count += _same(row["passed"], np.isfinite(passed).sum())
+            last = max(cell["curve"].step.max() for cell in cells)
+            metrics = [cell["metrics"] for cell in cells]
+            rising = any(one["best_step"] == last and one["best_dev_accuracy"] < 0.99 for one in metrics)
+            count += _same(row["steps"], last) + _same(row["rising"], rising)
+            state = metrics[0]["state_bytes"]
+            count += _same(row["state_bytes"], math.nan if state is None else state)
+        assert table["mean"].is_monotonic_decreasing
     return count
 
 
@@ -157,19 +150,6 @@ def _passed(raw: Raw, task: str, curve: pd.DataFrame) -> float:
     return math.inf
 
 
-def _pairs(raw: Raw, tables: Path) -> int:
-    table = pd.read_csv(tables / "pairs.csv")
-    count = 0
-    for row in table.to_dict("records"):
-        expected = raw.difference(row["task"], _mechanism(row), _mechanism(row, "other"))
-        count += _compare(row, expected)
-    for task, rows in table.groupby("task"):
-        known = {mechanism for of, mechanism, _ in raw.cells if of == task}
-        assert len(rows) == len(list(itertools.combinations(known, 2)))
-        count += _letters(tables, str(task), rows)
-    return count
-
-
 def _compare(row: dict[Any, Any], expected: dict[str, float]) -> int:
     count = _same(row["estimate"], expected["estimate"]) + _same(row["seeds"], expected["seeds"])
     if expected.get("error") == 0:
@@ -179,23 +159,6 @@ def _compare(row: dict[Any, Any], expected: dict[str, float]) -> int:
     if expected["seeds"] > 1:
         count += _same(row["p"], expected["p"], rtol=1e-5)
     return count
-
-
-def _letters(tables: Path, task: str, rows: pd.DataFrame) -> int:
-    """Two share a letter exactly if the table of pairs calls them not significant."""
-    accuracy = pd.read_csv(tables / "accuracy.csv")
-    # After z come a1, b1 and so on.
-    groups = {
-        _mechanism(row): set(re.findall(r"[a-z]\d*", row[f"{task} group"]))
-        for row in accuracy.dropna(subset=f"{task} group").to_dict("records")
-    }
-    holm = _holm(rows.p.to_numpy())
-    for (_, row), adjusted in zip(rows.iterrows(), holm, strict=True):
-        significant = adjusted < 0.05
-        assert significant == row.significant
-        one, other = _mechanism(row), _mechanism(row, "other")
-        assert significant == (not groups[one] & groups[other]), (one, other)
-    return len(rows)
 
 
 def _holm(p: Any) -> Any:
@@ -208,12 +171,31 @@ def _holm(p: Any) -> Any:
     return adjusted
 
 
-def _versus(raw: Raw, tables: Path) -> int:
+def _cost(raw: Raw, tables: Path) -> int:
+    """A ratio is the median time over that of torch's attention in the same pass at the same length."""
+    path = tables.parents[2] / "runs" / tables.parent.name / "bench.csv"
+    if not path.is_file():
+        return 0
+    timings, count = pd.read_csv(path, dtype={"dotf": str}, keep_default_na=False), 0
+    table = pd.read_csv(tables / "cost.csv", dtype={"dotf": str}, keep_default_na=False)
+    exact = timings[timings.attn == "sdpa"].set_index(["direction", "length"]).milliseconds
+    for row in timings.to_dict("records"):
+        same = (table[name] == row[name] for name in ("attn", "dotf", "direction"))
+        found = table[np.logical_and.reduce([*same, table.num_features == int(row["num_features"] or 0)])]
+        if (row["direction"], row["length"]) in exact.index:
+            expected = float(row["milliseconds"]) / float(exact[row["direction"], row["length"]])
+            count += _same(found[str(row["length"])].item(), expected)
+        if row["length"] == timings.length.max():
+            count += _same(found.peak_memory_mb.item(), row["peak_memory_mb"])
+    return count
+
+
+def _contrasts(raw: Raw, tables: Path) -> int:
     count = 0
-    for path in [*tables.glob("versus-*.csv"), *tables.glob("ppsbn.csv")]:
-        table = pd.read_csv(path)
+    for _, table in pd.read_csv(tables / "contrasts.csv").groupby("question"):
         for row in table.to_dict("records"):
             count += _compare(row, raw.difference(row["task"], _mechanism(row), _mechanism(row, "other")))
-        for found, expected in zip(table.p_holm, _holm(table.p.to_numpy()), strict=True):
-            count += _same(found, expected)
+        for (_, row), expected in zip(table.iterrows(), _holm(table.p.to_numpy()), strict=True):
+            count += _same(row.p_holm, expected)
+            assert row.significant == (expected < 0.05)
     return count

@@ -133,9 +133,9 @@ def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Pro
     folder = Path("reports/tiny")
     table = (folder / "tables/errors.md").read_text()
     assert table.count("| rmfa-sketch ") == 2
-    assert table.count("2.0e-03; 0.938") == 4
-    assert table.count("1.6e-02; -3.000") == 2
-    assert table.count("—") == 2
+    assert table.count(" 0.938 ") == 4
+    assert table.count(" -3.000 ") == 2
+    assert table.count("| — ") == 2
     assert f"Not trained yet, so left out: {missing}." in table
     assert (folder / "figures/errors.svg").is_file()
     assert "## Errors of the estimators in trained cells" in (folder / "index.md").read_text()

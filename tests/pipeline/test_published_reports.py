@@ -15,7 +15,7 @@ from pipeline import reporting
 from pipeline.grid.params import load_params
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = sorted(path.parents[1].name for path in ROOT.glob("reports/*/tables/pairs.csv"))
+PUBLISHED = sorted(path.parents[1].name for path in ROOT.glob("reports/*/tables/contrasts.csv"))
 SMALLEST = "rates"
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -21,15 +22,13 @@ from pipeline.grid.freshness import Freshness
 from pipeline.grid.params import Params, load_params
 from pipeline.grid.results import CellResults, Fingerprint
 from pipeline.reporting._answers import answers
-from pipeline.reporting._comparison import Comparison, OnTask
+from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._figure import Figure
 from pipeline.reporting._results import collect
 from pipeline.reporting._table import Table, Text, escape_latex, show_interval, show_number
 from pipeline.reporting.accuracy import Accuracy
 from pipeline.reporting.cost import leads_from
-from pipeline.reporting.differences import Differences
 from pipeline.reporting.findings import Findings
-from pipeline.reporting.state import State
 from schoenbat.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("reporting")
@@ -166,7 +165,6 @@ def test_a_complete_report_is_the_same_when_built_again(complete: Path, tmp_path
         "cpu/index.md",
         "cpu/index.html",
         "cpu/findings.md",
-        "cpu/limits.md",
         *(f"cpu/tables/{name}.{end}" for name in TABLES for end in ENDS),
         *(f"cpu/figures/{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
@@ -175,82 +173,36 @@ def test_a_complete_report_is_the_same_when_built_again(complete: Path, tmp_path
 def test_what_the_numbers_show_is_a_file_to_quote(complete: Path) -> None:
     folder = complete / "reports/cpu"
     index = (folder / "index.md").read_text()
-    for name, heading in (("findings", "What the numbers show"), ("limits", "What they do not show")):
-        quoted = (folder / f"{name}.md").read_text()
-        assert quoted.startswith(f"**{heading}**\n\n- ")
-        assert quoted in index
-
-
-def test_the_figure_of_pairs_shows_what_the_table_of_pairs_says(complete: Path) -> None:
-    params = load_params(complete / "params.yaml")
-    comparison = Comparison(collect(params, complete, margin=20.0))
-    made = {each.name: each for each in Differences().make(comparison)}
-    pairs = made["pairs"]
-    assert isinstance(pairs, Table)
-    for task in params.grid.tasks:
-        figure = made[f"pairs-{task}"]
-        assert isinstance(figure, Figure)
-        (axes,) = figure.canvas.axes
-        names = [text.get_text() for text in axes.get_xticklabels()]
-        drawn = {
-            points.get_label(): {frozenset((names[int(x)], names[int(y)])) for x, y in points.get_offsets()}
-            for points in axes.collections
-        }
-        told = pairs.shown[pairs.shown.task == task]
-        for name, words in (("significantly different", "higher|lower"), ("equal within 20", "within 20")):
-            rows = told[told.verdict.str.contains(words)]
-            assert drawn[name] == set(map(frozenset, zip(rows.mechanism, rows.less, strict=True))), name
-        assert drawn["equal within 20"]
-
-
-def test_letters_stand_in_a_table_only_where_they_can_be_read() -> None:
-    def on_task(letters: str) -> OnTask:
-        groups = {(letter, "", "transformer"): letter for letter in letters}
-        return OnTask(dict.fromkeys(groups, 50.0), [], groups)
-
-    assert on_task("abcdef").marks == on_task("abcdef").groups
-    assert on_task("abcdefg").marks == {}
+    quoted = (folder / "findings.md").read_text()
+    assert quoted.startswith("**What the numbers show**\n\n- ")
+    assert quoted in index
 
 
 ENDS = ("md", "csv", "tex")
 TABLES = (
-    "accuracy",
+    "accuracy-lra-listops",
+    "accuracy-lra-text",
     "cells",
+    "contrasts",
     "cost",
-    "cost-lead",
-    "data",
-    "pairs",
     "setup",
     "summary-lra-listops",
     "summary-lra-text",
-    "tradeoff",
-    "versus-mean",
-    "versus-softmax",
 )
-FIGURES = (
-    "bench-causal-memory",
-    "bench-causal-time",
-    "bench-memory",
-    "bench-time",
-    "curves-lra-listops",
-    "curves-lra-text",
-    "pairs-lra-listops",
-    "pairs-lra-text",
-    "tradeoff-lra-listops",
-    "tradeoff-lra-text",
-)
+FIGURES = ("bench-time", "curves-lra-listops", "curves-lra-text")
 
 
 def test_the_length_from_which_a_mechanism_is_faster_is_told(complete: Path) -> None:
     """The times made up here are powers of the length: rmfa's, 1.5 (N / 512), meets torch's, (N / 512)^2, at 768."""
-    table = pd.read_csv(complete / "reports/cpu/tables/cost-lead.csv").set_index(["attn", "num_features", "direction"])
+    table = pd.read_csv(complete / "reports/cpu/tables/cost.csv").set_index(["attn", "num_features", "direction"])
     for direction in ("forward", "causal forward+backward"):
         rmfa = table.loc[("rmfa", 128, direction)]
         assert rmfa.from_length == pytest.approx(768)
+        assert rmfa["512"] == pytest.approx(1.5)
         assert table.loc[("rmfa", 256, direction)].from_length == math.inf
         assert table.loc[("mean", 0, direction)].from_length == 0
         assert table.loc[("kernelized", 0, direction)].from_length == math.inf
-    shown = (complete / "reports/cpu/tables/cost-lead.md").read_text()
+    shown = (complete / "reports/cpu/tables/cost.md").read_text()
     assert "| 768 " in shown
     assert "| below 512 " in shown
     assert "| never up to 1,024 " in shown
@@ -275,17 +227,17 @@ def parts_of(report: reporting.Report, params: Params, root: Path) -> list[Text 
 
 
 def test_accuracy_is_mean_and_sample_deviation_over_seeds(complete: Path) -> None:
-    table = pd.read_csv(complete / "reports/cpu/tables/accuracy.csv").set_index("attn")
+    table = pd.read_csv(complete / "reports/cpu/tables/accuracy-lra-text.csv").set_index("attn")
     scores = pd.Series(
         [100 * made_up_accuracy(Cell("lra-text", "rmfa", "exp", "maclauformer", seed)) for seed in (42, 43, 44)]
     )
-    assert table.loc["rmfa", "lra-text mean"] == pytest.approx(scores.mean())
-    assert table.loc["rmfa", "lra-text std"] == pytest.approx(scores.std(ddof=1))
-    shown = (complete / "reports/cpu/tables/accuracy.md").read_text()
-    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f} " in shown
+    assert table.loc["rmfa", "mean"] == pytest.approx(scores.mean())
+    assert table.loc["rmfa", "std"] == pytest.approx(scores.std(ddof=1))
+    shown = (complete / "reports/cpu/tables/accuracy-lra-text.md").read_text()
+    assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f}" in shown
 
 
-@pytest.mark.parametrize("name", ["accuracy", "cells"])
+@pytest.mark.parametrize("name", ["accuracy-lra-text", "cells"])
 def test_every_table_says_how_it_came_about(complete: Path, name: str) -> None:
     shown = (complete / f"reports/cpu/tables/{name}.md").read_text()
     for part in (
@@ -304,10 +256,10 @@ def test_one_seed_has_no_spread(tmp_path: Path, params: Params) -> None:
     params = dataclasses.replace(params, grid=dataclasses.replace(params.grid, seeds=[42]))
     write_everything(tmp_path, params)
     reporting.build(params, tmp_path)
-    assert "±" not in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
+    assert "± " not in (tmp_path / "reports/cpu/tables/accuracy-lra-text.csv").read_text()
+    assert not re.search(r"\d ± \d", (tmp_path / "reports/cpu/index.md").read_text())
     index = (tmp_path / "reports/cpu/index.md").read_text()
     assert "There is one seed: no difference can be tested." in index
-    assert "significantly above all" not in index
     assert "points (95 %" not in index
     assert "**This is a check, not a result.**" in index
     assert "This is a check, not a result." in (tmp_path / "reports/cpu/index.html").read_text()
@@ -320,7 +272,6 @@ def test_nothing_finished_gives_a_report_that_says_so(tmp_path: Path, params: Pa
     assert "No prepared data, so no results, for lra-text" in index
     for text in (index, (tmp_path / "reports/cpu/index.html").read_text()):
         assert "Nothing yet: no cell is finished." in text
-        assert "There is no benchmark: nothing is said about time and memory." in text
 
 
 def test_what_is_missing_is_named_and_spoils_what_is_over_all_tasks(tmp_path: Path, params: Params) -> None:
@@ -337,9 +288,7 @@ def test_what_is_missing_is_named_and_spoils_what_is_over_all_tasks(tmp_path: Pa
         assert "No prepared data, so no results, for lra-text: " in text
         assert "No benchmark." in text
     assert "Not complete:" in page
-    table = pd.read_csv(tmp_path / "reports/cpu/tables/accuracy.csv")
-    assert table["iqm"].isna().all()
-    assert "(2 of 3)" in (tmp_path / "reports/cpu/tables/accuracy.md").read_text()
+    assert "(2 of 3)" in (tmp_path / "reports/cpu/tables/accuracy-lra-listops.md").read_text()
 
 
 def test_results_of_other_settings_or_weights_are_left_out(tmp_path: Path, params: Params) -> None:
@@ -400,7 +349,7 @@ def test_latex_specials_are_escaped(complete: Path) -> None:
     assert escape_latex(r"a_b & 5 % {x}\y ± ~^") == (
         r"a\_b \& 5 \% \{x\}\textbackslash{}y $\pm$ \textasciitilde{}\textasciicircum{}"
     )
-    text = (complete / "reports/cpu/tables/accuracy.tex").read_text()
+    text = (complete / "reports/cpu/tables/accuracy-lra-text.tex").read_text()
     assert r"100 \% of the \textbar{} awkward\_characters" in text
     assert r"\toprule" in text
     assert "±" not in text
@@ -426,16 +375,6 @@ def test_a_grid_made_smaller_gets_its_smaller_report(complete: Path, tmp_path: P
     shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
     reporting.build(dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"])), tmp_path)
     assert "12 of 12 cells are finished." in (tmp_path / "reports/cpu/index.md").read_text()
-
-
-def test_a_single_task_is_said_to_be_one(tmp_path: Path, params: Params) -> None:
-    params = dataclasses.replace(params, grid=dataclasses.replace(params.grid, tasks=["lra-text"]))
-    write_everything(tmp_path, params)
-    texts = parts_of(Findings(), params, tmp_path)
-    assert any("There is one task" in line for text in texts if isinstance(text, Text) for line in text.lines)
-    (table,) = parts_of(Accuracy(), params, tmp_path)
-    assert isinstance(table, Table)
-    assert "IQM" not in table.shown.columns
 
 
 @pytest.fixture
@@ -469,28 +408,41 @@ def test_cells_that_are_trained_and_not_tested_give_a_report(tmp_path: Path, rec
         assert metrics is not None
         state = dataclasses.replace(metrics, state_bytes=100)
         results.files()[2].write_text(json.dumps(dataclasses.asdict(state)))
-    assert {part.name for part in parts_of(State(), recall, tmp_path) if not isinstance(part, Text)} == {
-        "state",
+    assert {part.name for part in parts_of(Accuracy(), recall, tmp_path) if not isinstance(part, Text)} == {
+        "accuracy-recall-mqar",
         "state-recall-mqar",
     }
     for cell in expand(recall):
         CellResults("cpu", cell.id, tmp_path).files()[4].unlink()
-    assert parts_of(State(), recall, tmp_path) == []
+    assert parts_of(Accuracy(), recall, tmp_path) == []
     reporting.build(recall, tmp_path)
     assert "0 of 18 cells are finished" in (tmp_path / "reports/cpu/index.md").read_text()
 
 
-def test_who_passed_the_baseline_is_said_by_seeds(tmp_path: Path, recall: Params) -> None:
+def test_the_table_counts_the_seeds_that_passed_the_baseline(tmp_path: Path, recall: Params) -> None:
     """The baseline is right in 50 %; write_results gives dev the same accuracy as test."""
-    write_recall(tmp_path, recall, {})
-    named = "passed the baseline “majority class”, which scores 50.0 % without a model"
-    assert f"recall-mqar: every seed of every mechanism {named}." in lines_of(Findings(), recall, tmp_path)
     some = {"rmfa-exp-transformer": [0.9, 0.2, 0.2], "mean-transformer": [0.3, 0.3, 0.3]}
     write_recall(tmp_path, recall, some)
-    lines = lines_of(Findings(), recall, tmp_path)
-    assert any(line.startswith(f"recall-mqar: no seed of mean {named}") for line in lines)
-    assert f"recall-mqar: only some seeds of rmfa exp (1 of 3) {named}." in lines
-    assert not any("every mechanism" in line for line in lines)
+    (table,) = (part for part in parts_of(Accuracy(), recall, tmp_path) if isinstance(part, Table))
+    passed = table.values.set_index(["attn", "former"]).passed
+    assert passed["softmax", "transformer"] == 3
+    assert passed["rmfa", "transformer"] == 1
+    assert passed["mean", "transformer"] == 0
+    marked = table.shown.set_index("method").accuracy
+    assert marked["mean"].endswith("†")
+    assert "†" not in marked["softmax"]
+
+
+def test_bold_is_the_best_and_what_is_equal_to_it_within_the_margin(tmp_path: Path, recall: Params) -> None:
+    lower = {"mean-transformer": [0.3, 0.3, 0.3], "rmfa-exp-transformer": [0.84, 0.9, 0.9]}
+    write_recall(tmp_path, recall, lower)
+    # 200 examples show no equality within a point.
+    comparison = Comparison(collect(recall, tmp_path, margin=3.0))
+    bold = {(m[0], m[2]) for m in comparison.leaders("recall-mqar")}
+    everything = {(m[0], m[2]) for m in comparison.mechanisms}
+    assert bold == everything - {("mean", "transformer"), ("rmfa", "transformer")}
+    write_recall(tmp_path, recall, {cell.id[12:-3]: [0.4, 0.4, 0.4] for cell in expand(recall)})
+    assert Comparison(collect(recall, tmp_path, margin=3.0)).leaders("recall-mqar") == [], "nothing has learned"
 
 
 def test_effects_of_ppsbn_are_told_in_both_signs(tmp_path: Path, recall: Params) -> None:
@@ -499,8 +451,8 @@ def test_effects_of_ppsbn_are_told_in_both_signs(tmp_path: Path, recall: Params)
     )
     (line,) = [line for line in lines_of(Findings(), recall, tmp_path) if line.startswith("What does ppSBN do")]
     assert "with gain 1? recall-mqar: of 2 with and without it, 1 are higher with it, 1 lower, 0 equal" in line
-    assert "rmfa exp + ppSBN is above rmfa exp by 30.0 points" in line
-    assert "kernelized exp + ppSBN is below kernelized exp by 10.0 points" in line
+    assert "rmfa exp, ppSBN is above rmfa exp by 30.0 points" in line
+    assert "kernelized exp, ppSBN is below kernelized exp by 10.0 points" in line
 
 
 @pytest.mark.parametrize("rising", [False, True])
@@ -510,15 +462,15 @@ def test_what_was_best_at_its_last_evaluation_learns_more_slowly(tmp_path: Path,
     results.cells["best_step"] = float(results.curves.step.max()) if rising else 0.0
     lines = [line for line in answers(Comparison(results)) if line.startswith("Is the published form")]
     assert len(lines) == 1
-    assert "rmfa exp + ppSBN is below softmax by 20.0 points" in lines[0]
-    assert ("still rising: rmfa exp + ppSBN learns more slowly" in lines[0]) == rising
+    assert "rmfa exp, ppSBN is below softmax by 20.0 points" in lines[0]
+    assert ("still rising: rmfa exp, ppSBN learns more slowly" in lines[0]) == rising
 
 
 def test_the_first_table_has_at_most_eight_rows_by_accuracy(tmp_path: Path, recall: Params) -> None:
     write_recall(tmp_path, recall, {"mean-transformer": [0.3, 0.3, 0.3]})
     (table,) = [part for part in parts_of(Findings(), recall, tmp_path) if isinstance(part, Table)]
     assert len(table.shown) <= 8
-    assert table.values.accuracy.is_monotonic_decreasing
+    assert table.values["mean"].is_monotonic_decreasing
     assert table.shown.role.iloc[-1] == "uniform"
 
 

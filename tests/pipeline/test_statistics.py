@@ -1,13 +1,10 @@
 """The statistics of the report against other libraries, and against what they promise in simulations."""
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.utils import resample  # type: ignore[import-untyped]
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
@@ -18,8 +15,6 @@ from pipeline.reporting._statistics import (
     Difference,
     Scores,
     holm,
-    interquartile_mean,
-    letters,
     paired_differences,
 )
 from schoenbat.lra.training import Predictions
@@ -153,32 +148,6 @@ def test_holm_is_statsmodels_and_leaves_out_what_has_no_p_value() -> None:
     assert [found[number] for number in (0, 1, 3, 4)] == expected
     assert np.isnan(found[2])
     assert holm([]) == []
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_two_share_a_letter_exactly_if_they_are_not_significantly_different(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    means = {name: float(generator.normal()) for name in "uvwxyz"}
-    pairs = list(itertools.combinations(means, 2))
-    significant = [pair for pair in pairs if generator.random() < 0.5]
-    found = letters(means, significant)
-    for one, other in pairs:
-        assert ((one, other) in significant) == (not set(found[one]) & set(found[other]))
-    assert found[max(means, key=lambda name: means[name])][0] == "a"
-
-
-def test_the_interquartile_mean_is_that_of_numpy_and_its_bootstrap_keeps_tasks_apart() -> None:
-    runs = [np.array([50.0, 52.0, 51.0, 90.0]), np.array([10.0, 12.0, 11.0, 13.0])]
-    middle, low, high = interquartile_mean(runs)
-    assert middle == pytest.approx((12 + 13 + 50 + 51) / 4)
-    drawn = [
-        stats.trim_mean(
-            np.concatenate([resample(of_task, random_state=2 * n + k) for k, of_task in enumerate(runs)]), 0.25
-        )
-        for n in range(2000)
-    ]
-    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.3)
-    assert np.isnan(interquartile_mean([np.array([1.0]), np.array([2.0, 3.0])])[1])
 
 
 def test_the_same_scores_give_the_same_numbers_whatever_else_is_compared() -> None:
