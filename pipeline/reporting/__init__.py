@@ -19,11 +19,10 @@ from pipeline.host.text import counted
 from pipeline.reporting._comparison import Comparison
 from pipeline.reporting._figure import STYLE, Figure
 from pipeline.reporting._page import render_page
-from pipeline.reporting._results import CELL, Results, collect
+from pipeline.reporting._results import CELL, CELL_VALUES, Results, collect
 from pipeline.reporting._statistics import MARGIN
 from pipeline.reporting._table import Table, Text
 from schoenbat.errors import UserError
-from schoenbat.files import write_bytes
 from schoenbat.registry import Registry
 
 
@@ -45,7 +44,7 @@ REPORTS: Registry[Report] = Registry("report", "pipeline.reporting", Report)  # 
 def build(
     params: Params, root: Path, *, reference: str = "softmax", margin: float = MARGIN, force: bool = False
 ) -> None:
-    """Write reports/PROFILE and reports/index.md from whatever is finished.
+    """Write reports/PROFILE from whatever is finished.
 
     Args:
         params: the profile; results of cells outside its grid are left out.
@@ -84,11 +83,12 @@ def build(
                 lines += [f"## {report.title}", *(part.write(building) for part in parts)]
     (building / "index.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     (building / "index.html").write_text(render_page(results, sections, building / "figures"), encoding="utf-8")
+    cells = results.cells[[*CELL, *CELL_VALUES]]
+    cells.to_csv(building / "tables/cells.csv", index=False, lineterminator="\n", float_format="%.10g")
     if folder.exists():
         folder.rename(former)
     building.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
-    _write_overview(root / "reports")
 
 
 def _lost(results: Results, table: Path) -> list[str]:
@@ -98,12 +98,3 @@ def _lost(results: Results, table: Path) -> list[str]:
     shown = pd.read_csv(table, dtype=str, keep_default_na=False)
     finished = {"-".join(filter(None, axes)) for axes in shown[shown.test_accuracy != ""][CELL].itertuples(index=False)}
     return [cell for cell in results.cells.id[results.cells.state == "missing"] if cell in finished]
-
-
-def _write_overview(folder: Path) -> None:
-    """List all profiles that have a report, in reports/index.md."""
-    lines = ["# Reports", ""]
-    for index in sorted(folder.glob("[!.]*/index.md")):
-        note = (index.read_text(encoding="utf-8", errors="replace").splitlines()[2:] or ["not readable"])[0]
-        lines.append(f"- [{index.parent.name}]({index.parent.name}/index.md): {note}")
-    write_bytes(folder / "index.md", ("\n".join(lines) + "\n").encode())

@@ -62,20 +62,20 @@ def describe(comparison: Comparison, row: Versus) -> str:
     one, other = label(row.mechanism), label(row.other)
     points = f"{show_number(abs(found.estimate), 'z.1f')} points"
     if found.seeds < 2:
-        return f"the data cannot say; {one} and {other} differ by {points} in one seed"
+        return f"the data cannot say: {one} and {other} differ by {points} in one seed"
     interval = f"(95 %: {show_interval(found.low, found.high, '+z.1f')})"
     if row.is_equal(margin):
         return f"{one} is equal to {other} within {margin:g} point{'' if margin == 1 else 's'} {interval}"
     if not row.significant:
-        return f"the data cannot say; {one} and {other} differ by {points} {interval}, which is not significant"
+        return f"the data cannot say: {one} and {other} differ by {points} {interval}"
     lower = row.other if found.estimate > 0 else row.mechanism
     steps, rising = comparison.steps_of(row.task, lower)
-    so_far = f", after {steps:,} steps"
+    way, so_far = "above" if found.estimate > 0 else "below", f"after {steps:,} steps"
     if comparison.never_passed(row.task, lower):
-        so_far += f", by which no seed of {label(lower)} had passed the best rule without a model"
+        so_far += f", {label(lower)} not past the best rule without a model"
     elif rising:
-        so_far += f", still rising: {label(lower)} learns more slowly"
-    return f"{one} is {'above' if found.estimate > 0 else 'below'} {other} by {points} {interval}{so_far}"
+        so_far += f", {label(lower)} still rising"
+    return f"{one} is {way} {other} by {points} {interval} {so_far}"
 
 
 def _ppsbn(comparison: Comparison, rows: Sequence[Versus]) -> Iterator[str]:
@@ -90,9 +90,9 @@ def _ppsbn(comparison: Comparison, rows: Sequence[Versus]) -> Iterator[str]:
         named = [max(rows, key=lambda row: abs(row.difference.estimate)) for rows in (higher, lower) if rows]
         most = "".join(f"; {describe(comparison, row)}" for row in named or equal[:1])
         yield (
-            f"{PPSBN_EFFECT} with gain {comparison.results.params.former[former].gain:g}? {task}: of {len(own)} with "
-            f"and without it, {len(higher)} are higher with it, {len(lower)} lower, {len(equal)} equal, "
-            f"{len(own) - len(found) - len(equal)} not decided{most}."
+            f"{PPSBN_EFFECT} with gain {comparison.results.params.former[former].gain:g}? {task}: of {len(own)} pairs "
+            f"with and without it {len(higher)} are higher with it, {len(lower)} lower, {len(equal)} equal, "
+            f"{len(own) - len(found) - len(equal)} open{most}."
         )
 
 
@@ -127,7 +127,7 @@ def _advice(comparison: Comparison, rows: Sequence[Versus]) -> Iterator[str]:
         equal = [row.mechanism for row in rows if row.task == task and row.is_equal(comparison.results.margin)]
         sizes = {m: size for m in equal if not math.isnan(size := comparison.state_of(task, m))}
         if all(comparison.never_passed(task, mechanism) for mechanism in tested):
-            answer = f"the data cannot say; {UNLEARNED}"
+            answer = f"the data cannot say, {UNLEARNED}"
         elif not equal:
             answer = f"{reference}; nothing is shown to be equal to it within the margin"
         elif sizes:
@@ -141,17 +141,18 @@ def _advice(comparison: Comparison, rows: Sequence[Versus]) -> Iterator[str]:
 
 def advice(comparison: Comparison) -> tuple[list[str], list[str]]:
     """Return when our estimate is the right choice, and when it is not, as far as this profile shows it."""
-    use, avoid, results = [], [], comparison.results
+    use: list[str] = []
+    avoid: list[str] = []
+    results = comparison.results
     for row in contrasts(comparison)[VERSUS.format(results.reference)]:
         if row.mechanism != comparison.leading(row.task, OURS):
             continue
-        told = f"{row.task}: {describe(comparison, row)}"
         if comparison.never_passed(row.task, comparison.tasks[row.task][0]):
-            avoid.append(f"{row.task}: the data do not say that it helps; {UNLEARNED}.")
-        elif row.is_equal(results.margin) or (row.significant and row.difference.estimate > 0):
-            use.append(f"{told}.")
-        else:
-            avoid.append(f"{told}.")
+            avoid.append(f"Your task is like {row.task}: there {UNLEARNED}.")
+            continue
+        is_enough = row.is_equal(results.margin) or (row.significant and row.difference.estimate > 0)
+        told = f"You need the accuracy of {results.reference} on {row.task}: {describe(comparison, row)}."
+        (use if is_enough else avoid).append(told)
     for name, direction, start, longest, ratio in _starts(comparison, OURS):
         if math.isinf(start):
             avoid.append(f"Time matters at up to {longest:,} tokens: {name} is not faster ({direction}).")
@@ -174,9 +175,10 @@ def _advise_on(model: str, results: Results, use: list[str], avoid: list[str]) -
     if not ours:
         return
     best = values.loc[ours].sort_values(what, ascending=what == "loss").iloc[0]
-    loss = f"{what} of {model} {show_interval(best[f'{what}_low'], best[f'{what}_high'], '+z.3f')}"
+    loss = f"{what} {show_interval(best[f'{what}_low'], best[f'{what}_high'], '+z.3f')}"
     times = {length: best.get(f"of_sdpa_{length}", math.nan) for length in results.params.trained.lengths}
     for lines, is_faster in ((use, True), (avoid, False)):
         told = [f"{time:.2f} at {n:,} tokens" for n, time in times.items() if (time < 1 if is_faster else time >= 1)]
         if told:
-            lines.append(f"{best.name} takes of exact attention's time {', '.join(told)} ({loss}).")
+            name = str(best.name).partition("-")[2]
+            lines.append(f"{model}, {name}: the time of exact attention times {', '.join(told)}; {loss}.")

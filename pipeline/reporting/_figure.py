@@ -1,7 +1,6 @@
 """Figures of a report, and their files: SVG, PDF and PNG. The same input gives the same bytes."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,11 +117,3 @@ def set_log(axes: Axes, name: Literal["x", "y"]) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if crowded else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(NullLocator())
-
-
-def set_doubling(axes: Axes, values: Iterable[int], rotation: float = 0) -> None:
-    """Make the x axis logarithmic, with a tick at each of `values`."""
-    ticks = sorted(set(values))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=rotation)
-    axes.xaxis.set_minor_locator(NullLocator())

@@ -41,8 +41,8 @@ def label(mechanism: Sequence[str]) -> str:
     """Name an (attn, dotf) or (attn, dotf, former) in a legend or a sentence."""
     attn, dotf, former = (*mechanism, "")[:3]
     (method, _, variant), (name, _, other) = attn.partition(VARIANT_MARK), former.partition(VARIANT_MARK)
-    ppsbn = " ".join(filter(None, ("ppSBN" if name == PPSBN else "", other)))
-    return ", ".join(filter(None, (" ".join(filter(None, (method, dotf, variant))), ppsbn)))
+    ppsbn = "with ppSBN" if name == PPSBN else ""
+    return " ".join(filter(None, (method, dotf, variant, ppsbn, other)))
 
 
 def features_of(params: Params, attn: str) -> int:

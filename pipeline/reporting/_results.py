@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipeline.grid.cells import expand
 from pipeline.grid.freshness import Freshness, summary_file
-from pipeline.grid.params import Params, cell_training
+from pipeline.grid.params import Params
 from pipeline.grid.results import CellResults, Fingerprint, Replaced, read_rows
 from pipeline.host.files import read_json
 from pipeline.host.text import counted
@@ -127,50 +127,34 @@ class Results:
         return self._described(
             {
                 "data": ", ".join(f"{task} = {label}" for task, label in labels.items()),
-                "steps": ", ".join(map(self._steps, tasks)),
                 "seeds": ", ".join(map(str, self.seeds)),
-                "device": self.made_with("device"),
-                "git_revision": self.made_with("git_revision"),
+                **{name: self.made_with(name) for name in CELL_SETTING},
             }
         )
 
     def bench_caption(self) -> str:
         """Describe the circumstances of the timings in one line."""
-        return self._described({name: _distinct(self.bench[name]) for name in BENCH_SETTING})
+        return self._described(_distinct(self.bench, BENCH_SETTING))
 
     def errors_caption(self) -> str:
         """Describe the circumstances of the errors of estimates in one line."""
         groups = set(self.errors.cell.str.rpartition("-")[0])
         missing = [group for group in self.params.errors.trained if group not in groups]
         note = f" Not trained yet, so left out: {', '.join(missing)}." if missing else ""
-        return self._described({name: _distinct(self.errors[name]) for name in ERROR_SETTING}) + note
+        return self._described(_distinct(self.errors, ERROR_SETTING)) + note
 
     def replaced_caption(self) -> str:
         """Describe the circumstances of replaced attentions in one line."""
-        found = pd.DataFrame([about for _, about in self.replaced.values()])
         missing = [name for name in self.params.trained.cells if name not in self.replaced]
         note = f" Not measured, or out of date, so left out: {', '.join(missing)}." if missing else ""
-        made = {name: _distinct(found[name]) for name in REPLACED_SETTING}
-        timed = {f"{name} of times": _distinct(self.replaced_times[name]) for name in REPLACED_TIMED}
+        made = _distinct(pd.DataFrame([about for _, about in self.replaced.values()]), REPLACED_SETTING)
+        timed = {f"{name} of times": text for name, text in _distinct(self.replaced_times, REPLACED_TIMED).items()}
         return self._described(made | (timed if len(self.replaced_times) else {})) + note
 
     def _described(self, circumstances: Mapping[str, str]) -> str:
         profile = f"Profile {self.profile}: {self.params.note}".rstrip(": .")
         parts = (f"{name.replace('_', ' ')}: {text}" for name, text in circumstances.items())
         return "; ".join([profile, *parts]) + "."
-
-    def _steps(self, task: str) -> str:
-        """Return the steps of a task, and of each mechanism and former that has others."""
-        training = self.params.task[task].training
-        usual, enough = training.steps, training.stop_at_accuracy
-        found = {
-            " ".join(filter(None, (cell.attn, cell.dotf, cell.former))): cell_training(self.params, cell).steps
-            for cell in expand(self.params)
-            if cell.task == task
-        }
-        own = "; ".join(f"{name} {steps:,}" for name, steps in found.items() if steps != usual)
-        until = f", or until {enough:.1%} on dev" if enough else ""
-        return f"{task} {usual:,}{until}" + (f" ({own})" if own else "")
 
     def status(self) -> list[str]:
         """Return what the report covers and what is missing, as paragraphs of Markdown."""
@@ -282,6 +266,6 @@ def _read_table(paths: Iterable[Path], texts: list[str], counts: list[str], valu
     return table.fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
 
 
-def _distinct(column: pd.Series) -> str:
-    """Return the values of a column in order of appearance, without those that say nothing."""
-    return ", ".join(str(value) for value in column.unique() if value)
+def _distinct(frame: pd.DataFrame, names: Iterable[str]) -> dict[str, str]:
+    """Return the values of columns in order of appearance, without those that say nothing."""
+    return {name: ", ".join(str(value) for value in frame[name].unique() if value) for name in names}

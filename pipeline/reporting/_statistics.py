@@ -17,7 +17,6 @@ examples are not all examples: of the others a share up to 1 - LEVEL^(1 / n) may
 Lippman-Hand, 1983, "If nothing goes wrong, is everything all right?"). Interval and margins are as wide as that.
 """
 
-import dataclasses
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,10 +106,6 @@ class Difference:
     example_share: float = float("nan")
     smallest: float = float("nan")
     margin: float = float("nan")
-
-    def reversed(self) -> "Difference":
-        """Return the second of the pair less the first."""
-        return dataclasses.replace(self, estimate=-self.estimate, low=-self.high, high=-self.low)
 
 
 def paired_differences(pairs: Mapping[K, tuple[Scores, Scores]]) -> dict[K, Difference]:

@@ -45,28 +45,18 @@ def table(comparison: Comparison, task: str, mechanisms: Mapping[Any, Mechanism]
         for row, (_, mechanism), of_mechanism in zip(rows, ordered, values, strict=True)
     ]
     told, constant = without_constants(pd.DataFrame(shown))
-    baselines = ", ".join(f"{rule} {accuracy:.2f}" for rule, accuracy in comparison.baselines(task).items())
+    rules = ", ".join(f"{rule} {accuracy:.2f}" for rule, accuracy in comparison.baselines(task).items())
+    above = "passed: seeds whose dev accuracy was two standard errors above the best of them"
+    passed = f" Rules without a model: {rules}; {above}, {NEVER} for none." if rules else ""
     return Table(
         name=name,
         title=title,
         values=pd.DataFrame([row | each for row, each in zip(rows, values, strict=True)]),
         shown=told,
-        caption=" ".join(
-            filter(
-                None,
-                (
-                    "Accuracy: percent, mean ± sample standard deviation over seeds; bold: the best, and what is equal "
-                    f"to it within {results.margin:g} (two one-sided tests at 5 %).",
-                    f"Rules without a model: {baselines}; passed: seeds whose dev accuracy was two standard errors "
-                    f"above the best of them, {NEVER} for none."
-                    if baselines
-                    else "",
-                    "Rising: a seed was best at its last evaluation. State: bytes that causal attention keeps. Time: "
-                    "of a training pass relative to torch's attention, at so many tokens.",
-                    constant,
-                ),
-            )
-        ),
+        caption="Accuracy: percent, mean ± sample standard deviation over seeds; bold: the best, and what is equal "
+        f"to it within {results.margin:g} (two one-sided tests at 5 %).{passed} Rising: a seed was best at its last "
+        "evaluation. State: bytes that causal attention keeps. Time: of a training pass relative to torch's attention, "
+        f"at so many tokens. {constant}".strip(),
         provenance=results.caption([task]),
         strong=frozenset((row, "accuracy") for row, (_, mechanism) in enumerate(ordered) if mechanism in leaders),
     )

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._figure import Figure, add_label, new_canvas, set_doubling, set_log
+from pipeline.reporting._figure import Figure, add_label, new_canvas, set_log
 from pipeline.reporting._mechanisms import CACHE, EXACT, OURS, PUBLISHED, label, rows_of, style
 from pipeline.reporting._table import MISSING, Table, show_number, without_constants
 from schoenbat.registry import base_name
@@ -108,6 +108,7 @@ def _figure(comparison: Comparison) -> Iterator[Figure]:
     first = next((comparison.coloured(task) for task, tested in comparison.tasks.items() if tested), [])
     coloured = {base_name(mechanism[0]) for mechanism in first} or {OURS, PUBLISHED, EXACT}
     canvas, panels = new_canvas(5.2, 3.6, len(directions))
+    lengths = sorted(timings.length.unique())
     for axes, direction in zip(panels, directions, strict=True):
         axes.axhline(1.0, linestyle="--", linewidth=1, color=style((CACHE,), True)["color"])
         for mechanism in dict.fromkeys(zip(timings.attn, timings.dotf, strict=True)):
@@ -118,7 +119,8 @@ def _figure(comparison: Comparison) -> Iterator[Figure]:
             if ratios and mechanism[0] in coloured - {CACHE}:
                 add_label(axes, rows.length.iloc[-1], ratios[-1], label(mechanism), look["color"])
         set_log(axes, "y")
-        set_doubling(axes, timings.length, rotation=45)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
         axes.set(xlabel="length", title=direction)
     panels[0].set_ylabel("time over that of exact attention")
     yield Figure(

@@ -6,17 +6,8 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._figure import COLUMNS, Figure, add_label, new_canvas, set_doubling
-from pipeline.reporting._mechanisms import style
 from pipeline.reporting._results import CELL, ERROR_VALUES, Results
 from pipeline.reporting._table import MISSING, Table, show_number, without_constants
-
-LEAST_SHARE = -0.5
-"""Where the axis of shares ends: an estimate can be further off than uniform weights without bound."""
-AS_TRAINED = " as trained"
-"""How the estimator is called that a cell has learned with."""
-DRAWN_AS = {"FAVOR+": "performer", "random Fourier": "rfa"}
-"""The mechanism whose features an estimator is, where it is called otherwise."""
 
 
 class Errors(Report):
@@ -25,12 +16,11 @@ class Errors(Report):
     title = "Errors of the estimators in trained cells"
     order = 35
 
-    def make(self, comparison: Comparison) -> Iterator[Table | Figure]:
+    def make(self, comparison: Comparison) -> Iterator[Table]:
         results = comparison.results
         if not results.errors.empty:
             errors = results.errors.assign(share=1 - results.errors.unexplained**2)
             yield _table(errors, results)
-            yield _figure(errors, results)
 
 
 def _table(errors: pd.DataFrame, results: Results) -> Table:
@@ -63,32 +53,3 @@ def _share(share: float) -> str:
     if share > 0.999:
         return "> 0.999"
     return "< -99" if share < -99 else f"{share:.3f}"
-
-
-def _figure(errors: pd.DataFrame, results: Results) -> Figure:
-    cells = errors.cell.unique()
-    canvas, panels = new_canvas(4.0, 3.2, len(cells))
-    for number, (axes, cell) in enumerate(zip(panels, cells, strict=True)):
-        for estimator, rows in errors[errors.cell == cell].groupby("estimator", sort=False):
-            name = str(estimator).removesuffix(AS_TRAINED)
-            look = style((DRAWN_AS.get(name, name),), True)
-            marker = "*" if str(estimator).endswith(AS_TRAINED) else "."
-            axes.plot(rows.num_features, rows.share, marker=marker, **look)
-            last = rows.iloc[-1]
-            if marker == "." and last.share > LEAST_SHARE and (number % COLUMNS == COLUMNS - 1 or cell == cells[-1]):
-                add_label(axes, last.num_features, last.share, str(estimator), look["color"])
-        axes.axhline(0, color="0.5", linewidth=1)
-        axes.set_ylim(LEAST_SHARE, 1.05)
-        set_doubling(axes, errors.num_features, rotation=45)
-        axes.set_xlabel("features")
-        axes.set_title(cell, fontsize=7)
-        if number % COLUMNS == 0:
-            axes.set_ylabel("share explained")
-    return Figure(
-        name="errors",
-        title="Share of the attention explained over the number of features",
-        canvas=canvas,
-        caption="Means over draws; a star: the draw that the cell has learned with. Uniform weights are at 0; what "
-        "lies below the axis is in the table.",
-        provenance=results.errors_caption(),
-    )

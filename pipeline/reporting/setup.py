@@ -19,18 +19,9 @@ class Setup(Report):
 
     def make(self, comparison: Comparison) -> Iterator[Text | Table]:
         results = comparison.results
-        of_cells = (
-            f"Seeds: {', '.join(map(str, results.seeds)) or 'none'}. At one seed all mechanisms start from the "
-            "same weights and see the same batches.",
-            f"Code: git revision {results.made_with('git_revision')}.",
-            f"Device: {results.made_with('device')}; torch {results.made_with('torch')}.",
-        )
-        lines = (
-            *(() if results.cells.empty else of_cells),
-            f"To make it again: schoenbat-exp use {results.profile} && schoenbat-exp run --grid",
-            f"All tables are computed from the files in runs/{results.profile}.",
-        )
-        yield Text("", lines)
+        command = f"To make it again: schoenbat-exp use {results.profile} && schoenbat-exp run --grid"
+        files = f"All tables are computed from the files in runs/{results.profile}; tables/cells.csv has every cell."
+        yield Text("", (command, files))
         if results.cells.empty:
             return
         options = {}
@@ -46,7 +37,8 @@ class Setup(Report):
             values=values.infer_objects().rename_axis("task").reset_index(),
             shown=shown.rename_axis("option").reset_index(),
             caption="Lengths are tokens, before texts are cut at max length. The section of a mechanism may replace "
-            f"options of training. {notes}".strip(),
+            "options of training. At one seed all mechanisms start from the same weights and see the same batches. "
+            f"{notes}".strip(),
             provenance=results.caption(),
         )
 

@@ -137,7 +137,6 @@ def test_the_report_shows_every_estimator_and_names_what_is_missing(project: Pro
     assert table.count(" -3.000 ") == 2
     assert table.count("| — ") == 2
     assert f"Not trained yet, so left out: {missing}." in table
-    assert (folder / "figures/errors.svg").is_file()
     assert "## Errors of the estimators in trained cells" in (folder / "index.md").read_text()
 
 

@@ -29,10 +29,10 @@ def test_what_is_not_compared_first_is_grey() -> None:
     ("mechanism", "expected"),
     [
         (("softmax", "", "transformer"), "softmax"),
-        (("softmax", "", "maclauformer"), "softmax, ppSBN"),
-        (("rmfa", "exp", "maclauformer"), "rmfa exp, ppSBN"),
-        (("rmfa+64", "exp", "maclauformer+gain2"), "rmfa exp 64, ppSBN gain2"),
-        (("softmax", "", "transformer+low"), "softmax, low"),
+        (("softmax", "", "maclauformer"), "softmax with ppSBN"),
+        (("rmfa", "exp", "maclauformer"), "rmfa exp with ppSBN"),
+        (("rmfa+64", "exp", "maclauformer+gain2"), "rmfa exp 64 with ppSBN gain2"),
+        (("softmax", "", "transformer+low"), "softmax low"),
         (("rmfa", "exp"), "rmfa exp"),
     ],
 )

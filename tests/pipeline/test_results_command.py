@@ -58,7 +58,7 @@ def test_a_long_name_is_not_folded_where_there_is_room(finished: Project, invoke
     finished.settings["former"][former] = {}
     finished.set("grid.tasks", ["lra-listops"])
     finished.set("grid.kernel.former", [former])
-    name = f"rmfa exp, ppSBN {'gain' * 6}"
+    name = f"rmfa exp with ppSBN {'gain' * 6}"
     assert 30 < len(name) < 48
     (line,) = (line for line in invoke("results")[1].splitlines() if line.startswith("rmfa"))
     assert line.startswith(f"{name} ")
