@@ -92,7 +92,7 @@ def test_the_tutorial_leads_to_a_kernel_in_the_table_and_an_export_that_classifi
     told = run_python(checkout, "-c", PROGRAM, json.dumps([*commands[1:at], *trained, *commands[at + 1 : -1]]))
     assert re.search(r"cosh +cosh\(x\), the even half of exp", told)
     assert f"{CELL}: train_kernel@films-{CELL.removesuffix('-0')}" in told
-    assert re.search(r"^rmfa cosh \+ ppSBN +\d+\.\d", told, re.MULTILINE)
+    assert re.search(r"^rmfa cosh with ppSBN +\d+\.\d", told, re.MULTILINE)
     assert re.search(r"good +\d+\.\d %", told)
     assert re.search(r"test accuracy +\d", told)
 
