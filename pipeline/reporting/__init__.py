@@ -70,11 +70,8 @@ def build(
     for name in ("tables", "figures"):
         (building / name).mkdir(parents=True)
     comparison = Comparison(results)
-    lines = [
-        f"# Profile {params.profile}",
-        *results.status(),
-        "`schoenbat-exp report` also writes it as a page, `index.html`.",
-    ]
+    page = "`schoenbat-exp report` also writes it as a page, `index.html`."
+    lines = [f"# Profile {params.profile}", *results.status(), page]
     sections = []
     with matplotlib.style.context(["default", STYLE]):
         for report in sorted((REPORTS.get(name)() for name in REPORTS.names()), key=lambda report: report.order):

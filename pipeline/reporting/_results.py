@@ -96,11 +96,6 @@ class Results:
         """Whether the profile shows that everything works, and no more."""
         return self.profile.startswith("quick") or (len(self.seeds) < 2 and not self.params.trained.cells)
 
-    @property
-    def unavailable(self) -> list[str]:
-        """The tasks without prepared data."""
-        return [task for task in self.tasks if task not in self.data]
-
     def scores_of(self, task: str, mechanism: Mechanism) -> Scores:
         """Return the scores of all seeds that are finished, which may be none."""
         return self.scores.get((task, mechanism), _NO_SCORES)
@@ -116,10 +111,6 @@ class Results:
         label = self.data[task]["label"] if task in self.data else "no data"
         return f"{task}: {', '.join(label.split(', ')[:2])}"
 
-    def made_with(self, name: str) -> str:
-        """Return the values of "device", "torch" or "git_revision" of all trained cells."""
-        return ", ".join(sorted(self.cells[name].dropna().unique())) or "none yet"
-
     def caption(self, tasks: Sequence[str] | None = None) -> str:
         """Describe the circumstances of results on `tasks` (all of them by default) in one line."""
         tasks = self.tasks if tasks is None else tasks
@@ -128,7 +119,7 @@ class Results:
             {
                 "data": ", ".join(f"{task} = {label}" for task, label in labels.items()),
                 "seeds": ", ".join(map(str, self.seeds)),
-                **{name: self.made_with(name) for name in CELL_SETTING},
+                **{name: ", ".join(sorted(self.cells[name].dropna().unique())) or "none yet" for name in CELL_SETTING},
             }
         )
 
@@ -164,12 +155,13 @@ class Results:
 
     def gaps(self) -> list[str]:
         """Return what is missing and why, as sentences."""
+        unavailable = [task for task in self.tasks if task not in self.data]
         sentences = [
             f"No prepared data, so no results, for {task}: "
             f"{TASKS.get(task).how_to_get or 'made by schoenbat-exp run --grid.'}"
-            for task in self.unavailable
+            for task in unavailable
         ]
-        without_data = tuple(f"{task}-" for task in self.unavailable)
+        without_data = tuple(f"{task}-" for task in unavailable)
         for state, title in (("missing", "Not finished"), ("outdated", "Left out because they are out of date")):
             named = [cell for cell in self.cells.id[self.cells.state == state] if not cell.startswith(without_data)]
             if named:

@@ -15,7 +15,6 @@ from pipeline.grid.cells import expand, make_cells, resolve
 from pipeline.grid.checked import load_checked
 from pipeline.grid.numerics import component_digests
 from pipeline.grid.params import cell_training, load_params
-from pipeline.reporting._results import collect
 from schoenbat.attention import ATTENTIONS
 from schoenbat.errors import UserError
 from schoenbat.kernels import KERNELS
@@ -77,13 +76,6 @@ def test_a_training_of_its_own_replaces_what_it_names_and_nothing_else(varied: P
         UserError, match=r"training\.steps is set by both attention\.mean\+fast and former\.transformer"
     ):
         load_checked()
-
-
-def test_captions_name_the_steps_of_what_has_a_training_of_its_own(varied: Project) -> None:
-    params = load_params()
-    caption = collect(params, Path()).caption()
-    usual = params.task["lra-listops"].training.steps
-    assert f"; steps: lra-listops {usual} (mean+fast transformer 4); " in caption
 
 
 def test_the_model_of_a_variant_is_that_of_its_settings() -> None:
