@@ -80,8 +80,9 @@ def build(
                 lines += [f"## {report.title}", *(part.write(building) for part in parts)]
     (building / "index.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     (building / "index.html").write_text(render_page(results, sections, building / "figures"), encoding="utf-8")
-    cells = results.cells[[*CELL, *CELL_VALUES]]
-    cells.to_csv(building / "tables/cells.csv", index=False, lineterminator="\n", float_format="%.10g")
+    if not results.cells.empty:
+        cells = results.cells[[*CELL, *CELL_VALUES]]
+        cells.to_csv(building / "tables/cells.csv", index=False, lineterminator="\n", float_format="%.10g")
     if folder.exists():
         folder.rename(former)
     building.rename(folder)

@@ -97,7 +97,8 @@ def _ppsbn(comparison: Comparison, rows: Sequence[Versus]) -> Iterator[str]:
 
 
 def _faster(comparison: Comparison) -> Iterator[str]:
-    question, found = "When is it faster than exact attention", list(_starts(comparison, PUBLISHED, OURS))
+    question = "When is it faster than exact attention"
+    found = list(_starts(comparison, PUBLISHED, OURS))
     for name, direction, start, longest, ratio in found:
         when = f"from {start:,.0f} tokens on" if start else "at every length timed"
         yield (

@@ -19,10 +19,10 @@ _ENLARGED = 1.5
 """Pixels of a figure in the page for each of its points, where there is room."""
 _COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#e6e6e6": "var(--rule)"}
 
-Sections = Sequence[tuple[str, Sequence[Text | Table | Figure]]]
 
-
-def render_page(results: Results, sections: Sections, figures: Path) -> str:
+def render_page(
+    results: Results, sections: Sequence[tuple[str, Sequence[Text | Table | Figure]]], figures: Path
+) -> str:
     """Return the page as one text.
 
     Args:

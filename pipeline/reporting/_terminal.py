@@ -14,14 +14,12 @@ from pipeline.reporting._comparison import NEVER, Comparison
 from pipeline.reporting._mechanisms import keyed, label
 from pipeline.reporting._results import Results, collect
 
-WIDTH = 80
-
 
 def show_results(params: Params, root: Path) -> None:
     """Print the results of the profile, from the files of its cells; 80 columns wide where there is no terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDTH
+        console.width = 80
     results = collect(params, root)
     comparison = Comparison(results)
     cells = counted(results.num_cells, "cell")

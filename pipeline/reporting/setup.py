@@ -29,7 +29,8 @@ class Setup(Report):
             data, section = results.data.get(task), results.params.task[task]
             options[task] = (_of_data(data) if data else {}) | asdict(section.model) | asdict(section.training)
         values = pd.DataFrame.from_dict(options, orient="index", dtype=object)
-        shown = values.map(_text).T.rename(index=lambda name: name.replace("_", " "))
+        shown = values.fillna(MISSING).map(lambda value: f"{value:,}" if isinstance(value, int) else str(value))
+        shown = shown.T.rename(index=lambda name: name.replace("_", " "))
         notes = " ".join(f"{task}: {note}" for task, data in results.data.items() for note in data["notes"])
         yield Table(
             name="setup",
@@ -51,9 +52,3 @@ def _of_data(summary: Any) -> dict[str, Any]:
         "max_length": summary["max_length"],
     }
     return {"data": summary["label"], **summary["splits"], **counts, **lengths}
-
-
-def _text(value: Any) -> str:
-    if pd.isna(value):
-        return MISSING
-    return f"{value:,}" if isinstance(value, int) else str(value)
