@@ -97,8 +97,7 @@ def _ppsbn(comparison: Comparison, rows: Sequence[Versus]) -> Iterator[str]:
 
 
 def _faster(comparison: Comparison) -> Iterator[str]:
-    question = "When is it faster than exact attention"
-    found = list(_starts(comparison, PUBLISHED, OURS))
+    question, found = "When is it faster than exact attention", list(_starts(comparison, PUBLISHED, OURS))
     for name, direction, start, longest, ratio in found:
         when = f"from {start:,.0f} tokens on" if start else "at every length timed"
         yield (
@@ -106,7 +105,7 @@ def _faster(comparison: Comparison) -> Iterator[str]:
             f"takes {ratio:.2f} times the time of torch's attention."
         )
     if not found:
-        yield f"{question}? The data cannot say: it was not timed."
+        yield f"{question}? The data cannot say: ours was not timed."
 
 
 def _starts(comparison: Comparison, *methods: str) -> Iterator[tuple[str, str, float, int, float]]:

@@ -24,7 +24,6 @@ from schoenbat.registry import base_name
 
 NEVER = "†"
 """Marks an accuracy of which no seed has passed the best baseline."""
-TIMED = "forward+backward"
 COLOURED = 6
 """Lines that are coloured in a figure, at most."""
 
@@ -56,6 +55,7 @@ class Comparison:
     Attributes:
         results: the observations as DataFrames, and how they came about.
         mechanisms: all of the grid, in its order.
+        rivals: those that are neither exact, nor uniform, nor of this project.
         tasks: of each task of the grid what was tested, the highest mean accuracy first.
     """
 
@@ -63,6 +63,8 @@ class Comparison:
         self.results = results
         cells = results.cells
         self.mechanisms: list[Mechanism] = list(dict.fromkeys(zip(cells.attn, cells.dotf, cells.former, strict=True)))
+        known = {results.reference, CONTROL, EXACT, PUBLISHED, OURS}
+        self.rivals = [mechanism for mechanism in self.mechanisms if base_name(mechanism[0]) not in known]
         self._groups = dict(iter(cells.groupby(CELL[:-1])))
         self.tasks: dict[str, list[Mechanism]] = {
             task: sorted(
@@ -132,9 +134,11 @@ class Comparison:
 
     def timings(self, attn: str, dotf: str, features: int = 0) -> pd.DataFrame:
         """Return the timings of a training pass, causal where the cells are, at `features` if there are such."""
-        direction = f"causal {TIMED}" if self.results.cells.state_bytes.notna().any() else TIMED
+        causal = "causal " if self.results.cells.state_bytes.notna().any() else ""
         bench = self.results.bench if features else self.results.first_timings()
-        own = bench[(bench.attn == base_name(attn)) & (bench.dotf == dotf) & (bench.direction == direction)]
+        own = bench[
+            (bench.attn == base_name(attn)) & (bench.dotf == dotf) & (bench.direction == f"{causal}forward+backward")
+        ]
         return own[own.num_features == features] if features else own
 
     def time_of(self, mechanism: Mechanism) -> dict[int, float]:
@@ -152,16 +156,11 @@ class Comparison:
         among = [m for m in self.mechanisms if base_name(m[0]) == attn and former in ("", m[2])]
         return self.best_on_dev(task, among)
 
-    def rivals(self) -> list[Mechanism]:
-        """Return the mechanisms that are neither exact, nor uniform, nor of this project."""
-        known = {self.results.reference, CONTROL, EXACT, PUBLISHED, OURS}
-        return [m for m in self.mechanisms if base_name(m[0]) not in known]
-
     def rival_at_equal_state(self, task: str, mechanism: Mechanism) -> Mechanism | None:
         """Return the rival that is best on dev of those with no more state, and with less than a cache."""
         most, cache = self.state_of(task, mechanism), self.leading(task, self.results.reference)
         least = self.state_of(task, cache) if cache else math.inf
-        sizes = {rival: self.state_of(task, rival) for rival in self.rivals()}
+        sizes = {rival: self.state_of(task, rival) for rival in self.rivals}
         return self.best_on_dev(task, [rival for rival, size in sizes.items() if size <= most and size < least])
 
     def roles(self, task: str) -> dict[str, Mechanism]:
@@ -172,12 +171,16 @@ class Comparison:
             "ours": ours,
             "as published": self.leading(task, PUBLISHED, PPSBN) or self.leading(task, PUBLISHED),
             "exact kernel": self.leading(task, EXACT),
-            "best rival": self.best_on_dev(task, self.rivals()),
-            "best rival at our state": self.rival_at_equal_state(task, ours) if ours else None,
+            "best rival": self.best_on_dev(task, self.rivals),
+            "best at our state": self.rival_at_equal_state(task, ours) if ours else None,
             "uniform": self.leading(task, CONTROL),
             "window": self.leading(task, "window"),
         }
-        return {role: mechanism for role, mechanism in found.items() if mechanism}
+        named: dict[Mechanism, str] = {}
+        for role, mechanism in found.items():
+            if mechanism:
+                named[mechanism] = f"{named[mechanism]}, {role}" if mechanism in named else role
+        return {role: mechanism for mechanism, role in named.items()}
 
     def coloured(self, task: str) -> list[Mechanism]:
         """Return the first `COLOURED` of the roles, one of each method."""

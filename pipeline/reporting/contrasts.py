@@ -97,7 +97,7 @@ def _equal_time(comparison: Comparison, task: str) -> Pairs:
     one = comparison.leading(task, OURS)
     times = comparison.time_of(one) if one else {}
     longest = max(times, default=0)
-    fast = [m for m in comparison.rivals() if comparison.time_of(m).get(longest, math.inf) <= times.get(longest, 0.0)]
+    fast = [m for m in comparison.rivals if comparison.time_of(m).get(longest, math.inf) <= times.get(longest, 0.0)]
     other = comparison.best_on_dev(task, fast)
     return {one: other} if one and other else {}
 

@@ -18,18 +18,18 @@ class Findings(Report):
 
     def make(self, comparison: Comparison) -> Iterator[Text | Table]:
         results = comparison.results
-        if results.cells.empty and not results.replaced:
-            return
         for title, lines in zip(("Use it if", "Do not use it if"), advice(comparison), strict=True):
             if lines:
                 yield Text(title, tuple(lines), boxed=True)
         shown = [*answers_on_trained(results), *(answers(comparison) if results.scores else ())]
+        tables = [
+            table(comparison, task, comparison.roles(task), f"summary-{task}", f"What to compare first on {task}")
+            for task, tested in comparison.tasks.items()
+            if tested
+        ]
+        yield from tables[:1]
         yield Text("What the numbers show", tuple(shown or ["Nothing yet: no cell is finished."]), "findings")
-        for task, tested in comparison.tasks.items():
-            if tested:
-                yield table(
-                    comparison, task, comparison.roles(task), f"summary-{task}", f"What to compare first on {task}"
-                )
+        yield from tables[1:]
         if limits := list(_limits(comparison)):
             yield Text("How far that carries", tuple(limits))
 
