@@ -134,11 +134,10 @@ class Comparison:
 
     def timings(self, attn: str, dotf: str, features: int = 0) -> pd.DataFrame:
         """Return the timings of a training pass, causal where the cells are, at `features` if there are such."""
-        causal = "causal " if self.results.cells.state_bytes.notna().any() else ""
+        is_causal = self.results.cells.state_bytes.notna().any()
         bench = self.results.bench if features else self.results.first_timings()
-        own = bench[
-            (bench.attn == base_name(attn)) & (bench.dotf == dotf) & (bench.direction == f"{causal}forward+backward")
-        ]
+        bench = bench[bench.direction == ("causal forward+backward" if is_causal else "forward+backward")]
+        own = rows_of(bench, (base_name(attn), dotf))
         return own[own.num_features == features] if features else own
 
     def time_of(self, mechanism: Mechanism) -> dict[int, float]:

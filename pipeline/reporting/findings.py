@@ -18,9 +18,8 @@ class Findings(Report):
 
     def make(self, comparison: Comparison) -> Iterator[Text | Table]:
         results = comparison.results
-        for title, lines in zip(("Use it if", "Do not use it if"), advice(comparison), strict=True):
-            if lines:
-                yield Text(title, tuple(lines), boxed=True)
+        boxes = zip(("Use it if", "Do not use it if"), advice(comparison), strict=True)
+        yield from (Text(title, tuple(lines), boxed=True) for title, lines in boxes if lines)
         shown = [*answers_on_trained(results), *(answers(comparison) if results.scores else ())]
         tables = [
             table(comparison, task, comparison.roles(task), f"summary-{task}", f"What to compare first on {task}")
