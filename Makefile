@@ -34,11 +34,11 @@ PYTEST := $(WITH_PATH) $(BIN)/python -m pytest
 
 # Tests that share an expensive set-up stay in one process: their files are xdist groups.
 test: setup
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) -n 2 --dist loadgroup --durations=20 -m "not slow"
 
 # After the quick tests, those that start grids, servers, browsers, TeX, Slurm, Sphinx, pip or compilers.
 test-all: test
-	$(PYTEST) -n 2 --dist loadgroup -m slow
+	$(PYTEST) -n 2 --dist loadgroup --durations=20 -m slow
 
 # The lowest versions that pyproject.toml and pipeline/pyproject.toml allow, in an environment of their own.
 test-lowest: setup
