@@ -9,7 +9,7 @@ from pipeline.reporting._results import Results
 from pipeline.reporting._table import show_interval, show_number
 from pipeline.reporting.contrasts import PPSBN_EFFECT, VERSUS, contrasts
 from pipeline.reporting.cost import leads_from
-from pipeline.reporting.trained import EXACT, is_ours, measured, quality_of
+from pipeline.reporting.trained import EXACT, is_learned, is_ours, measured, quality_of
 from schoenbat.registry import base_name
 
 UNLEARNED = "no mechanism passed the best rule without a model"
@@ -33,14 +33,13 @@ def answers(comparison: Comparison) -> Iterator[str]:
 
 def answers_on_trained(results: Results) -> Iterator[str]:
     """Yield for each trained model what is left of it by the best of our settings, and by the best of the others."""
-    cells = results.params.trained.cells
     for model in results.params.trained.model:
         if f"{model}-{EXACT}" not in results.replaced:
             continue
         values = measured(model, results).set_index("cell")
         what = quality_of(values)
         ours = [name for name in values.index if is_ours(results, name)]
-        learned = [name for name in ours if cells[name].fit or cells[name].rank]
+        learned = [name for name in ours if is_learned(results, name)]
         kinds = {
             "of ours without training": [name for name in ours if name not in learned],
             "of ours with fitted kernels or updates": learned,
@@ -49,9 +48,9 @@ def answers_on_trained(results: Results) -> Iterator[str]:
         found = []
         for kind, names in kinds.items():
             if names:
-                best = values.loc[names].sort_values(what, ascending=what == "loss").iloc[0]
+                best = values.loc[names[0]]
                 away = show_interval(best[f"{what}_low"], best[f"{what}_high"], "+z.3f")
-                found.append(f"the best {kind}, {str(best.name).partition('-')[2]}, has {best[what]:.3f} ({away})")
+                found.append(f"the best {kind}, {names[0].partition('-')[2]}, has {best[what]:.3f} ({away})")
         told = "; ".join(found) or "nothing was measured but exact attention"
         yield f"What {what} is left when the attention of {model} is replaced (less exact, 95 %)? {told}."
 
@@ -170,15 +169,16 @@ def advice(comparison: Comparison) -> tuple[list[str], list[str]]:
 def _advise_on(model: str, results: Results, use: list[str], avoid: list[str]) -> None:
     """Say at which lengths the best of our settings without training is faster, and what it costs."""
     values = measured(model, results).set_index("cell")
-    what, cells = quality_of(values), results.params.trained.cells
-    ours = [name for name in values.index if is_ours(results, name) and not (cells[name].fit or cells[name].rank)]
+    what = quality_of(values)
+    ours = [name for name in values.index if is_ours(results, name) and not is_learned(results, name)]
     if not ours:
         return
-    best = values.loc[ours].sort_values(what, ascending=what == "loss").iloc[0]
+    best = values.loc[ours[0]]
     loss = f"{what} {show_interval(best[f'{what}_low'], best[f'{what}_high'], '+z.3f')}"
     times = {length: best.get(f"of_sdpa_{length}", math.nan) for length in results.params.trained.lengths}
     for lines, is_faster in ((use, True), (avoid, False)):
         told = [f"{time:.2f} at {n:,} tokens" for n, time in times.items() if (time < 1 if is_faster else time >= 1)]
         if told:
-            name = str(best.name).partition("-")[2]
-            lines.append(f"{model}, {name}: the time of exact attention times {', '.join(told)}; {loss}.")
+            lines.append(
+                f"{model}, {ours[0].partition('-')[2]}: the time of exact attention times {', '.join(told)}; {loss}."
+            )

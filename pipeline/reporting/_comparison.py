@@ -1,5 +1,6 @@
 """The mechanisms of a profile compared with each other, task by task, and with baselines that need no model."""
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -94,8 +95,12 @@ class Comparison:
         others = {mechanism: (*mechanism[:2], PLAIN) for mechanism in with_it}
         return {mechanism: other for mechanism, other in others.items() if other in self.mechanisms}
 
-    def leaders(self, task: str) -> list[Mechanism]:
-        """Return the best and what is equal to it within the margin; nothing where the best has not learned."""
+    @functools.cached_property
+    def leaders(self) -> dict[str, list[Mechanism]]:
+        """Of each task the best and what is equal to it within the margin; nothing where the best has not learned."""
+        return {task: self._leaders(task) for task in self.tasks}
+
+    def _leaders(self, task: str) -> list[Mechanism]:
         if not self.tasks[task] or len(self.results.seeds) < 2 or self.never_passed(task, self.tasks[task][0]):
             return []
         best, *others = self.tasks[task]
@@ -162,8 +167,8 @@ class Comparison:
         sizes = {rival: self.state_of(task, rival) for rival in self.rivals}
         return self.best_on_dev(task, [rival for rival, size in sizes.items() if size <= most and size < least])
 
-    def roles(self, task: str) -> dict[str, Mechanism]:
-        """Return what a reader compares first, by what it stands for, each at its best variant on dev."""
+    def roles(self, task: str) -> dict[Mechanism, str]:
+        """Return what a reader compares first and what it stands for, each at its best variant on dev."""
         ours = self.leading(task, OURS)
         found = {
             self.results.reference: self.leading(task, self.results.reference),
@@ -179,12 +184,12 @@ class Comparison:
         for role, mechanism in found.items():
             if mechanism:
                 named[mechanism] = f"{named[mechanism]}, {role}" if mechanism in named else role
-        return {role: mechanism for mechanism, role in named.items()}
+        return named
 
     def coloured(self, task: str) -> list[Mechanism]:
         """Return the first `COLOURED` of the roles, one of each method."""
         by_method: dict[str, Mechanism] = {}
-        for mechanism in self.roles(task).values():
+        for mechanism in self.roles(task):
             by_method.setdefault(base_name(mechanism[0]), mechanism)
         return list(by_method.values())[:COLOURED]
 

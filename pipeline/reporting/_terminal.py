@@ -42,7 +42,7 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
     comparison = Comparison(results)
     tasks = {}
     for task, tested in comparison.tasks.items():
-        leaders = comparison.leaders(task)
+        leaders = comparison.leaders[task]
         rows = [
             {
                 **keyed(mechanism),
@@ -66,7 +66,7 @@ def results_for_programs(params: Params, root: Path) -> dict[str, Any]:
 
 
 def _table(comparison: Comparison, task: str) -> Table:
-    drawn, leaders = Table(box=None, pad_edge=False, header_style="bold"), comparison.leaders(task)
+    drawn, leaders = Table(box=None, pad_edge=False, header_style="bold"), comparison.leaders[task]
     drawn.add_column("test accuracy in %", overflow="fold")
     drawn.add_column(task, justify="right", no_wrap=True)
     for mechanism in comparison.tasks[task]:
@@ -82,7 +82,7 @@ def _table(comparison: Comparison, task: str) -> Table:
 def _legend(comparison: Comparison) -> str:
     seeds = len(comparison.results.seeds)
     parts = [f"± over {seeds} seeds." if seeds > 1 else "One seed: no spread."]
-    if any(comparison.leaders(task) for task in comparison.tasks):
+    if any(comparison.leaders.values()):
         parts.append(f"Bold: the best, and what is equal to it within {comparison.results.margin:g}.")
     if any(comparison.never_passed(*key) for key in comparison.results.scores):
         parts.append(f"{NEVER} no better than the best baseline, which needs no model.")

@@ -26,23 +26,23 @@ class Accuracy(Report):
         for task, tested in comparison.tasks.items():
             if tested:
                 title = f"Test accuracy on {comparison.results.heading(task)}"
-                yield table(comparison, task, dict(enumerate(tested)), f"accuracy-{task}", title)
+                yield table(comparison, task, dict.fromkeys(tested, ""), f"accuracy-{task}", title)
                 if not math.isnan(comparison.state_of(task, tested[0])):
                     yield _figure(comparison, task, tested)
 
 
-def table(comparison: Comparison, task: str, mechanisms: Mapping[Any, Mechanism], name: str, title: str) -> Table:
-    """Return a row for each mechanism, the highest first, with its key as role if that is a text."""
+def table(comparison: Comparison, task: str, roles: Mapping[Mechanism, str], name: str, title: str) -> Table:
+    """Return a row for each mechanism, the highest first, with its role where it has one."""
     results = comparison.results
-    leaders = comparison.leaders(task)
-    ordered = sorted(mechanisms.items(), key=lambda item: -results.scores_of(task, item[1]).mean)
-    values = [_values(comparison, task, mechanism) for _, mechanism in ordered]
-    rows = [{"role": role} if isinstance(role, str) else {} for role, _ in ordered]
+    leaders = comparison.leaders[task]
+    ordered = sorted(roles, key=lambda mechanism: -results.scores_of(task, mechanism).mean)
+    values = [_values(comparison, task, mechanism) for mechanism in ordered]
+    rows = [{"role": roles[mechanism]} if roles[mechanism] else {} for mechanism in ordered]
     shown = [
         row
         | columns(results.params, mechanism)
         | _shown(of_mechanism, results, comparison.never_passed(task, mechanism))
-        for row, (_, mechanism), of_mechanism in zip(rows, ordered, values, strict=True)
+        for row, mechanism, of_mechanism in zip(rows, ordered, values, strict=True)
     ]
     told, constant = without_constants(pd.DataFrame(shown))
     rules = ", ".join(f"{rule} {accuracy:.2f}" for rule, accuracy in comparison.baselines(task).items())
@@ -58,7 +58,7 @@ def table(comparison: Comparison, task: str, mechanisms: Mapping[Any, Mechanism]
         "evaluation. State: bytes that causal attention keeps. Time: of a training pass relative to torch's attention, "
         f"at so many tokens. {constant}".strip(),
         provenance=results.caption([task]),
-        strong=frozenset((row, "accuracy") for row, (_, mechanism) in enumerate(ordered) if mechanism in leaders),
+        strong=frozenset((row, "accuracy") for row, mechanism in enumerate(ordered) if mechanism in leaders),
     )
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from pipeline.reporting import Report
 from pipeline.reporting._comparison import Comparison
-from pipeline.reporting._results import CELL, ERROR_VALUES, Results
+from pipeline.reporting._results import ERROR_VALUES, Results
 from pipeline.reporting._table import MISSING, Table, show_number, without_constants
 
 
@@ -24,8 +24,7 @@ class Errors(Report):
 
 
 def _table(errors: pd.DataFrame, results: Results) -> Table:
-    ids = ["-".join(filter(None, map(str, cell))) for cell in results.cells[CELL].itertuples(index=False)]
-    accuracies = errors.cell.map(dict(zip(ids, 100 * results.cells.test_accuracy, strict=True)))
+    accuracies = errors.cell.map(100 * results.cells.set_index("id").test_accuracy)
     named = errors[["cell", "dotf", "estimator"]].rename(columns={"dotf": "kernel"})
     named["accuracy"] = accuracies.map(show_number)
     wide = named.assign(size=errors.num_features, text=errors.share.map(_share))

@@ -44,7 +44,10 @@ class Trained(Report):
 
 
 def measured(model: str, results: Results) -> pd.DataFrame:
-    """Return a row for each method: means over texts, less exact attention with 95 % by a paired bootstrap, times."""
+    """Return a row for each method, the best first: means over texts, less exact attention with 95 %, times.
+
+    The intervals are by a paired bootstrap.
+    """
     exact = results.replaced[f"{model}-{EXACT}"][0]
     drawn = np.random.default_rng(0).integers(0, len(exact), (REPLICATES, len(exact)))
     rows = []
@@ -62,8 +65,9 @@ def measured(model: str, results: Results) -> pd.DataFrame:
         for time in results.replaced_times[results.replaced_times.cell == name].to_dict("records"):
             row |= {f"{what}_{time['length']}": time[what] for what in ("milliseconds", "of_sdpa")}
         rows.append(row)
-    what = quality_of(pd.DataFrame(rows))
-    return pd.DataFrame(rows).sort_values(what, ascending=what == "loss", kind="stable", ignore_index=True)
+    found = pd.DataFrame(rows)
+    what = quality_of(found)
+    return found.sort_values(what, ascending=what == "loss", kind="stable", ignore_index=True)
 
 
 def quality_of(values: pd.DataFrame) -> str:
@@ -85,6 +89,12 @@ def is_ours(results: Results, name: str) -> bool:
     """Return whether a cell is of our estimate, with exact keys or without."""
     published = results.params.trained.cells[name].estimate.get("estimator") == "maclaurin"
     return group_of(results, name) != OTHERS and not published
+
+
+def is_learned(results: Results, name: str) -> bool:
+    """Return whether anything of a cell was fitted to exact attention."""
+    method: ReplacementParams = results.params.trained.cells[name]
+    return bool(method.fit or method.rank)
 
 
 def _table(model: str, results: Results) -> Table:

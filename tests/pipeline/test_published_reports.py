@@ -49,7 +49,13 @@ def test_git_has_of_a_report_its_texts_numbers_and_the_pictures_in_them() -> Non
             assert (index.parent / target).relative_to(ROOT).as_posix() in names, (index, target)
 
 
-@pytest.mark.parametrize("profile", sorted({*PUBLISHED, "trained"}))
+@pytest.mark.parametrize(
+    "profile",
+    [
+        pytest.param(name, marks=[] if name in (SMALLEST, "trained") else [pytest.mark.slow])
+        for name in sorted({*PUBLISHED, "trained"})
+    ],
+)
 def test_no_published_figure_has_more_than_six_coloured_lines_or_labels_that_overlap(profile: str) -> None:
     drawn = look_at_figures(load_params(ROOT / f"profiles/{profile}.yaml"), ROOT)
     assert drawn == sorted(path.stem for path in (ROOT / f"reports/{profile}/figures").glob("*.png"))

@@ -430,11 +430,11 @@ def test_bold_is_the_best_and_what_is_equal_to_it_within_the_margin(tmp_path: Pa
     write_recall(tmp_path, recall, lower)
     # 200 examples show no equality within a point.
     comparison = Comparison(collect(recall, tmp_path, margin=3.0))
-    bold = {(m[0], m[2]) for m in comparison.leaders("recall-mqar")}
+    bold = {(m[0], m[2]) for m in comparison.leaders["recall-mqar"]}
     everything = {(m[0], m[2]) for m in comparison.mechanisms}
     assert bold == everything - {("mean", "transformer"), ("rmfa", "transformer")}
     write_recall(tmp_path, recall, {cell.id[12:-3]: [0.4, 0.4, 0.4] for cell in expand(recall)})
-    assert Comparison(collect(recall, tmp_path, margin=3.0)).leaders("recall-mqar") == [], "nothing has learned"
+    assert Comparison(collect(recall, tmp_path, margin=3.0)).leaders["recall-mqar"] == [], "nothing has learned"
 
 
 def test_effects_of_ppsbn_are_told_in_both_signs(tmp_path: Path, recall: Params) -> None:
