@@ -27,7 +27,7 @@ from schoenbat.functional import check_shapes
 from schoenbat.nn.modes import evaluating
 from schoenbat.ops._share import POOR, PoorEstimateWarning, compare_exactly
 from schoenbat.ops.reference import AttentionInputs, fill_masked, normalise
-from schoenbat.replacement import describe, is_of_transformers, kernel_form
+from schoenbat.replacement import align, describe, is_of_transformers, kernel_form
 
 __all__ = ["Diagnosis", "Head", "PoorEstimateWarning", "diagnose", "diagnose_tensors"]
 
@@ -95,9 +95,7 @@ class Diagnosis(list[Head]):
                 shares = [head.shares[setting] for head in heads]
                 values.append(f"{median(shares):.2f}, {min(shares):.2f}")
             rows.append((layer, *values))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join(["share of the attention explained: median, worst head", *lines])
+        return f"share of the attention explained: median, worst head\n{align(rows, left=1)}"
 
     def picture(self, setting: int | Estimate | None = None) -> str:
         """Draw the share of each head that a setting explains, a row for each layer and a column for each head, as SVG.

@@ -65,15 +65,16 @@ class Replacement:
         for choice in self.choices:
             values = f"{choice.share:.3f}", f"{choice.worst:.3f}", f"{choice.cost:.2f}"
             rows.append((choice.layer, describe(choice.estimate), *values))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [
-                text.ljust(width) if i < 2 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return align(rows, left=2)
+
+
+def align(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return rows as lines of equal columns, of which the first `left` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([*map(str.ljust, row[:left], widths), *map(str.rjust, row[left:], widths[left:])]) for row in rows
+    ]
+    return "\n".join(map(str.rstrip, lines))
 
 
 def describe(estimate: Estimate) -> str:
